@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv by itself.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Byte code makes starting up twice as fast.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help setup demo test test-long lint format bench clean
+.DEFAULT_GOAL := help
+
+help:            ## list the targets
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(VENV)/.ready  ## make .venv with vmexit and its tools
+
+$(VENV)/.ready: pyproject.toml
+	@echo "== setting up $(VENV) (Python packages from PyPI)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "vmexit needs Python 3.11 or newer; use make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup      ## run a guest on whatever this machine has, and show its exits
+	@echo "== vmexit run guests/long-hello.bin --mode long --stats"
+	@$(BIN)/vmexit run guests/long-hello.bin --mode long --stats --timeout 60
+
+test: setup      ## the test suite
+	@echo "== tests"
+	@$(BIN)/python -m pytest -m "not soak" $(TESTS)
+
+test-long: setup ## the test suite with all repetitions
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: setup      ## style, types, layers
+	@echo "== ruff, mypy, import-linter"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup    ## put the sources into shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup     ## measure against C and QEMU, side by side
+	@$(BIN)/python benchmarks/run.py $(BENCH)
+
+clean:           ## remove what the targets made
+	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/build

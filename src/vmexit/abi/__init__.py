@@ -1,0 +1,1 @@
+"""Pure data: the numbers and structures that the kernel and the guest define. No behaviour."""

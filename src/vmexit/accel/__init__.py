@@ -1,0 +1,1 @@
+"""Accelerators: what executes guest code. KVM, or the software CPU, behind one interface."""

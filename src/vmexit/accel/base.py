@@ -1,0 +1,132 @@
+"""What an accelerator offers: a `Vm` holding guest memory, and `Vcpu`s that run.
+
+A vCPU answers port I/O and MMIO itself, from the buses it was given, and returns from `run()`
+only with what is not I/O.
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from vmexit.arch.x86.registers import Registers, SystemRegisters
+from vmexit.core.bus import Bus
+from vmexit.core.memory import GuestMemory, Region
+from vmexit.core.trace import ExitObserver
+
+
+class ExitReason(Enum):
+    """Why `Vcpu.run()` returned. The value is the name in traces."""
+
+    HALT = "hlt"
+    SHUTDOWN = "shutdown"  # triple fault (Intel SDM vol. 3, 6.15, interrupt 8)
+    INTERNAL_ERROR = "internal_error"
+    FAIL_ENTRY = "fail_entry"
+    UNKNOWN = "unknown"  # the hardware exited for a reason that the accelerator does not know
+    SYSTEM_EVENT = "system_event"
+    DEBUG = "debug"
+    IRQ_WINDOW = "irq_window"
+    INTERRUPTED = "intr"  # kicked
+
+
+class SystemEvent(Enum):
+    """What a guest asked of its machine (KVM API 5, KVM_EXIT_SYSTEM_EVENT)."""
+
+    POWEROFF = 1
+    RESET = 2
+    CRASH = 3
+
+
+class Exit(NamedTuple):
+    """One return of `Vcpu.run()`: the reason, and in words what is known beyond it."""
+
+    reason: ExitReason
+    detail: str = ""
+    event: SystemEvent | None = None
+
+
+class Vcpu(Protocol):
+    """One virtual CPU.
+
+    `run` is for one thread at a time; `kick` may come from any thread, at any time. Registers are
+    for whoever knows that the vCPU does not run, or for code called from within `run`.
+    """
+
+    index: int
+
+    def attach_thread(self) -> None:
+        """The calling thread will run this vCPU, until `detach_thread()`."""
+        ...
+
+    def detach_thread(self) -> None:
+        """Undo `attach_thread()`, in the same thread."""
+        ...
+
+    def run(self) -> Exit:
+        """Run guest code until something happens that is not I/O.
+
+        An access that the guest has begun is completed before this returns. Raises whatever a
+        device raises; GuestCrash on an exit that is not known.
+        """
+        ...
+
+    def kick(self) -> None:
+        """Make `run()`, under way or the next one, return INTERRUPTED soon."""
+        ...
+
+    def registers(self) -> Registers:
+        """General registers, RIP and RFLAGS."""
+        ...
+
+    def set_registers(self, registers: Registers) -> None:
+        """Load all of what `registers()` gives."""
+        ...
+
+    def system_registers(self) -> SystemRegisters:
+        """Segments, descriptor tables, control registers and EFER."""
+        ...
+
+    def set_system_registers(self, system: SystemRegisters) -> None:
+        """Load all of what `system_registers()` gives."""
+        ...
+
+    def msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """Model-specific registers by index. Raises HostError naming one that cannot be read."""
+        ...
+
+    def set_msrs(self, values: Mapping[int, int]) -> list[int]:
+        """Load MSRs; returns the indices of those that the accelerator refused."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class Vm(Protocol):
+    """Guest memory and its vCPUs."""
+
+    def map(self, region: Region) -> None:
+        """Let the guest see `region`."""
+        ...
+
+    def create_vcpu(self, index: int, observer: ExitObserver | None) -> Vcpu:
+        """Make vCPU number `index`; `observer`, if any, is told of each of its exits."""
+        ...
+
+    def close(self) -> None:
+        """Close the vCPUs, then free everything."""
+        ...
+
+
+class Accelerator(Protocol):
+    """A way to execute guest code on this host."""
+
+    name: str
+
+    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus) -> Vm:
+        """A VM over `memory`, all of whose regions are mapped. Raises HostError."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...

@@ -1,0 +1,1 @@
+"""Linux KVM, one class per file descriptor: System → Vm → Vcpu."""

@@ -1,0 +1,55 @@
+"""Ending KVM_RUN from another thread without a process-wide signal handler.
+
+The thread that runs a vCPU keeps the kick signal blocked, and KVM_SET_SIGNAL_MASK (KVM API 4.21)
+opens it only inside KVM_RUN. So the signal ends KVM_RUN with EINTR, no handler runs, and no other
+thread of the program sees anything. `kvm_run.immediate_exit` covers the moment before KVM_RUN.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+
+KICK_SIGNAL = signal.SIGRTMIN
+
+
+class KickTarget:
+    """The thread that runs one vCPU, as seen by those who want to interrupt it."""
+
+    def __init__(self, set_signal_mask: Callable[[set[int]], None]) -> None:
+        """`set_signal_mask` gives KVM the signals that KVM_RUN keeps blocked."""
+        self._set_signal_mask = set_signal_mask
+        self._lock = threading.Lock()
+        self._before: set[int] = set()
+        self._mask: set[int] | None = None
+        self.thread: int | None = None
+
+    def attach(self) -> None:
+        """The calling thread becomes the one to interrupt."""
+        self._before = {int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})}
+        mask = self._before - {KICK_SIGNAL}
+        if mask != self._mask:
+            self._set_signal_mask(mask)
+            self._mask = mask
+        with self._lock:
+            self.thread = threading.get_ident()
+
+    def detach(self) -> None:
+        """No thread is to be interrupted any more; to be called by the one that attached."""
+        with self._lock:
+            self.thread = None
+        self.take()
+        if KICK_SIGNAL not in self._before:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {KICK_SIGNAL})
+
+    def take(self) -> None:
+        """Take the kick signals that are pending in this thread, or KVM_RUN ends at once again."""
+        while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
+            continue
+
+    def kick(self) -> None:
+        """Send the signal, unless it is the attached thread itself that kicks."""
+        with self._lock:
+            if self.thread is not None and self.thread != threading.get_ident():
+                # Blocked in that thread from attach() to detach(), so that its default action,
+                # to end the process, cannot happen.
+                signal.pthread_kill(self.thread, KICK_SIGNAL)

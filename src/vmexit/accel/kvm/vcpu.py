@@ -1,0 +1,370 @@
+"""A vCPU's file descriptor: registers, and the loop around KVM_RUN."""
+
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from ctypes import sizeof
+from fcntl import ioctl
+
+from vmexit.abi.kvm import (
+    KVM_EXIT_DEBUG,
+    KVM_EXIT_HLT,
+    KVM_EXIT_INTR,
+    KVM_EXIT_IO,
+    KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN,
+    KVM_GET_MSRS,
+    KVM_GET_REGS,
+    KVM_GET_SREGS,
+    KVM_RUN,
+    KVM_SET_CPUID2,
+    KVM_SET_MSRS,
+    KVM_SET_REGS,
+    KVM_SET_SIGNAL_MASK,
+    KVM_SET_SREGS,
+)
+from vmexit.abi.kvm_run import kvm_run
+from vmexit.abi.kvm_structs import (
+    kvm_dtable,
+    kvm_msr_entry,
+    kvm_msrs,
+    kvm_regs,
+    kvm_segment,
+    kvm_sregs,
+)
+from vmexit.accel.base import Exit, ExitReason
+from vmexit.accel.kvm.exits import explain
+from vmexit.accel.kvm.kick import KickTarget
+from vmexit.arch.x86.registers import (
+    CONTROL,
+    GENERAL,
+    SEGMENTS,
+    TABLES,
+    Registers,
+    Segment,
+    SystemRegisters,
+    Table,
+)
+from vmexit.core.bus import Bus, Read, Write
+from vmexit.core.errors import HostError
+from vmexit.core.memory import GuestMemory
+from vmexit.core.trace import ExitObserver
+
+# Indices into 32-bit and 64-bit views of `struct kvm_run` for the loop (KVM API 5). A ctypes
+# structure costs three times as much an exit.
+_EXIT_REASON = 2  # u32 at 8
+_IO_KEY = 8  # u32 at 32: direction (u8), size (u8) and port (u16) in one number
+_IO_COUNT = 9  # u32 at 36
+_IO_DATA_OFFSET = 5  # u64 at 40
+_MMIO_GPA = 4  # u64 at 32
+_MMIO_DATA = 40  # bytes
+_MMIO_LEN = 12  # u32 at 48
+_MMIO_IS_WRITE = 52  # byte
+
+_IO_OUT = 1  # KVM_EXIT_IO_OUT, the low byte of the key
+
+# What the loop does for an access it has seen before: the device's function, the offset to give
+# it, the size, and where in which view of kvm_run the data are.
+_Route = tuple[Read | Write, int, int, memoryview, int]
+
+# A hostile guest can touch any number of ports; what is remembered of them must not grow so.
+_MAX_ROUTES = 4096
+
+_GENERAL_FORMAT = struct.Struct(f"={len(GENERAL)}Q")
+_SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
+
+_PLAIN_EXITS = {
+    KVM_EXIT_HLT: ExitReason.HALT,
+    KVM_EXIT_SHUTDOWN: ExitReason.SHUTDOWN,
+    KVM_EXIT_DEBUG: ExitReason.DEBUG,
+    KVM_EXIT_IRQ_WINDOW_OPEN: ExitReason.IRQ_WINDOW,
+}
+
+
+class KvmVcpu:
+    """One vCPU; made by `KvmVm.create_vcpu()`."""
+
+    def __init__(
+        self,
+        fd: int,
+        index: int,
+        run_size: int,
+        memory: GuestMemory,
+        pio: Bus,
+        mmio: Bus,
+        observer: ExitObserver | None,
+    ) -> None:
+        self.fd = fd
+        self.index = index
+        self._memory = memory
+        self._pio = pio
+        self._mmio = mmio
+        self._observer = observer
+        self._kicked = False
+        self._kick_target = KickTarget(self._set_signal_mask)
+        self._routes: dict[int, _Route] = {}
+        pio.on_change(self._routes.clear)
+        self._pages = mmap.mmap(fd, run_size)
+        self._u8 = memoryview(self._pages)
+        self._u16 = self._u8.cast("H")
+        self._u32 = self._u8.cast("I")
+        self._u64 = self._u8.cast("Q")
+        self._by_size = {1: self._u8, 2: self._u16, 4: self._u32}
+
+    # Running.
+
+    def attach_thread(self) -> None:
+        self._kick_target.attach()
+
+    def detach_thread(self) -> None:
+        self._kick_target.detach()
+
+    def kick(self) -> None:
+        self._kicked = True
+        self._u8[_IMMEDIATE_EXIT] = 1
+        self._kick_target.kick()
+
+    def run(self) -> Exit:
+        if self._kick_target.thread is not None:
+            return self._run()
+        self.attach_thread()
+        try:
+            return self._run()
+        finally:
+            self.detach_thread()
+
+    def _run(self) -> Exit:
+        fd, u32, run_ioctl, run = self.fd, self._u32, ioctl, KVM_RUN
+        route_of = self._routes.get
+        while True:
+            try:
+                # The hot loop: an exit to a device seen before costs one look-up and one call.
+                while True:
+                    run_ioctl(fd, run)
+                    reason = u32[_EXIT_REASON]
+                    if reason == KVM_EXIT_IO:
+                        key = u32[_IO_KEY]
+                        route = route_of(key)
+                        if route is None or u32[_IO_COUNT] != 1:
+                            self._io(key)
+                        elif key & _IO_OUT:
+                            function, offset, size, view, data = route
+                            function(offset, size, view[data])  # type: ignore[call-arg]
+                        else:
+                            function, offset, size, view, data = route
+                            view[data] = function(offset, size)  # type: ignore[call-arg, assignment]
+                    elif reason == KVM_EXIT_MMIO:
+                        self._access_mmio()
+                    else:
+                        break
+            except OSError as error:
+                if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                    raise  # not KVM_RUN's error but one from a device, some frames below
+                if error.errno != errno.EINTR:
+                    raise HostError(
+                        f"KVM_RUN failed on vCPU {self.index}: {error.strerror}"
+                    ) from error
+                # A kick, or a signal that is none of our business.
+                if self._take_kick():
+                    return Exit(ExitReason.INTERRUPTED)
+                continue
+            if reason == KVM_EXIT_INTR:
+                continue
+            return self._exit(reason)
+
+    def run_once(self) -> kvm_run:
+        """KVM_RUN once, for learners: the raw exit, with nothing done about it.
+
+        Returns the vCPU's own `struct kvm_run` (KVM API 5), live: an MMIO read is answered by
+        writing to it, a port read by writing to `io_data()`. `exit_reason` is KVM_EXIT_INTR after
+        a kick.
+        """
+        attached = self._kick_target.thread is not None
+        if not attached:
+            self.attach_thread()
+        try:
+            ioctl(self.fd, KVM_RUN)
+        except InterruptedError:
+            self._take_kick()
+            self._u32[_EXIT_REASON] = KVM_EXIT_INTR
+        finally:
+            if not attached:
+                self.detach_thread()
+        return self.kvm_run()
+
+    def kvm_run(self) -> kvm_run:
+        """The vCPU's `struct kvm_run`, live."""
+        return kvm_run.from_buffer(self._pages)
+
+    def io_data(self) -> memoryview:
+        """The bytes of the KVM_EXIT_IO under way, live: what goes out, or the answer to come."""
+        start = self._u64[_IO_DATA_OFFSET]
+        return self._u8[start : start + (self._u32[_IO_KEY] >> 8 & 0xFF) * self._u32[_IO_COUNT]]
+
+    def _take_kick(self) -> bool:
+        self._kick_target.take()
+        if not self._kicked:
+            return False
+        self._kicked = False
+        self._u8[_IMMEDIATE_EXIT] = 0
+        return True
+
+    def _exit(self, reason: int) -> Exit:
+        plain = _PLAIN_EXITS.get(reason)
+        if plain is not None:
+            exit = Exit(plain)
+        else:
+            exit = explain(self.kvm_run(), self._memory, self.registers, self.system_registers)
+        if self._observer is not None:
+            self._observer.other(self.index, exit.reason.value, exit.detail)
+        return exit
+
+    def _io(self, key: int) -> None:
+        """Port I/O that is new, a string, or observed (KVM API 5, KVM_EXIT_IO)."""
+        write, size, port = key & 0xFF == _IO_OUT, key >> 8 & 0xFF, key >> 16
+        count = self._u32[_IO_COUNT]
+        start = self._u64[_IO_DATA_OFFSET]
+        data = self._u8[start : start + size * count]
+        observer = self._observer
+        if write:
+            if observer is not None:
+                observer.io(self.index, True, port, size, count, bytes(data))
+            self._pio.write_string(port, size, bytes(data))
+        else:
+            data[:] = self._pio.read_string(port, size, count)
+            if observer is not None:
+                observer.io(self.index, False, port, size, count, bytes(data))
+        if observer is None:
+            if len(self._routes) >= _MAX_ROUTES:
+                self._routes.clear()
+            route = self._pio.route_write if write else self._pio.route_read
+            function, offset = route(port, size)
+            self._routes[key] = function, offset, size, self._by_size[size], start // size
+
+    def _access_mmio(self) -> None:
+        """A memory access that no slot answers (KVM API 5, KVM_EXIT_MMIO)."""
+        gpa, size = self._u64[_MMIO_GPA], self._u32[_MMIO_LEN]
+        data = self._u8[_MMIO_DATA : _MMIO_DATA + size]
+        observer = self._observer
+        if self._u8[_MMIO_IS_WRITE]:
+            if observer is not None:
+                observer.mmio(self.index, True, gpa, bytes(data))
+            self._mmio.write(gpa, size, int.from_bytes(data, "little"))
+        else:
+            data[:] = self._mmio.read(gpa, size).to_bytes(size, "little")
+            if observer is not None:
+                observer.mmio(self.index, False, gpa, bytes(data))
+
+    def _set_signal_mask(self, blocked: set[int]) -> None:
+        bits = sum(1 << number - 1 for number in blocked)
+        ioctl(self.fd, KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, bits))
+
+    # Registers.
+
+    def set_cpuid(self, cpuid: bytes) -> None:
+        """KVM_SET_CPUID2 (KVM API 4.20); `cpuid` is a `struct kvm_cpuid2` with its entries."""
+        self._set("CPUID", KVM_SET_CPUID2, cpuid)
+
+    def registers(self) -> Registers:
+        buffer = bytearray(sizeof(kvm_regs))
+        ioctl(self.fd, KVM_GET_REGS, buffer, True)
+        return dict(zip(GENERAL, _GENERAL_FORMAT.unpack(buffer), strict=True))
+
+    def set_registers(self, registers: Registers) -> None:
+        packed = _GENERAL_FORMAT.pack(*(registers[name] for name in GENERAL))
+        self._set("general registers", KVM_SET_REGS, packed)
+
+    def _sregs(self) -> kvm_sregs:
+        sregs = kvm_sregs()
+        ioctl(self.fd, KVM_GET_SREGS, sregs, True)
+        return sregs
+
+    def system_registers(self) -> SystemRegisters:
+        sregs = self._sregs()
+        segments = [_from_segment(getattr(sregs, name)) for name in SEGMENTS]
+        tables = [_from_table(getattr(sregs, name)) for name in TABLES]
+        control = [getattr(sregs, name) for name in CONTROL]
+        return SystemRegisters._make([*segments, *tables, *control])
+
+    def set_system_registers(self, system: SystemRegisters) -> None:
+        # APIC base and the pending interrupt are in the same structure, and stay as they are.
+        sregs = self._sregs()
+        for name in SEGMENTS:
+            setattr(sregs, name, _to_segment(getattr(system, name)))
+        for name in TABLES:
+            table: Table = getattr(system, name)
+            setattr(sregs, name, kvm_dtable(base=table.base, limit=table.limit))
+        for name in CONTROL:
+            setattr(sregs, name, getattr(system, name))
+        self._set("system registers", KVM_SET_SREGS, bytes(sregs))
+
+    def msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        entries = dict.fromkeys(indices, 0)
+        buffer = _pack_msrs(entries)
+        done = ioctl(self.fd, KVM_GET_MSRS, buffer, True)
+        if done < len(entries):
+            raise HostError(f"KVM cannot read MSR {list(entries)[done]:#x} of vCPU {self.index}")
+        head, step = sizeof(kvm_msrs), sizeof(kvm_msr_entry)
+        return {
+            index: kvm_msr_entry.from_buffer(buffer, head + i * step).data
+            for i, index in enumerate(entries)
+        }
+
+    def set_msrs(self, values: Mapping[int, int]) -> list[int]:
+        # KVM_SET_MSRS stops at the first that it refuses (KVM API 4.19): go on behind it.
+        todo, refused = list(values.items()), []
+        while todo:
+            done = ioctl(self.fd, KVM_SET_MSRS, _pack_msrs(dict(todo)), True)
+            if done < len(todo):
+                refused.append(todo[done][0])
+            todo = todo[done + 1 :]
+        return refused
+
+    def _set(self, what: str, request: int, data: bytes) -> None:
+        try:
+            ioctl(self.fd, request, bytearray(data))  # fcntl takes at most 1 KiB of plain bytes
+        except OSError as error:
+            raise HostError(
+                f"KVM refused the {what} of vCPU {self.index}: {error.strerror}"
+            ) from error
+
+    def close(self) -> None:
+        if self.fd < 0:
+            return
+        for view in (self._u64, self._u32, self._u16, self._u8):
+            view.release()
+        with suppress(BufferError):  # a kvm_run() is still held: the last one unmaps the pages
+            self._pages.close()
+        os.close(self.fd)
+        self.fd = -1
+
+
+_IMMEDIATE_EXIT: int = kvm_run.immediate_exit.offset
+
+
+def _from_segment(s: kvm_segment) -> Segment:
+    return Segment(
+        s.selector, s.base, s.limit, s.type, s.s, s.dpl, s.present, s.l, s.db, s.g, s.avl
+    )
+
+
+def _to_segment(s: Segment) -> kvm_segment:
+    return kvm_segment(
+        **s._asdict(),
+        unusable=0 if s.present else 1,
+    )
+
+
+def _from_table(table: kvm_dtable) -> Table:
+    return Table(table.base, table.limit)
+
+
+def _pack_msrs(values: Mapping[int, int]) -> bytearray:
+    buffer = bytearray(bytes(kvm_msrs(nmsrs=len(values))))
+    for index, value in values.items():
+        buffer += bytes(kvm_msr_entry(index=index, data=value))
+    return buffer

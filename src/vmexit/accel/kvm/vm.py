@@ -1,0 +1,143 @@
+"""A VM's file descriptor: memory slots and vCPUs."""
+
+import ctypes
+import errno
+import os
+import struct
+from fcntl import ioctl
+from typing import TYPE_CHECKING
+
+from vmexit.abi.kvm import (
+    KVM_CREATE_VCPU,
+    KVM_GET_DIRTY_LOG,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY,
+    KVM_SET_IDENTITY_MAP_ADDR,
+    KVM_SET_TSS_ADDR,
+    KVM_SET_USER_MEMORY_REGION,
+)
+from vmexit.abi.kvm_caps import (
+    KVM_CAP_READONLY_MEM,
+    KVM_CAP_SET_IDENTITY_MAP_ADDR,
+    KVM_CAP_SET_TSS_ADDR,
+)
+from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_userspace_memory_region
+from vmexit.accel.kvm.vcpu import KvmVcpu
+from vmexit.arch.x86.layout import KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS
+from vmexit.core.bus import Bus
+from vmexit.core.errors import HostError
+from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
+from vmexit.core.trace import ExitObserver
+
+if TYPE_CHECKING:
+    from vmexit.accel.kvm.system import System
+
+
+class KvmVm:
+    """One VM; made by `System.create_vm()`."""
+
+    def __init__(self, system: "System", fd: int, memory: GuestMemory, pio: Bus, mmio: Bus) -> None:
+        self.fd = fd
+        self._system = system
+        self._memory = memory
+        self._pio = pio
+        self._mmio = mmio
+        self._slots: dict[int, int] = {}  # GPA of a region → slot number
+        self._vcpus: list[KvmVcpu] = []
+        try:
+            # On Intel without unrestricted guest, real mode needs both (KVM API 4.43, 4.62); they
+            # must be set before the first vCPU exists.
+            if system.check_extension(KVM_CAP_SET_IDENTITY_MAP_ADDR):
+                ioctl(fd, KVM_SET_IDENTITY_MAP_ADDR, struct.pack("Q", KVM_IDENTITY_MAP_ADDRESS))
+            if system.check_extension(KVM_CAP_SET_TSS_ADDR):
+                _ioctl_value(fd, KVM_SET_TSS_ADDR, KVM_TSS_ADDRESS)
+            for region in memory.regions:
+                self.map(region)
+        except OSError as error:
+            self.close()
+            raise HostError(f"KVM refused to set up the VM: {error.strerror}") from error
+        except HostError:
+            self.close()
+            raise
+
+    def map(self, region: Region, *, log_dirty: bool = False) -> None:
+        """Put `region` in a memory slot, or change its flags (KVM API 4.35). Raises HostError."""
+        flags = KVM_MEM_LOG_DIRTY_PAGES if log_dirty else 0
+        if region.readonly:
+            if not self._system.check_extension(KVM_CAP_READONLY_MEM):
+                raise HostError(
+                    "this KVM lacks KVM_CAP_READONLY_MEM, which a ROM needs; use --accel soft"
+                )
+            flags |= KVM_MEM_READONLY
+        slot = self._slots.setdefault(region.gpa, len(self._slots))
+        try:
+            self._set_slot(slot, flags, region.gpa, region.size, region.hva)
+        except OSError as error:
+            raise HostError(
+                f"KVM refused the memory slot {region.gpa:#x}..{region.end - 1:#x}: "
+                f"{error.strerror}; use less --memory"
+            ) from error
+
+    def unmap(self, region: Region) -> None:
+        """Take `region` away from the guest."""
+        slot = self._slots.pop(region.gpa)
+        self._set_slot(slot, 0, region.gpa, 0, region.hva)
+
+    def _set_slot(self, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
+        request = kvm_userspace_memory_region(slot, flags, gpa, size, hva)
+        ioctl(self.fd, KVM_SET_USER_MEMORY_REGION, bytes(request))
+
+    def dirty_log(self, region: Region) -> bytes:
+        """The pages of `region` written since the last call, one bit each, lowest first.
+
+        KVM_GET_DIRTY_LOG (KVM API 4.8); `region` was mapped with `log_dirty=True`.
+        """
+        pages = region.size // PAGE_SIZE
+        bitmap = ctypes.create_string_buffer(-(-pages // 64) * 8)
+        slot, address = self._slots[region.gpa], ctypes.addressof(bitmap)
+        ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
+        return bitmap.raw
+
+    def create_vcpu(self, index: int, observer: ExitObserver | None = None) -> KvmVcpu:
+        """KVM_CREATE_VCPU (KVM API 4.7), with the CPUID that KVM supports. Raises HostError."""
+        try:
+            fd = ioctl(self.fd, KVM_CREATE_VCPU, index)
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                raise HostError(f"vCPU {index} exists already; give each its own index") from error
+            raise HostError(f"KVM refused to create vCPU {index}: {error.strerror}") from error
+        vcpu = KvmVcpu(
+            fd,
+            index,
+            self._system.vcpu_mmap_size,
+            self._memory,
+            self._pio,
+            self._mmio,
+            observer,
+        )
+        self._vcpus.append(vcpu)
+        vcpu.set_cpuid(self._system.supported_cpuid())
+        return vcpu
+
+    def close(self) -> None:
+        """Close the vCPUs, then the VM."""
+        for vcpu in self._vcpus:
+            vcpu.close()
+        self._vcpus.clear()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> "KvmVm":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _ioctl_value(fd: int, request: int, value: int) -> None:
+    """An ioctl whose argument is a number, not a pointer, above what fcntl.ioctl takes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ioctl(fd, ctypes.c_ulong(request), ctypes.c_ulong(value)) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -1,0 +1,211 @@
+"""Unicorn's own CPU state (QEMU's CPUX86State), read and written in place.
+
+The public register interface loads only the selector of a segment, and keeps what derives from it
+(`hflags`, QEMU's summary of the CPU mode) for itself, so vmexit writes the state directly. The
+offsets are those of the one Unicorn release that vmexit is pinned to; `CpuState` proves them on
+the running library before the first use.
+"""
+
+import ctypes
+import struct
+
+from vmexit.accel.soft.native import Engine
+from vmexit.arch.x86.registers import (
+    CONTROL,
+    CR0_PE,
+    EFER_LMA,
+    GENERAL,
+    RFLAGS_VM,
+    SEGMENTS,
+    TABLES,
+    Registers,
+    SystemRegisters,
+    Table,
+)
+from vmexit.arch.x86.segments import attributes, from_attributes
+from vmexit.core.errors import HostError
+
+# Byte offsets in CPUX86State. A segment cache is: selector (u32), base (u64 at 8), limit (u32 at
+# 16), attributes (u32 at 20); the descriptor tables use the same form.
+EIP = 0x80
+EFLAGS = 0x88
+HFLAGS = 0xB0
+SEGMENT = {
+    "es": 0xB8, "cs": 0xD0, "ss": 0xE8, "ds": 0x100, "fs": 0x118, "gs": 0x130,
+    "ldt": 0x148, "tr": 0x160,
+}  # fmt: skip
+TABLE = {"gdt": 0x178, "idt": 0x190}
+CONTROL_OFFSET = {"cr0": 0x1A8, "cr2": 0x1B8, "cr3": 0x1C0, "cr4": 0x1C8, "efer": 0x250}
+ERROR_CODE = 0x1508
+IS_INT = 0x150C
+OLD_EXCEPTION = 0x1578
+
+_SIZE = 0x1600
+_SEARCH = 0x10000  # CPUX86State begins within so many bytes of CPUState
+
+# QEMU's register numbers are the processor's: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, …
+_ENCODED = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+_GENERAL_OFFSET = {name: 8 * i for i, name in enumerate(_ENCODED)} | {"rip": EIP}
+
+# hflags, bit by bit (QEMU target/i386/cpu.h calls them HF_…).
+HF_INHIBIT_IRQ = 1 << 3
+_HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE = 1 << 4, 1 << 5, 1 << 6, 1 << 7
+_HF_MP_SHIFT = 9  # CR0.MP, EM, TS are bits 1 to 3 there, 9 to 11 here
+_HF_LMA, _HF_CS64, _HF_OSFXSR = 1 << 14, 1 << 15, 1 << 22
+_HF_SMAP = 1 << 23
+_CR4_OSFXSR, _CR4_SMAP = 1 << 9, 1 << 21
+
+
+class CpuState:
+    """A view of one engine's CPUX86State."""
+
+    def __init__(self, engine: Engine, cpu: int, ids: dict[str, int]) -> None:
+        """`cpu` is the engine's CPUState; `ids` the engine's register numbers by name.
+
+        Raises HostError if this Unicorn does not keep its state where vmexit expects it.
+        """
+        self._engine = engine
+        self._flags = ids["rflags"]
+        base = _find(engine, cpu, ids)
+        self._memory = (ctypes.c_char * _SIZE).from_address(base)
+        view = memoryview(self._memory).cast("B")
+        self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
+        _prove(self, engine, ids)
+
+    def close(self) -> None:
+        """Let go of the memory; nothing may be read from here afterwards."""
+        for view in (self.u64, self.u32, self.u8):
+            view.release()
+
+    @property
+    def rip(self) -> int:
+        """EIP or RIP, relative to CS."""
+        return self.u64[EIP // 8]
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        self.u64[EIP // 8] = value & 0xFFFF_FFFF_FFFF_FFFF
+
+    def read_general(self) -> Registers:
+        """General registers, RIP and RFLAGS; the flags come from the engine, which is lazy."""
+        values = {name: self.u64[offset // 8] for name, offset in _GENERAL_OFFSET.items()}
+        values["rflags"] = self._engine.reg_read(self._flags)
+        return {name: values[name] for name in GENERAL}
+
+    def write_general(self, registers: Registers) -> None:
+        """Load all of what `read_general()` gives."""
+        for name, offset in _GENERAL_OFFSET.items():
+            self.u64[offset // 8] = registers[name]
+        self._engine.reg_write(self._flags, registers["rflags"] | 2)
+
+    def read_system(self) -> SystemRegisters:
+        """Segments, descriptor tables, control registers and EFER."""
+        u32, u64 = self.u32, self.u64
+        segments = [
+            from_attributes(
+                u32[at // 4] & 0xFFFF, u64[(at + 8) // 8], u32[(at + 16) // 4], u32[(at + 20) // 4]
+            )
+            for at in (SEGMENT[name] for name in SEGMENTS)
+        ]
+        tables = [
+            Table(u64[(at + 8) // 8], u32[(at + 16) // 4])
+            for at in (TABLE[name] for name in TABLES)
+        ]
+        # CR8 is the LAPIC's, which this accelerator has none of.
+        control = [u64[CONTROL_OFFSET[n] // 8] if n in CONTROL_OFFSET else 0 for n in CONTROL]
+        return SystemRegisters._make([*segments, *tables, *control])
+
+    def write_system(self, system: SystemRegisters) -> None:
+        """Load all of what `read_system()` gives, and what QEMU derives from it."""
+        u32, u64 = self.u32, self.u64
+        for name, at in SEGMENT.items():
+            segment = getattr(system, name)
+            u32[at // 4] = segment.selector
+            u64[(at + 8) // 8] = segment.base
+            u32[(at + 16) // 4] = segment.limit
+            u32[(at + 20) // 4] = attributes(segment)
+        for name, at in TABLE.items():
+            table = getattr(system, name)
+            u64[(at + 8) // 8] = table.base
+            u32[(at + 16) // 4] = table.limit
+        for name in CONTROL:
+            if name in CONTROL_OFFSET:
+                u64[CONTROL_OFFSET[name] // 8] = getattr(system, name)
+        self.u32[HFLAGS // 4] = hflags(system, self._engine.reg_read(self._flags))
+
+
+def hflags(system: SystemRegisters, rflags: int) -> int:
+    """QEMU's summary of the CPU mode: what translated code depends on."""
+    protected = bool(system.cr0 & CR0_PE)
+    flags = (system.cr0 >> 1 & 7) << _HF_MP_SHIFT
+    if system.cr4 & _CR4_OSFXSR:
+        flags |= _HF_OSFXSR
+    if system.cr4 & _CR4_SMAP:
+        flags |= _HF_SMAP
+    if not protected or rflags & RFLAGS_VM:
+        flags |= _HF_ADDSEG
+        return flags | (_HF_PE | 3 if protected else 0)
+    flags |= _HF_PE | system.ss.dpl
+    if system.efer & EFER_LMA:
+        flags |= _HF_LMA
+        if system.cs.l:
+            return flags | _HF_CS64 | _HF_CS32 | _HF_SS32
+    if system.cs.db:
+        flags |= _HF_CS32
+    if system.ss.db:
+        flags |= _HF_SS32
+    if not system.cs.db or system.ds.base or system.es.base or system.ss.base:
+        flags |= _HF_ADDSEG
+    return flags
+
+
+def _find(engine: Engine, cpu: int, ids: dict[str, int]) -> int:
+    """Where CPUX86State is: it begins with the general registers, rax, rcx, rdx, …"""
+    names = ("rax", "rcx", "rdx")
+    marks = [0x1122_3344_5566_7788 + i for i in range(len(names))]
+    for name, mark in zip(names, marks, strict=True):
+        engine.reg_write(ids[name], mark)
+    offset = ctypes.string_at(cpu, _SEARCH).find(struct.pack("<3Q", *marks))
+    for name in names:
+        engine.reg_write(ids[name], 0)
+    if offset < 0:
+        raise _unknown_layout("the general registers")
+    return cpu + offset
+
+
+def _prove(state: CpuState, engine: Engine, ids: dict[str, int]) -> None:
+    """Write through the public interface, and see it arrive where it is expected."""
+    u32, u64 = state.u32, state.u64
+    probes = [(name, offset, 0x1234_5678_0000 + offset) for name, offset in _GENERAL_OFFSET.items()]
+    probes += [("cr2", CONTROL_OFFSET["cr2"], 0x5678_0000), ("cr3", CONTROL_OFFSET["cr3"], 0x7000)]
+    for name, offset, value in probes:
+        engine.reg_write(ids[name], value)
+        if u64[offset // 8] != value:
+            raise _unknown_layout(name)
+        engine.reg_write(ids[name], 0)
+    for name, at in TABLE.items():
+        engine.reg_write(ids[name], (0, 0x1000 + at, 0x80 + at, 0))
+        if (u64[(at + 8) // 8], u32[(at + 16) // 4]) != (0x1000 + at, 0x80 + at):
+            raise _unknown_layout(name)
+    for name in ("fs", "gs"):
+        engine.reg_write(ids[f"{name}_base"], 0xABC0_0000)
+        if u64[(SEGMENT[name] + 8) // 8] != 0xABC0_0000:
+            raise _unknown_layout(name)
+    for name, bits in (("cr4", 1 << 5 | 1 << 9), ("cr0", 1 << 4 | 1)):
+        engine.reg_write(ids[name], bits)
+        if u64[CONTROL_OFFSET[name] // 8] != bits:
+            raise _unknown_layout(name)
+    if not u32[HFLAGS // 4] & _HF_PE or not u32[HFLAGS // 4] & _HF_OSFXSR:
+        raise _unknown_layout("hflags")
+    if u32[OLD_EXCEPTION // 4] != 0xFFFF_FFFF:
+        raise _unknown_layout("old_exception")
+
+
+def _unknown_layout(what: str) -> HostError:
+    return HostError(
+        f"this Unicorn keeps {what} elsewhere than release 2.1.4 does; "
+        "install unicorn==2.1.4, or use --accel kvm"
+    )

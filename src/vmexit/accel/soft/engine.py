@@ -1,0 +1,113 @@
+"""The software accelerator and its VMs: one Unicorn engine over the guest's own memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmexit.accel.soft.native import UNICORN_VERSION, Engine, Library
+from vmexit.accel.soft.vcpu import SoftVcpu
+from vmexit.arch.x86.layout import PHYSICAL_END
+from vmexit.core.bus import Bus
+from vmexit.core.errors import HostError
+from vmexit.core.memory import GuestMemory, Region
+from vmexit.core.trace import ExitObserver
+
+
+class SoftAccelerator:
+    """Unicorn, loaded. Raises HostError if it is missing or not the release that is known."""
+
+    name = "soft"
+
+    def __init__(self) -> None:
+        try:
+            import unicorn  # GPL-2.0, and 40 ms: only those who use it load it
+        except ImportError as error:
+            raise HostError(
+                f"the software accelerator needs Unicorn: pip install unicorn=={UNICORN_VERSION}"
+            ) from error
+        if unicorn.__version__ != UNICORN_VERSION:
+            raise HostError(
+                f"Unicorn {unicorn.__version__} is installed, but vmexit knows {UNICORN_VERSION} "
+                f"only: pip install unicorn=={UNICORN_VERSION}"
+            )
+        self.library = Library(Path(unicorn.__file__).parent)
+
+    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus) -> "SoftVm":
+        """A VM whose engine sees the pages of `memory` themselves."""
+        return SoftVm(self.library, memory, pio, mmio)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SoftVm:
+    """One Unicorn engine. It executes one vCPU so far."""
+
+    def __init__(self, library: Library, memory: GuestMemory, pio: Bus, mmio: Bus) -> None:
+        import unicorn
+
+        self._library = library
+        self._memory = memory
+        self._pio = pio
+        self._mmio = mmio
+        self._vcpus: list[SoftVcpu] = []
+        # 64-bit mode for every mode: the engine then knows all of the instruction set, and the
+        # CPU state says what the guest may use of it.
+        self._engine: Engine | None = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        # No address ends the run: the guest's own HLT does.
+        self._engine.ctl_exits_enabled(True)
+        self._engine.ctl_set_exits([])
+        for region in memory.regions:
+            self.map(region)
+
+    def map(self, region: Region) -> None:
+        """Let the engine see `region` at its GPA: the same pages, no copy."""
+        import unicorn
+
+        assert self._engine is not None
+        access = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC
+        if not region.readonly:
+            access |= unicorn.UC_PROT_WRITE
+        try:
+            self._engine.mem_map_ptr(region.gpa, region.size, unicorn.UC_PROT_ALL, region.hva)
+            # Mapping without write access lets a handled write through; protecting drops it.
+            self._engine.mem_protect(region.gpa, region.size, access)
+        except unicorn.UcError as error:
+            raise HostError(
+                f"Unicorn refused the memory {region.gpa:#x}..{region.end - 1:#x}: {error}; "
+                "use less --memory"
+            ) from error
+
+    def create_vcpu(self, index: int, observer: ExitObserver | None = None) -> SoftVcpu:
+        """The vCPU of this engine. Raises HostError for a second one."""
+        if self._vcpus:
+            raise HostError("the software accelerator runs one vCPU; use --accel kvm for more")
+        assert self._engine is not None
+        vcpu = SoftVcpu(
+            self._library,
+            self._engine,
+            index,
+            self._memory,
+            self._pio,
+            self._mmio,
+            observer,
+            list(self._holes()),
+        )
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    def _holes(self) -> Iterator[tuple[int, int]]:
+        """`(gpa, size)` of what is not memory: there the MMIO bus answers."""
+        at = 0
+        for region in self._memory.regions:
+            if region.gpa > at:
+                yield at, region.gpa - at
+            at = region.end
+        if at < PHYSICAL_END:
+            yield at, PHYSICAL_END - at
+
+    def close(self) -> None:
+        """Free the vCPU, then the engine."""
+        for vcpu in self._vcpus:
+            vcpu.close()
+        self._vcpus.clear()
+        self._engine = None  # its finalizer frees it: uc_close

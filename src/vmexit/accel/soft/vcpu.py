@@ -1,0 +1,389 @@
+"""The vCPU of a Unicorn engine: hooks that answer its I/O, and the loop around `uc_emu_start`."""
+
+import ctypes
+from collections.abc import Callable, Iterable, Mapping
+
+from vmexit.accel.base import Exit, ExitReason
+from vmexit.accel.soft.cpu_state import (
+    ERROR_CODE,
+    HF_INHIBIT_IRQ,
+    HFLAGS,
+    IS_INT,
+    OLD_EXCEPTION,
+    CpuState,
+)
+from vmexit.accel.soft.native import (
+    Engine,
+    InCallback,
+    InterruptCallback,
+    Library,
+    MemoryCallback,
+    MmioReadCallback,
+    MmioWriteCallback,
+    OutCallback,
+    StopWords,
+    Stubs,
+    address_of,
+)
+from vmexit.accel.soft.ports import PortAccess, decode_port_access
+from vmexit.arch.x86.code import (
+    MAX_INSTRUCTION,
+    code_bits,
+    linear_ip,
+    next_instruction,
+    read_linear,
+)
+from vmexit.arch.x86.registers import CR0_PE, EFER_LMA, RFLAGS_DF, Registers, SystemRegisters
+from vmexit.core.bus import Bus
+from vmexit.core.errors import HostError
+from vmexit.core.memory import PAGE_SIZE, GuestMemory
+from vmexit.core.trace import ExitObserver
+
+# KVM reads ahead for INS in pieces of at most so many bytes (arch/x86/kvm, read-ahead buffer);
+# vmexit does the same, so that both accelerators show a device the same accesses.
+_INS_AHEAD = 1024
+
+_EXCEPTION_NAMES = {
+    0: "#DE", 1: "#DB", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS",
+    11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM",
+}  # fmt: skip
+_UNDEFINED_OPCODE = 6
+
+_MAX_PLAIN_IN = 4096
+
+
+class SoftVcpu:
+    """The one vCPU of an engine; made by `SoftVm.create_vcpu()`."""
+
+    def __init__(
+        self,
+        library: Library,
+        engine: Engine,
+        index: int,
+        memory: GuestMemory,
+        pio: Bus,
+        mmio: Bus,
+        observer: ExitObserver | None,
+        holes: list[tuple[int, int]],
+    ) -> None:
+        from unicorn import x86_const
+
+        self.index = index
+        self._library = library
+        self._engine = engine
+        self._handle = engine._uch.value or 0
+        self._memory = memory
+        self._pio = pio
+        self._mmio = mmio
+        self._observer = observer
+        engine.reg_read(x86_const.UC_X86_REG_RAX)  # the engine makes its CPU at the first use
+        cpu: int = library.get_cpu(self._handle, -1)
+        prefix = "UC_X86_REG_"
+        ids = {
+            name.removeprefix(prefix).lower(): getattr(x86_const, name)
+            for name in dir(x86_const)
+            if name.startswith(prefix)
+        }
+        ids |= {"gdt": ids["gdtr"], "idt": ids["idtr"]}
+        self._state = CpuState(engine, cpu, ids)
+        self._stubs = Stubs(library, self._handle, cpu)
+        self._words = self._stubs.view
+        # What must outlive this call: C holds the addresses of these.
+        self._callbacks: list[object] = []
+        # The first thing that went wrong inside a callback, where no exception can pass.
+        self._error: BaseException | None = None
+        self._exception: tuple[int, int, bool] | None = None  # vector, error code, is `int n`
+        self._plain_in: set[int] = set()  # where an IN is known not to be a string one
+        self._ahead: list[int] = []  # what an INS has read but not consumed yet, last first
+        self._ahead_of = (0, 0, 0)  # and which: RIP, port, size
+        self._install(holes)
+
+    def _install(self, holes: list[tuple[int, int]]) -> None:
+        import unicorn
+        from unicorn import x86_const
+
+        instruction = unicorn.UC_HOOK_INSN
+        out_stub = self._stubs.port_hook(self._c(OutCallback(self._on_out)))
+        in_stub = self._stubs.port_hook(self._c(InCallback(self._on_in)))
+        self._hook(instruction, out_stub, x86_const.UC_X86_INS_OUT)
+        self._hook(instruction, in_stub, x86_const.UC_X86_INS_IN)
+        self._hook(unicorn.UC_HOOK_BLOCK, self._stubs.block_hook())
+        self._hook(unicorn.UC_HOOK_INTR, self._c(InterruptCallback(self._on_exception)))
+        self._hook(unicorn.UC_HOOK_MEM_WRITE_PROT, self._c(MemoryCallback(self._on_rom_write)))
+        self._stubs.seal()
+        for gpa, size in holes:
+            read = self._c(MmioReadCallback(self._mmio_reader(gpa)))
+            write = self._c(MmioWriteCallback(self._mmio_writer(gpa)))
+            if self._library.mmio_map(self._handle, gpa, size, read, None, write, None):
+                raise HostError(f"Unicorn refused MMIO at {gpa:#x} for {size:#x} bytes")
+
+    def _c(self, callback: Callable[..., object]) -> int:
+        self._callbacks.append(callback)
+        return address_of(callback)
+
+    def _hook(self, kind: int, function: int, instruction: int = 0) -> None:
+        handle = ctypes.c_size_t()
+        # An empty range, begin > end, means everywhere.
+        error = self._library.hook_add(
+            self._handle, ctypes.byref(handle), kind, function, None, 1, 0, instruction
+        )
+        if error:
+            raise HostError(f"Unicorn refused hook {kind} (error {error}); use --accel kvm")
+
+    # Running.
+
+    def attach_thread(self) -> None:
+        """Any thread may run it."""
+
+    def detach_thread(self) -> None:
+        """Nothing was attached."""
+
+    def kick(self) -> None:
+        self._words[StopWords.KICK] = 1
+
+    def run(self) -> Exit:
+        words = self._words
+        # The host may have written code since: translations of it would be stale.
+        self._library.flush_translations(self._handle)
+        self._plain_in.clear()
+        while True:
+            words[StopWords.STOPPED] = 0
+            self._exception = None
+            error = self._library.emu_start(self._handle, self._state.rip, 0, 0, 0)
+            if self._error is not None:
+                failure, self._error = self._error, None
+                words[StopWords.KICK] = 0
+                raise failure
+            if words[StopWords.STOPPED] and not error and self._exception is None:
+                words[StopWords.KICK] = 0
+                return Exit(ExitReason.INTERRUPTED)
+            exit = self._exit(error)
+            if self._observer is not None:
+                self._observer.other(self.index, exit.reason.value, exit.detail)
+            return exit
+
+    def _exit(self, error: int) -> Exit:
+        import unicorn
+
+        registers, system = self.registers(), self.system_registers()
+        if self._exception is None and error == unicorn.UC_ERR_INSN_INVALID:
+            self._exception = (_UNDEFINED_OPCODE, 0, False)
+        if self._exception is not None:
+            return self._undelivered(*self._exception, registers, system)
+        if not error:
+            return Exit(ExitReason.HALT)
+        _, instruction = next_instruction(self._memory, registers, system)
+        return Exit(
+            ExitReason.INTERNAL_ERROR,
+            f"the software CPU could not execute {instruction} at rip {registers['rip']:#x}: "
+            f"{unicorn.UcError(error)}",
+        )
+
+    def _undelivered(
+        self,
+        vector: int,
+        error_code: int,
+        software: bool,
+        registers: Registers,
+        system: SystemRegisters,
+    ) -> Exit:
+        """An exception: with no gate to take it, nor its #GP and #DF, it is a triple fault."""
+        if software:
+            # RIP is behind the INT; a fault in its delivery points at it (SDM vol. 3, 6.12).
+            registers["rip"] -= self._software_interrupt_length(registers, system)
+            self._state.rip = registers["rip"]
+        _, instruction = next_instruction(self._memory, registers, system)
+        name = _EXCEPTION_NAMES.get(vector, f"interrupt {vector:#x}")
+        what = f"{name} (error code {error_code:#x}) at rip {registers['rip']:#x}: {instruction}"
+        if not any(self._has_gate(v, system) for v in (vector, 13, 11, 8)):
+            return Exit(ExitReason.SHUTDOWN, f"triple fault: no IDT entry for {what}")
+        return Exit(
+            ExitReason.INTERNAL_ERROR,
+            f"the software accelerator cannot deliver through the IDT: {what}; use --accel kvm",
+        )
+
+    def _software_interrupt_length(self, registers: Registers, system: SystemRegisters) -> int:
+        before = read_linear(self._memory, system, linear_ip(registers, system) - 2, 2)
+        return 2 if before[:1] == b"\xcd" else 1
+
+    def _has_gate(self, vector: int, system: SystemRegisters) -> bool:
+        """Whether the IDT has a present gate for `vector`; real mode's table has no such bit."""
+        if not system.cr0 & CR0_PE:
+            return vector * 4 + 3 <= system.idt.limit
+        size = 16 if system.efer & EFER_LMA else 8
+        if vector * size + size - 1 > system.idt.limit:
+            return False
+        gate = read_linear(self._memory, system, system.idt.base + vector * size, 8)
+        return len(gate) == 8 and bool(gate[5] & 0x80)
+
+    # Hooks. They are called from C: none may let an exception out.
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+        self._words[StopWords.KICK] = 1
+
+    def _on_exception(self, _uc: int, vector: int, _data: int) -> None:
+        try:
+            state = self._state
+            self._exception = (
+                vector,
+                state.u32[ERROR_CODE // 4],
+                bool(state.u32[IS_INT // 4]),
+            )
+            # Left as it is, the next exception would count as a double fault.
+            state.u32[OLD_EXCEPTION // 4] = 0xFFFF_FFFF
+            self._library.emu_stop(self._handle)
+        except BaseException as error:
+            self._fail(error)
+
+    def _on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
+        try:
+            if self._observer is not None:
+                data = value.to_bytes(4, "little")[:size]
+                self._observer.io(self.index, True, port, size, 1, data)
+            self._pio.write(port, size, value)
+            if self._words[StopWords.KICK]:
+                self._leave(None, size)
+        except BaseException as error:
+            self._fail(error)
+
+    def _on_in(self, _uc: int, port: int, size: int, _data: int) -> int:
+        try:
+            rip = self._state.rip
+            if self._ahead:
+                value = self._take_ahead(rip, port, size)
+            elif rip in self._plain_in:
+                value = self._read_port(port, size)
+            else:
+                value = self._first_in(rip, port, size)
+            if self._words[StopWords.KICK]:
+                self._leave(value, size)
+            return value
+        except BaseException as error:
+            self._fail(error)
+            return 0
+
+    def _read_port(self, port: int, size: int) -> int:
+        value = self._pio.read(port, size)
+        if self._observer is not None:
+            self._observer.io(self.index, False, port, size, 1, value.to_bytes(size, "little"))
+        return value
+
+    def _take_ahead(self, rip: int, port: int, size: int) -> int:
+        if (rip, port, size) == self._ahead_of:
+            return self._ahead.pop()
+        # The INS was left in the middle, by an exception: what it had read is lost, as on KVM.
+        self._ahead.clear()
+        return self._first_in(rip, port, size)
+
+    def _first_in(self, rip: int, port: int, size: int) -> int:
+        """An IN not seen before: the start of a REP INS reads ahead, as KVM does."""
+        access = self._port_access()
+        if access is None or not access.string:
+            if len(self._plain_in) >= _MAX_PLAIN_IN:
+                self._plain_in.clear()
+            self._plain_in.add(rip)
+            return self._read_port(port, size)
+        if not access.repeated:
+            return self._read_port(port, size)
+        mask = (1 << access.address_bits) - 1
+        registers = self._state.read_general()
+        in_page = registers["rdi"] % PAGE_SIZE
+        if not registers["rflags"] & RFLAGS_DF:
+            in_page = PAGE_SIZE - in_page
+        count = max(1, min(in_page, _INS_AHEAD // size, registers["rcx"] & mask))
+        data = self._pio.read_string(port, size, count)
+        if self._observer is not None:
+            self._observer.io(self.index, False, port, size, count, data)
+        values = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
+        self._ahead = values[:0:-1]
+        self._ahead_of = (rip, port, size)
+        return values[0]
+
+    def _port_access(self) -> PortAccess | None:
+        registers, system = self.registers(), self.system_registers()
+        code = read_linear(self._memory, system, linear_ip(registers, system), MAX_INSTRUCTION)
+        return decode_port_access(code, code_bits(registers, system))
+
+    def _leave(self, value: int | None, size: int) -> None:
+        """Finish the port access under way (`value` is what an IN read), and stop behind it.
+
+        String forms go on to the next element instead, which begins a block.
+        """
+        access = self._port_access()
+        if access is None or access.string:
+            return
+        state = self._state
+        state.rip += access.length
+        state.u32[HFLAGS // 4] &= ~HF_INHIBIT_IRQ & 0xFFFF_FFFF
+        if value is not None:
+            keep = 0 if size == 4 else state.u64[0] >> 8 * size << 8 * size
+            state.u64[0] = keep | value
+        self._words[StopWords.STOPPED] = 1
+        self._words[StopWords.LEAVE] = 1
+
+    def _mmio_reader(self, base: int) -> Callable[[int, int, int, int], int]:
+        def read(_uc: int, offset: int, size: int, _data: int) -> int:
+            try:
+                value = self._mmio.read(base + offset, size)
+                if self._observer is not None:
+                    data = value.to_bytes(size, "little")
+                    self._observer.mmio(self.index, False, base + offset, data)
+                return value
+            except BaseException as error:
+                self._fail(error)
+                return 0
+
+        return read
+
+    def _mmio_writer(self, base: int) -> Callable[[int, int, int, int, int], None]:
+        def write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
+            self._write_mmio(base + offset, size, value)
+
+        return write
+
+    def _on_rom_write(
+        self, _uc: int, _type: int, gpa: int, size: int, value: int, _data: int
+    ) -> bool:
+        """A write to a ROM goes to the bus, as with KVM; the engine then drops it."""
+        self._write_mmio(gpa, size, value)
+        return True
+
+    def _write_mmio(self, gpa: int, size: int, value: int) -> None:
+        try:
+            value &= (1 << 8 * size) - 1
+            if self._observer is not None:
+                self._observer.mmio(self.index, True, gpa, value.to_bytes(size, "little"))
+            self._mmio.write(gpa, size, value)
+        except BaseException as error:
+            self._fail(error)
+
+    # Registers.
+
+    def registers(self) -> Registers:
+        return self._state.read_general()
+
+    def set_registers(self, registers: Registers) -> None:
+        self._state.write_general(registers)
+
+    def system_registers(self) -> SystemRegisters:
+        return self._state.read_system()
+
+    def set_system_registers(self, system: SystemRegisters) -> None:
+        self._state.write_system(system)
+        self._library.flush_tlb(self._handle)
+
+    def msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        return {index: self._engine.msr_read(index) for index in indices}
+
+    def set_msrs(self, values: Mapping[int, int]) -> list[int]:
+        for index, value in values.items():
+            self._engine.msr_write(index, value)
+        return []
+
+    def close(self) -> None:
+        if self._callbacks:
+            self._callbacks.clear()
+            self._state.close()
+            self._stubs.close()

@@ -1,0 +1,1 @@
+"""What belongs to a processor architecture, free of any accelerator."""

@@ -1,0 +1,1 @@
+"""x86-64: address layout, registers, segments, page tables."""

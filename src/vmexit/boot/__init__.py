@@ -1,0 +1,1 @@
+"""Boot: putting an image into guest memory, and the registers that it starts with."""

@@ -1,0 +1,90 @@
+"""Reading image files, and telling what is in them."""
+
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from vmexit.core.errors import ImageError
+
+# More than any flat image or firmware; a kernel with its initrd stays below it, too.
+_MAX_SIZE = 4 << 30
+
+_ELF = b"\x7fELF"
+_BZIMAGE_MAGIC = b"HdrS"  # at 0x202 (Linux x86 boot protocol, "The Real-Mode Kernel Header")
+_MULTIBOOT_MAGIC = 0x1BADB002
+_MULTIBOOT2_MAGIC = 0xE85250D6
+
+
+class ImageKind(NamedTuple):
+    """What an image is: a short name, and a sentence about it."""
+
+    name: str
+    description: str
+
+
+def read_image(path: str | os.PathLike[str], *, limit: int = _MAX_SIZE) -> bytes:
+    """The bytes of the file at `path`; ImageError if it cannot be an image of at most `limit`."""
+    name = os.fspath(path)
+    try:
+        # Not blocking: a FIFO without a writer would hold us up for ever.
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        remedy = {
+            errno.ENOENT: "check the path",
+            errno.EACCES: "make it readable, or choose another",
+        }.get(error.errno or 0, "choose another file")
+        raise ImageError(f"cannot read image {name}: {error.strerror}; {remedy}") from error
+    except ValueError as error:  # a NUL byte in the path
+        raise ImageError(f"cannot read image {name!r}: {error}; check the path") from error
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(f"image {name} is a directory; name a file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"image {name} is not a regular file; copy it to one")
+        if status.st_size == 0:
+            raise ImageError(f"image {name} is empty; build it again")
+        if status.st_size > limit:
+            raise ImageError(
+                f"image {name} has {status.st_size} bytes, which is more than {limit}; "
+                "use a smaller one, or more --memory"
+            )
+        try:
+            return file.read()
+        except OSError as error:
+            raise ImageError(f"cannot read image {name}: {error.strerror}") from error
+
+
+def detect(data: bytes) -> ImageKind:
+    """Name what `data` is, by its magic numbers; `flat` if it has none."""
+    if data[:4] == _ELF:
+        bits = {1: "32-bit", 2: "64-bit"}.get(data[4] if len(data) > 4 else 0, "unknown-size")
+        return ImageKind("elf", f"a {bits} ELF file")
+    if data[0x202:0x206] == _BZIMAGE_MAGIC:
+        return ImageKind("bzimage", "a Linux kernel (bzImage)")
+    if _has_multiboot(data, _MULTIBOOT_MAGIC, 8192):
+        return ImageKind("multiboot", "a multiboot 1 kernel")
+    if _has_multiboot(data, _MULTIBOOT2_MAGIC, 32768):
+        return ImageKind("multiboot2", "a multiboot 2 kernel")
+    if data[:2] == b"\x1f\x8b":
+        return ImageKind("gzip", "a gzip file")
+    if len(data) == 512 and data[510:512] == b"\x55\xaa":
+        return ImageKind("boot-sector", "a boot sector; a BIOS loads it at 0x7c00")
+    if len(data) >= 0x10000 and len(data) % 4096 == 0 and data[-16] in (0xE9, 0xEA, 0xEB):
+        return ImageKind("firmware", "a firmware ROM: it has a jump at the reset vector")
+    return ImageKind("flat", "a flat image: code without a header")
+
+
+def _has_multiboot(data: bytes, magic: int, within: int) -> bool:
+    at = -1
+    while True:
+        at = data.find(magic.to_bytes(4, "little"), at + 1, within)
+        if at < 0:
+            return False
+        if at % 4 == 0 and len(data) >= at + 12:
+            words = [int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4, 8, 12)]
+            # The checksum makes the fields before it 0 (multiboot 1: 3.1.2; multiboot 2: 3.1.1).
+            fields = words[:3] if magic == _MULTIBOOT_MAGIC else words
+            if sum(fields) & 0xFFFF_FFFF == 0:
+                return True

@@ -1,0 +1,276 @@
+"""The command: arguments → MachineConfig → Machine."""
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from vmexit.core.errors import ConfigError, VmexitError
+
+if TYPE_CHECKING:
+    from vmexit.core.trace import ExitObserver, ExitStats
+
+_DESCRIPTION = "A virtual machine monitor for x86-64: on KVM, or on an embedded software CPU."
+
+_RUN_EPILOG = """\
+examples:
+  vmexit run guests/hello.bin                        a flat image: loaded at 0, started at 0x1000
+  vmexit run boot.bin --load-address 0x7c00 --entry 0x7c00          a boot sector
+  vmexit run kernel.bin --mode long --log-exits      start in 64-bit mode, one line an exit
+  vmexit run --firmware bios-microvm.bin --debugcon 0x402 --timeout 10
+
+exit status:
+  0 the guest halted, powered off or reset; (value << 1) | 1 for a value written to the
+  debug-exit port; 2 bad arguments, configuration or image; 3 the guest crashed; 4 this host
+  cannot run it; 124 --timeout ran out; 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other error."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    # A reader that goes away (`vmexit run … | head`) ends the command, as it does any filter.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        status: int = arguments.function(arguments)
+    except VmexitError as error:
+        _say(str(error))
+        return error.exit_status
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    return status
+
+
+def _say(text: str) -> None:
+    print(f"vmexit: {text}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vmexit", description=_DESCRIPTION)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.set_defaults(function=lambda arguments: _version_or_help(parser, arguments.version))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_run(commands)
+    doctor = commands.add_parser("doctor", help="tell whether this host can run guests, and how")
+    doctor.set_defaults(function=_doctor)
+    inspect = commands.add_parser(
+        "inspect", help="tell what an image is, and show its first instructions"
+    )
+    inspect.add_argument("image", metavar="IMAGE", help="the file to look at")
+    _add_start(inspect)
+    inspect.set_defaults(function=_inspect)
+    return parser
+
+
+def _version_or_help(parser: argparse.ArgumentParser, version: bool) -> int:
+    if version:
+        from vmexit import __version__
+
+        print(f"vmexit {__version__}")
+        return 0
+    parser.print_help()
+    return 2
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--load-address", metavar="A", type=_number, default=None,
+        help="guest physical address that a flat image is loaded at (default 0x0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--entry", metavar="A", type=_number, default=None,
+        help="address of a flat image's first instruction (default 0x1000); in real mode it is "
+        "the CS base, with IP 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mode", choices=("real", "protected", "long"), default="real",
+        help="CPU mode that a flat image starts in (default real); protected: flat 4 GiB "
+        "segments; long: ring 0, identity-mapped with 2 MiB pages",
+    )  # fmt: skip
+
+
+def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    run = commands.add_parser(
+        "run",
+        help="run a guest",
+        description="Run a flat image or a firmware ROM until it halts.",
+        epilog=_RUN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("image", metavar="IMAGE", nargs="?", help="a flat image: code, no header")
+    run.add_argument(
+        "--accel", choices=("auto", "kvm", "soft"), default="auto",
+        help="what executes the guest (default auto: kvm where it is usable, else soft)",
+    )  # fmt: skip
+    run.add_argument(
+        "--machine", choices=("bare",), default="bare",
+        help="the board (default bare: no interrupt controller, so HLT ends the run)",
+    )  # fmt: skip
+    run.add_argument(
+        "-m", "--memory", metavar="SIZE", default="128M",
+        help="guest RAM: 134217728, 128M, 1G (default 128M)",
+    )  # fmt: skip
+    _add_start(run)
+    run.add_argument(
+        "--firmware", metavar="F",
+        help="a ROM: mapped read-only so that it ends at 4 GiB, its last 128 KiB below 1 MiB, "
+        "too; the vCPU starts at the reset vector",
+    )  # fmt: skip
+    run.add_argument(
+        "--serial", metavar="WHERE", default="stdio",
+        help="a UART at port 0x3f8: stdio (default), null, file:PATH, unix:PATH, tcp:HOST:PORT, "
+        "pty",
+    )  # fmt: skip
+    run.add_argument(
+        "--debugcon", metavar="PORT[=FILE]", type=_port_and_file,
+        help="a debug console at PORT, written to FILE or standard output; firmware logs to 0x402",
+    )  # fmt: skip
+    run.add_argument(
+        "--debug-exit", metavar="PORT", type=_port_or_none, default=0xF4,
+        help="a write to PORT ends the run with status (value << 1) | 1 (default 0xf4; none: "
+        "no such port)",
+    )  # fmt: skip
+    run.add_argument("--log-exits", action="store_true", help="one line an exit on stderr")
+    run.add_argument("--trace", metavar="F", help="write one JSON object an exit, one a line, to F")
+    run.add_argument(
+        "--stats", action="store_true", help="a table of exits by reason and address at the end"
+    )
+    run.add_argument(
+        "--timeout", metavar="SECONDS", type=_seconds, help="end the run after so long, status 124"
+    )
+    run.set_defaults(function=_run)
+
+
+def _number(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; use 4096 or 0x1000")
+    return value
+
+
+def _port(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 0xFFFF:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; use 0 to 0xffff")
+    return value
+
+
+def _port_or_none(text: str) -> int | None:
+    return None if text == "none" else _port(text)
+
+
+def _port_and_file(text: str) -> tuple[int, str]:
+    port, equals, path = text.partition("=")
+    if equals and not path:
+        raise argparse.ArgumentTypeError(f"{text!r} names no file; use PORT or PORT=FILE")
+    return _port(port), path
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; use a number of seconds above 0")
+    return value
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
+    from vmexit.core.trace import ExitStats
+    from vmexit.machine.machine import Machine
+
+    if arguments.image is None and arguments.firmware is None:
+        raise ConfigError("nothing to run; give an IMAGE or --firmware F")
+    with ExitStack() as stack:
+        stats = ExitStats() if arguments.stats else None
+        vm = Machine(
+            arguments.memory,
+            arguments.accel,
+            image=arguments.image,
+            load_address=_or(arguments.load_address, FLAT_LOAD_ADDRESS),
+            entry=_or(arguments.entry, FLAT_ENTRY),
+            mode=arguments.mode,
+            firmware=arguments.firmware,
+            serial=arguments.serial,
+            debugcon=arguments.debugcon,
+            debug_exit=arguments.debug_exit,
+            observer=_observer(arguments, stats, stack),
+        )
+        stack.enter_context(vm)
+        if arguments.accel == "auto":
+            _say(f"accelerator {vm.accel}: {vm.accel_reason}")
+        if vm.serial_where:
+            _say(f"serial port at {vm.serial_where}")
+        try:
+            stop = vm.run(arguments.timeout)
+        finally:
+            if stats is not None:
+                print(stats.table(), file=sys.stderr)
+        if stop.crashed:
+            _say(f"{stop.summary()}\n{stop.dump}")
+        elif stop.status == 124:
+            _say(f"timeout: the guest still ran after {arguments.timeout:g} s")
+        return stop.status & 0xFF
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _observer(
+    arguments: argparse.Namespace, stats: "ExitStats | None", stack: ExitStack
+) -> "ExitObserver | None":
+    from vmexit.core.trace import JsonTrace, Tee, TextLog
+
+    observers: list[ExitObserver] = []
+    if arguments.trace is not None:
+        observers.append(JsonTrace(stack.enter_context(_create(arguments.trace))))
+    if arguments.log_exits:
+        observers.append(TextLog(sys.stderr))
+    if stats is not None:
+        observers.append(stats)
+    if len(observers) == 1:
+        return observers[0]
+    return Tee(observers) if observers else None
+
+
+def _create(path: str) -> TextIO:
+    try:
+        return open(path, "w", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; use another path") from error
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from vmexit.doctor import examine
+
+    usable = False
+    for finding in examine():
+        print(finding.line())
+        usable |= finding.accelerator and finding.ok
+    return 0 if usable else 4
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from vmexit.inspect import describe
+
+    print(describe(arguments.image, arguments.load_address, arguments.entry, arguments.mode))
+    return 0

@@ -1,0 +1,1 @@
+"""What every layer above shares: guest memory, the bus, exit tracing, errors."""

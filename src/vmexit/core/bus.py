@@ -1,0 +1,180 @@
+"""The bus: which device answers at which address. One class serves port I/O and MMIO.
+
+The bus owns what devices should not have to know: their address, accesses wider than they
+implement, string I/O, and what happens where nobody answers (reads give all ones, writes are
+ignored, both are counted).
+"""
+
+import struct
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Protocol
+
+from vmexit.core.errors import ConfigError
+
+Read = Callable[[int, int], int]
+Write = Callable[[int, int, int], None]
+
+# Plain data: numbers, strings, bytes, and lists and dicts of them.
+State = dict[str, object]
+
+_FORMATS = {1: "B", 2: "<%dH", 4: "<%dI"}
+
+
+class Device(Protocol):
+    """The guest side of a device: registers at offsets. It knows neither address nor bus."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Access sizes in bytes that it implements; the bus makes the others from these."""
+        ...
+
+    def read(self, offset: int, size: int) -> int:
+        """The register at `offset`."""
+        ...
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Store `value` in the register at `offset`."""
+        ...
+
+    def reset(self) -> None:
+        """Back to the state after power-on."""
+        ...
+
+    def state(self) -> State:
+        """All guest-visible state, as plain versioned data."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Take over what `state()` gave."""
+        ...
+
+
+class Bus:
+    """An address space of devices.
+
+    Devices are attached and detached while no vCPU runs, or from within an access; look-ups may
+    come from any thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.unclaimed_reads = 0
+        self.unclaimed_writes = 0
+        self._starts: list[int] = []
+        self._ranges: list[tuple[int, int, Device, bool]] = []
+        self._listeners: list[Callable[[], None]] = []
+
+    def attach(self, base: int, size: int, device: Device, *, overhang: bool = False) -> None:
+        """Let `device` answer at `[base, base + size)`. Raises ConfigError on overlap.
+
+        With `overhang`, an access that begins in the range and reaches beyond it is the device's
+        as a whole; without, the bus splits it.
+        """
+        end = base + size
+        for start, stop, other, _ in self._ranges:
+            if base < stop and start < end:
+                raise ConfigError(
+                    f"{self.name} {base:#x}..{end - 1:#x} ({type(device).__name__}) overlaps "
+                    f"{start:#x}..{stop - 1:#x} ({type(other).__name__}); give one another address"
+                )
+        index = bisect_right(self._starts, base)
+        self._starts.insert(index, base)
+        self._ranges.insert(index, (base, end, device, overhang))
+        self._changed()
+
+    def detach(self, base: int) -> None:
+        """Take away the device attached at `base`. Raises ConfigError where there is none."""
+        if base not in self._starts:
+            raise ConfigError(f"nothing is attached to {self.name} {base:#x}")
+        index = self._starts.index(base)
+        del self._starts[index], self._ranges[index]
+        self._changed()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever the answers of `route_read`/`route_write` may differ."""
+        self._listeners.append(listener)
+
+    def devices(self) -> list[tuple[int, int, Device]]:
+        """`(base, size, device)` for each, by address."""
+        return [(base, end - base, device) for base, end, device, _ in self._ranges]
+
+    def read(self, address: int, size: int) -> int:
+        """What the guest reads at `address`."""
+        read, offset = self.route_read(address, size)
+        return read(offset, size)
+
+    def write(self, address: int, size: int, value: int) -> None:
+        """The guest writes `value` at `address`."""
+        write, offset = self.route_write(address, size)
+        write(offset, size, value)
+
+    def read_string(self, address: int, size: int, count: int) -> bytes:
+        """`count` elements of `size` bytes from one port, as INS does."""
+        read, offset = self.route_read(address, size)
+        values = [read(offset, size) for _ in range(count)]
+        return bytes(values) if size == 1 else struct.pack(_FORMATS[size] % count, *values)
+
+    def write_string(self, address: int, size: int, data: bytes) -> None:
+        """The elements of `size` bytes in `data` to one port, as OUTS does."""
+        write, offset = self.route_write(address, size)
+        values = data if size == 1 else struct.unpack(_FORMATS[size] % (len(data) // size), data)
+        for value in values:
+            write(offset, size, value)
+
+    def route_read(self, address: int, size: int) -> tuple[Read, int]:
+        """The function that answers a read, and the offset to give it."""
+        found = self._find(address, size)
+        if found is not None:
+            device, offset = found
+            return device.read, offset
+        return (self._split_read if self._touches(address, size) else self._no_read), address
+
+    def route_write(self, address: int, size: int) -> tuple[Write, int]:
+        """The function that takes a write, and the offset to give it."""
+        found = self._find(address, size)
+        if found is not None:
+            device, offset = found
+            return device.write, offset
+        return (self._split_write if self._touches(address, size) else self._no_write), address
+
+    def _find(self, address: int, size: int) -> tuple[Device, int] | None:
+        index = bisect_right(self._starts, address) - 1
+        if index < 0:
+            return None
+        base, end, device, overhang = self._ranges[index]
+        if address + (1 if overhang else size) > end or size not in device.widths:
+            return None
+        return device, address - base
+
+    def _touches(self, address: int, size: int) -> bool:
+        """Whether a device would answer a part of the access, so that splitting it is worth it."""
+        if size == 1:
+            return False
+        return any(base < address + size and address < end for base, end, _, _ in self._ranges)
+
+    def _split_read(self, address: int, size: int) -> int:
+        low = _half(size)
+        value = self.read(address, low)
+        return value | self.read(address + low, size - low) << 8 * low
+
+    def _split_write(self, address: int, size: int, value: int) -> None:
+        low = _half(size)
+        self.write(address, low, value & (1 << 8 * low) - 1)
+        self.write(address + low, size - low, value >> 8 * low)
+
+    def _no_read(self, address: int, size: int) -> int:
+        self.unclaimed_reads += 1
+        return (1 << 8 * size) - 1
+
+    def _no_write(self, address: int, size: int, value: int) -> None:
+        self.unclaimed_writes += 1
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+
+def _half(size: int) -> int:
+    """The largest power of two below `size`: 8 → 4, 3 → 2, 2 → 1."""
+    return 1 << (size - 1).bit_length() - 1

@@ -1,0 +1,40 @@
+"""Errors: one root; each class says what went wrong and which exit status the command gives it.
+
+A message is one line that names the thing and, after a semicolon, the remedy.
+"""
+
+
+class VmexitError(Exception):
+    """Root of everything that vmexit raises on purpose."""
+
+    exit_status = 1
+
+
+class ConfigError(VmexitError):
+    """The configuration cannot be: a bad size, two devices at one address, …"""
+
+    exit_status = 2
+
+
+class ImageError(VmexitError):
+    """The guest image is missing, unreadable, or does not fit its place."""
+
+    exit_status = 2
+
+
+class GuestCrash(VmexitError):
+    """The guest did something that ends it; the message carries registers and instruction."""
+
+    exit_status = 3
+
+
+class HostError(VmexitError):
+    """This host cannot do it: no accelerator, a failing system call, a file that cannot be used."""
+
+    exit_status = 4
+
+
+class GuestAddressError(VmexitError, IndexError):
+    """A guest physical address (or a part of the range asked for) has no memory behind it."""
+
+    exit_status = 2

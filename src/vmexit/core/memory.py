@@ -1,0 +1,208 @@
+"""Guest physical memory: RAM on a memfd, ROM beside it, reached by guest physical address (GPA).
+
+RAM is one memfd mapped shared, so that another process, or a second mapping, can see the same
+pages. A region is a contiguous range of GPAs over a contiguous range of host virtual addresses.
+"""
+
+import ctypes
+import mmap
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from vmexit.core.errors import ConfigError, GuestAddressError
+
+PAGE_SIZE = 4096
+
+_U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
+
+
+class Region(NamedTuple):
+    """A range of GPAs with memory behind it.
+
+    `hva` is the host virtual address of its first byte; `view` the same bytes, writable by the
+    host even where `readonly` keeps the guest from writing.
+    """
+
+    gpa: int
+    size: int
+    hva: int
+    view: memoryview
+    readonly: bool
+
+    @property
+    def end(self) -> int:
+        """The first GPA behind the region."""
+        return self.gpa + self.size
+
+
+class GuestMemory:
+    """RAM ranges and ROMs of one guest. Slices are views, not copies.
+
+    >>> memory = GuestMemory([(0, 0x10000)])
+    >>> memory.write_u32(0x5000, 0x11223344)
+    >>> bytes(memory[0x5000:0x5002])
+    b'D3'
+    >>> memory.close()
+    """
+
+    def __init__(self, ram: Iterable[tuple[int, int]]) -> None:
+        """Map RAM for each `(gpa, size)`; both multiples of 4096. Raises ConfigError."""
+        ranges = list(ram)
+        for gpa, size in ranges:
+            if size <= 0 or size % PAGE_SIZE or gpa % PAGE_SIZE:
+                raise ConfigError(
+                    f"memory of {size:#x} bytes at {gpa:#x} is not made of whole pages; "
+                    f"use a multiple of {PAGE_SIZE} bytes"
+                )
+        self.regions: list[Region] = []
+        self._starts: list[int] = []
+        self._maps: list[mmap.mmap] = []
+        self._closed = False
+        self.fd = os.memfd_create("vmexit-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, sum(size for _, size in ranges))
+            offset = 0
+            for gpa, size in ranges:
+                self._add(gpa, mmap.mmap(self.fd, size, offset=offset), readonly=False)
+                offset += size
+        except (OSError, OverflowError, ValueError) as error:
+            self.close()
+            raise ConfigError(
+                f"cannot map {sum(size for _, size in ranges)} bytes of guest memory: {error}; "
+                "use a smaller --memory"
+            ) from error
+        except ConfigError:
+            self.close()
+            raise
+
+    def add_rom(self, gpa: int, data: bytes) -> Region:
+        """Put `data` (padded with zeros to whole pages) at `gpa`, read-only for the guest."""
+        size = -(-len(data) // PAGE_SIZE) * PAGE_SIZE
+        pages = mmap.mmap(-1, size)
+        pages[: len(data)] = data
+        return self._add(gpa, pages, readonly=True)
+
+    def _add(self, gpa: int, pages: mmap.mmap, *, readonly: bool) -> Region:
+        self._maps.append(pages)
+        size = len(pages)
+        for other in self.regions:
+            if gpa < other.end and other.gpa < gpa + size:
+                raise ConfigError(
+                    f"memory at {gpa:#x}..{gpa + size - 1:#x} overlaps "
+                    f"{other.gpa:#x}..{other.end - 1:#x}; use a smaller --memory"
+                )
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        region = Region(gpa, size, hva, memoryview(pages), readonly)
+        index = bisect_right(self._starts, gpa)
+        self.regions.insert(index, region)
+        self._starts.insert(index, gpa)
+        return region
+
+    def region(self, gpa: int, size: int = 1) -> Region:
+        """The region that holds all of `[gpa, gpa + size)`. Raises GuestAddressError."""
+        index = bisect_right(self._starts, gpa) - 1
+        if index >= 0 and size >= 0:
+            region = self.regions[index]
+            if gpa + size <= region.end and gpa < region.end:
+                return region
+        if self._closed:
+            raise GuestAddressError("the guest memory is closed; use it before Machine.close()")
+        have = ", ".join(f"{r.gpa:#x}..{r.end - 1:#x}" for r in self.regions)
+        raise GuestAddressError(f"no guest memory at {gpa:#x} for {size} bytes; there is {have}")
+
+    def hva(self, gpa: int) -> int:
+        """The host virtual address behind `gpa` (KVM API 4.35: GPA → HVA is the memory slot's)."""
+        region = self.region(gpa)
+        return region.hva + gpa - region.gpa
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """`size` bytes at `gpa` as a writable view of the guest's own bytes."""
+        region = self.region(gpa, size)
+        start = gpa - region.gpa
+        return region.view[start : start + size]
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """A copy of `size` bytes at `gpa`."""
+        return bytes(self.view(gpa, size))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` to `gpa`."""
+        self.view(gpa, len(data))[:] = data
+
+    def __getitem__(self, key: slice) -> memoryview:
+        """`memory[a:b]`: a view of the bytes at the GPAs from a up to, not including, b."""
+        return self.view(*_span(key))
+
+    def __setitem__(self, key: slice, data: bytes | bytearray | memoryview) -> None:
+        gpa, size = _span(key)
+        if len(data) != size:
+            raise ValueError(f"{len(data)} bytes do not fill the slice of {size}")
+        self.view(gpa, size)[:] = data
+
+    def read_u8(self, gpa: int) -> int:
+        """The byte at `gpa`."""
+        region = self.region(gpa)
+        return region.view[gpa - region.gpa]
+
+    def read_u16(self, gpa: int) -> int:
+        """The little-endian 16-bit value at `gpa`."""
+        return self._unpack(_U16, gpa)
+
+    def read_u32(self, gpa: int) -> int:
+        """The little-endian 32-bit value at `gpa`."""
+        return self._unpack(_U32, gpa)
+
+    def read_u64(self, gpa: int) -> int:
+        """The little-endian 64-bit value at `gpa`."""
+        return self._unpack(_U64, gpa)
+
+    def write_u8(self, gpa: int, value: int) -> None:
+        """Store one byte at `gpa`."""
+        self.write(gpa, bytes((value,)))
+
+    def write_u16(self, gpa: int, value: int) -> None:
+        """Store a little-endian 16-bit value at `gpa`."""
+        self.write(gpa, _U16.pack(value))
+
+    def write_u32(self, gpa: int, value: int) -> None:
+        """Store a little-endian 32-bit value at `gpa`."""
+        self.write(gpa, _U32.pack(value))
+
+    def write_u64(self, gpa: int, value: int) -> None:
+        """Store a little-endian 64-bit value at `gpa`."""
+        self.write(gpa, _U64.pack(value))
+
+    def _unpack(self, layout: struct.Struct, gpa: int) -> int:
+        region = self.region(gpa, layout.size)
+        value: int = layout.unpack_from(region.view, gpa - region.gpa)[0]
+        return value
+
+    def close(self) -> None:
+        """Unmap everything. A slice that somebody still holds keeps just its own pages mapped."""
+        if self._closed:
+            return
+        self._closed = True
+        for region in self.regions:
+            region.view.release()
+        self.regions.clear()
+        self._starts.clear()
+        for pages in self._maps:
+            try:
+                pages.close()
+            except BufferError:  # a view is still held: the last one to go unmaps the pages
+                continue
+        self._maps.clear()
+        os.close(self.fd)
+
+
+def _span(key: slice) -> tuple[int, int]:
+    if not isinstance(key, slice) or key.step is not None:
+        raise TypeError(
+            "guest memory takes a plain slice, memory[gpa:end]; or read_u8(gpa) and so on"
+        )
+    if key.start is None or key.stop is None or key.start < 0 or key.stop < key.start:
+        raise GuestAddressError("a slice of guest memory needs both ends: memory[gpa:end]")
+    return key.start, key.stop - key.start

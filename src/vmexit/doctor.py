@@ -1,0 +1,137 @@
+"""Can this host run guests, with what, and what to do where it cannot."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmexit.core.errors import HostError
+
+if TYPE_CHECKING:
+    from vmexit.accel.kvm.system import System
+
+# Without the first, guests do not run at all; without the others, some things do not work.
+_WANTED = {
+    "KVM_CAP_USER_MEMORY": "guest memory",
+    "KVM_CAP_IMMEDIATE_EXIT": "interrupting a vCPU",
+    "KVM_CAP_READONLY_MEM": "--firmware",
+    "KVM_CAP_SET_TSS_ADDR": "real mode on older Intel processors",
+    "KVM_CAP_SET_IDENTITY_MAP_ADDR": "real mode on older Intel processors",
+    "KVM_CAP_IRQCHIP": "an interrupt controller in the kernel",
+    "KVM_CAP_IRQFD": "interrupts without a system call",
+    "KVM_CAP_IOEVENTFD": "device notifications without an exit",
+    "KVM_CAP_DIRTY_LOG_RING": "fast tracking of changed pages",
+    "KVM_CAP_SYNC_REGS": "registers without a system call",
+}
+
+
+class Finding(NamedTuple):
+    """One thing looked at. `accelerator` marks those that decide whether guests can run."""
+
+    ok: bool
+    what: str
+    remedy: str = ""
+    accelerator: bool = False
+
+    def line(self) -> str:
+        """For people."""
+        return f"[{'ok' if self.ok else '--'}] {self.what}" + (
+            f"; {self.remedy}" if self.remedy else ""
+        )
+
+
+def examine() -> Iterator[Finding]:
+    """Look at KVM, then at the software CPU."""
+    yield from _examine_kvm()
+    yield from _examine_soft()
+
+
+def _examine_kvm() -> Iterator[Finding]:
+    from vmexit.abi import kvm_caps
+    from vmexit.accel.kvm.system import System
+
+    try:
+        system = System()
+    except HostError as error:
+        what, _, remedy = str(error).partition("; ")
+        yield Finding(False, f"kvm: {what}", remedy, accelerator=True)
+        return
+    with system:
+        try:
+            _try_vm(system)
+        except HostError as error:
+            what, _, remedy = str(error).partition("; ")
+            yield Finding(False, f"kvm: {what}", remedy, accelerator=True)
+            return
+        yield Finding(
+            True, f"kvm: {system.path} opens, speaks API version 12 and makes VMs", "",
+            accelerator=True,
+        )  # fmt: skip
+        modules = [
+            m for m in ("kvm_intel", "kvm_amd", "kvm_pvm") if Path("/sys/module", m).exists()
+        ]
+        yield Finding(True, f"kvm: module {', '.join(modules) or 'built in, or not visible'}")
+        if _in_a_vm():
+            yield Finding(
+                True,
+                "kvm: this host is itself a virtual machine, so KVM is nested",
+                "exits cost more than on hardware, and some instructions may not be emulated",
+            )
+        for name, use in _WANTED.items():
+            has = system.check_extension(kvm_caps.CAPABILITIES[name])
+            if has:
+                yield Finding(True, f"kvm: {name} ({use})")
+            else:
+                yield Finding(False, f"kvm: {name} ({use}) is missing", "use a newer kernel")
+        present = [n for n, c in kvm_caps.CAPABILITIES.items() if system.check_extension(c)]
+        yield Finding(True, f"kvm: {len(present)} of {len(kvm_caps.CAPABILITIES)} capabilities")
+
+
+def _try_vm(system: "System") -> None:
+    from vmexit.core.bus import Bus
+    from vmexit.core.memory import PAGE_SIZE, GuestMemory
+
+    memory = GuestMemory([(0, PAGE_SIZE)])
+    try:
+        with system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
+            vm.create_vcpu(0)
+    finally:
+        memory.close()
+
+
+def _in_a_vm() -> bool:
+    try:
+        return " hypervisor" in Path("/proc/cpuinfo").read_text("ascii", "replace")
+    except OSError:
+        return False
+
+
+def _examine_soft() -> Iterator[Finding]:
+    from vmexit.accel.soft.engine import SoftAccelerator
+    from vmexit.core.bus import Bus
+    from vmexit.core.memory import PAGE_SIZE, GuestMemory
+
+    if os.uname().machine != "x86_64":
+        yield Finding(
+            False,
+            f"soft: this host is {os.uname().machine}",
+            "use an x86-64 host",
+            accelerator=True,
+        )
+        return
+    memory = GuestMemory([(0, PAGE_SIZE)])
+    try:
+        vm = SoftAccelerator().create_vm(memory, Bus("port"), Bus("MMIO"))
+        try:
+            vm.create_vcpu(0)
+        finally:
+            vm.close()
+    except HostError as error:
+        what, _, remedy = str(error).partition("; ")
+        yield Finding(False, f"soft: {what}", remedy, accelerator=True)
+        return
+    finally:
+        memory.close()
+    yield Finding(
+        True, "soft: Unicorn 2.1.4 is there and its CPU state is as expected", accelerator=True
+    )

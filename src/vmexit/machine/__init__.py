@@ -1,0 +1,1 @@
+"""Machines: config → builder → machine."""

@@ -1,0 +1,88 @@
+"""The configuration of a machine: frozen data, valid once it exists."""
+
+import os
+from dataclasses import dataclass
+
+from vmexit.arch.x86.layout import (
+    COM1_PORT,
+    FLAT_ENTRY,
+    FLAT_LOAD_ADDRESS,
+    MMIO_HOLE_END,
+    PHYSICAL_END,
+)
+from vmexit.boot.flat import MODES
+from vmexit.core.errors import ConfigError
+from vmexit.core.memory import PAGE_SIZE
+
+ACCELERATORS = ("auto", "kvm", "soft")
+
+DEFAULT_MEMORY = 128 << 20
+DEFAULT_DEBUG_EXIT = 0xF4
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `134217728`, `0x8000000`, `128M` or `1G`. Raises ConfigError."""
+    if isinstance(text, int):
+        return text
+    digits = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = digits[-1:] if digits[-1:] in _UNITS and not digits.startswith("0X") else ""
+    try:
+        return int(digits.removesuffix(unit), 0) * _UNITS[unit]
+    except ValueError:
+        raise ConfigError(f"{text!r} is no size; use bytes, or 512K, 128M, 1G") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineConfig:
+    """What to build. Sizes and addresses in bytes. Raises ConfigError for what cannot be."""
+
+    memory: int = DEFAULT_MEMORY
+    accel: str = "auto"
+    image: str | os.PathLike[str] | None = None
+    load_address: int = FLAT_LOAD_ADDRESS
+    entry: int = FLAT_ENTRY
+    mode: str = "real"
+    firmware: str | os.PathLike[str] | None = None
+    serial: str | None = None
+    debugcon: tuple[int, str] | None = None
+    debug_exit: int | None = DEFAULT_DEBUG_EXIT
+
+    def __post_init__(self) -> None:
+        if self.accel not in ACCELERATORS:
+            raise ConfigError(f"there is no accelerator {self.accel!r}; use auto, kvm or soft")
+        if self.mode not in MODES:
+            raise ConfigError(f"there is no CPU mode {self.mode!r}; use real, protected or long")
+        if self.image is not None and self.firmware is not None:
+            raise ConfigError("an image and --firmware both want to start; give one of them")
+        self._check_memory()
+        for name, address in (("load address", self.load_address), ("entry", self.entry)):
+            if not 0 <= address < PHYSICAL_END:
+                raise ConfigError(
+                    f"{name} {address:#x} is no guest physical address; use a lower one"
+                )
+        ports = [("serial", COM1_PORT)] if self.serial is not None else []
+        if self.debugcon is not None:
+            ports.append(("--debugcon", self.debugcon[0]))
+        if self.debug_exit is not None:
+            ports.append(("--debug-exit", self.debug_exit))
+        for name, port in ports:
+            if not 0 <= port <= 0xFFFF:
+                raise ConfigError(f"{name}: {port:#x} is no port; use 0 to 0xffff")
+
+    def _check_memory(self) -> None:
+        size = self.memory
+        if size <= 0:
+            raise ConfigError(f"memory of {size} bytes cannot hold a guest; use --memory 128M")
+        if size % PAGE_SIZE:
+            raise ConfigError(
+                f"memory of {size} bytes is not made of whole {PAGE_SIZE}-byte pages; "
+                f"use --memory {max(1, round(size / PAGE_SIZE)) * PAGE_SIZE}"
+            )
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if size > host or size > PHYSICAL_END - MMIO_HOLE_END:
+            raise ConfigError(
+                f"memory of {size} bytes is more than this host has ({host} bytes); "
+                "use a smaller --memory"
+            )

@@ -1,0 +1,334 @@
+"""`Machine`: a virtual machine that a Python program holds."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vmexit.accel.base import Vcpu
+from vmexit.arch.x86.code import dump, next_instruction
+from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
+from vmexit.arch.x86.paging import translate
+from vmexit.arch.x86.registers import GENERAL, Segment, SystemRegisters, Table
+from vmexit.boot import flat
+from vmexit.boot.image import read_image
+from vmexit.core.errors import ConfigError, VmexitError
+from vmexit.core.memory import GuestMemory
+from vmexit.core.trace import ExitObserver
+from vmexit.machine import builder
+from vmexit.machine.config import (
+    DEFAULT_DEBUG_EXIT,
+    DEFAULT_MEMORY,
+    MachineConfig,
+    parse_size,
+)
+from vmexit.machine.hooks import Hook, ReadHook, WriteHook
+from vmexit.machine.runner import Runner, StopRequest
+from vmexit.machine.stop import Stop, StopReason
+
+
+class RegisterView:
+    """The registers of a vCPU by name: read and write `rax`, `rip`, `cr3`, `cs`, `gdt`, …
+
+    64-bit values; a segment is a `Segment`, a descriptor table a `Table`. Only while the vCPU
+    does not run, or from within one of its own accesses; VmexitError otherwise.
+    """
+
+    __slots__ = ("_machine", "_vcpu")
+    _machine: "Machine"
+    _vcpu: Vcpu
+
+    if TYPE_CHECKING:
+        rax: int
+        rbx: int
+        rcx: int
+        rdx: int
+        rsi: int
+        rdi: int
+        rsp: int
+        rbp: int
+        r8: int
+        r9: int
+        r10: int
+        r11: int
+        r12: int
+        r13: int
+        r14: int
+        r15: int
+        rip: int
+        rflags: int
+        cs: Segment
+        ds: Segment
+        es: Segment
+        fs: Segment
+        gs: Segment
+        ss: Segment
+        tr: Segment
+        ldt: Segment
+        gdt: Table
+        idt: Table
+        cr0: int
+        cr2: int
+        cr3: int
+        cr4: int
+        cr8: int
+        efer: int
+
+    def __init__(self, machine: "Machine", vcpu: Vcpu) -> None:
+        object.__setattr__(self, "_machine", machine)
+        object.__setattr__(self, "_vcpu", vcpu)
+
+    def __getattr__(self, name: str) -> int | Segment | Table:
+        self._machine._require_still()
+        if name in GENERAL:
+            return self._vcpu.registers()[name]
+        if name in SystemRegisters._fields:
+            value: int | Segment | Table = getattr(self._vcpu.system_registers(), name)
+            return value
+        raise AttributeError(f"there is no register {name!r}")
+
+    def __setattr__(self, name: str, value: int | Segment | Table) -> None:
+        self._machine._require_still()
+        if name in GENERAL and isinstance(value, int):
+            self._vcpu.set_registers(self._vcpu.registers() | {name: value & 0xFFFF_FFFF_FFFF_FFFF})
+        elif name in SystemRegisters._fields:
+            system = self._vcpu.system_registers()
+            fields = system._asdict()
+            if type(value) is not type(fields[name]):
+                raise TypeError(f"{name} takes a {type(fields[name]).__name__}")
+            self._vcpu.set_system_registers(SystemRegisters(**(fields | {name: value})))
+        else:
+            raise AttributeError(f"there is no register {name!r} for {value!r}")
+
+    def __dir__(self) -> list[str]:
+        return [*GENERAL, *SystemRegisters._fields]
+
+    def as_dict(self) -> dict[str, int | Segment | Table]:
+        """All registers by name."""
+        self._machine._require_still()
+        return {**self._vcpu.registers(), **self._vcpu.system_registers()._asdict()}
+
+
+class MachineVcpu:
+    """One vCPU of a machine."""
+
+    def __init__(self, machine: "Machine", vcpu: Vcpu) -> None:
+        self.index = vcpu.index
+        self.regs = RegisterView(machine, vcpu)
+
+
+class Machine:
+    """A virtual machine: guest memory, vCPUs, devices. Paused until `run()`.
+
+    >>> with Machine(memory="1M", accel="auto") as vm:
+    ...     vm.load_bytes(b"\\xb0\\x2a\\xe6\\x10\\xf4", at=0x1000)  # mov al, 42; out 0x10, al; hlt
+    ...     vm.on_pio(0x10, write=lambda a: print(a.value))
+    ...     vm.run(timeout=5).reason
+    42
+    <StopReason.HALT: 'halt'>
+    """
+
+    def __init__(
+        self,
+        memory: int | str = DEFAULT_MEMORY,
+        accel: str = "auto",
+        *,
+        image: str | os.PathLike[str] | None = None,
+        load_address: int = FLAT_LOAD_ADDRESS,
+        entry: int = FLAT_ENTRY,
+        mode: str = "real",
+        firmware: str | os.PathLike[str] | None = None,
+        serial: str | None = None,
+        debugcon: tuple[int, str] | None = None,
+        debug_exit: int | None = DEFAULT_DEBUG_EXIT,
+        observer: ExitObserver | None = None,
+    ) -> None:
+        """Build it; nothing runs yet.
+
+        `memory` is a size (`"128M"`, bytes); `accel` is `auto`, `kvm` or `soft`. A flat `image`
+        is loaded at `load_address`, and vCPU 0 starts at `entry` in CPU mode `mode` (`real`,
+        `protected`, `long`); `firmware` is a ROM that starts at the reset vector instead.
+        `serial` puts a UART at port 0x3f8 (`stdio`, `null`, `file:PATH`, `unix:PATH`,
+        `tcp:HOST:PORT`, `pty`), `debugcon` a debug console (port, and the path of a file or ""
+        for standard output); `debug_exit` is the port that ends a run, None for no such port.
+        `observer` is told of every exit.
+
+        Raises ConfigError, ImageError, or HostError where no accelerator is usable.
+        """
+        self.config = MachineConfig(
+            memory=parse_size(memory),
+            accel=accel,
+            image=image,
+            load_address=load_address,
+            entry=entry,
+            mode=mode,
+            firmware=firmware,
+            serial=serial,
+            debugcon=debugcon,
+            debug_exit=debug_exit,
+        )
+        self._closed = False
+        self._loaded = image is not None or firmware is not None
+        self._request = StopRequest()
+        self._parts = parts = builder.build(self.config, self._request, observer)
+        self._runner = Runner(parts.vcpus, self._request)
+        self._observer = observer
+        self.vcpus: Sequence[MachineVcpu] = [MachineVcpu(self, vcpu) for vcpu in parts.vcpus]
+
+    @property
+    def accel(self) -> str:
+        """The accelerator in use, `kvm` or `soft`."""
+        return self._parts.accel
+
+    @property
+    def accel_reason(self) -> str:
+        """Why it is that one."""
+        return self._parts.why
+
+    @property
+    def serial_where(self) -> str:
+        """How to reach the serial port, for a pseudo-terminal or a socket; else empty."""
+        return self._parts.serial
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest physical memory: `vm.memory[gpa:end]`, `vm.memory.read_u32(gpa)`, …"""
+        return self._parts.memory
+
+    @property
+    def running(self) -> bool:
+        """Whether a `run()` is under way."""
+        return self._runner.busy
+
+    @property
+    def unclaimed(self) -> int:
+        """How many accesses no device answered: reads gave all ones, writes went nowhere."""
+        buses = (self._parts.pio, self._parts.mmio)
+        return sum(bus.unclaimed_reads + bus.unclaimed_writes for bus in buses)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        at: int = FLAT_ENTRY,
+        *,
+        entry: int | None = None,
+        mode: str | None = None,
+    ) -> None:
+        """Put the file at `path` into memory at GPA `at`; see `load_bytes`."""
+        self.load_bytes(read_image(path, limit=self.config.memory), at, entry=entry, mode=mode)
+
+    def load_bytes(
+        self,
+        data: bytes | bytearray | memoryview,
+        at: int = FLAT_ENTRY,
+        *,
+        entry: int | None = None,
+        mode: str | None = None,
+    ) -> None:
+        """Put `data` into memory at GPA `at`.
+
+        vCPU 0 starts at the first thing loaded, at its first byte; `entry` or `mode` say
+        otherwise, then or later. Raises ImageError if it does not fit.
+        """
+        self._require_still()
+        raw = bytes(data)
+        flat.load(self.memory, raw, at)
+        if self._loaded and entry is None and mode is None:
+            return
+        mode = self.config.mode if mode is None else mode
+        if mode not in flat.MODES:
+            raise ConfigError(f"there is no CPU mode {mode!r}; use real, protected or long")
+        start = at if entry is None else entry
+        first = flat.start(self.memory, start, mode, range(at, at + len(raw)))
+        vcpu = self._parts.vcpus[0]
+        vcpu.set_system_registers(first.system)
+        vcpu.set_registers(first.registers)
+        self._loaded = True
+
+    def on_pio(
+        self,
+        port: int,
+        *,
+        read: ReadHook | None = None,
+        write: WriteHook | None = None,
+        count: int = 1,
+    ) -> None:
+        """Call back when the guest accesses one of `count` ports from `port` on.
+
+        `write` gets an `Access` with the value; `read` gets one, too, and returns what the guest
+        reads. Raises ConfigError where another device has the port.
+        """
+        self._require_still()
+        if not 0 <= port <= port + count - 1 <= 0xFFFF:
+            raise ConfigError(f"ports {port:#x}+{count} are not within 0 to 0xffff")
+        self._parts.pio.attach(port, count, Hook(port, read, write), overhang=True)
+
+    def on_mmio(
+        self,
+        gpa: int,
+        size: int,
+        *,
+        read: ReadHook | None = None,
+        write: WriteHook | None = None,
+    ) -> None:
+        """Call back when the guest accesses `[gpa, gpa + size)`, where there is no RAM."""
+        self._require_still()
+        for region in self.memory.regions:
+            if gpa < region.end and region.gpa < gpa + size and not region.readonly:
+                raise ConfigError(
+                    f"MMIO {gpa:#x}..{gpa + size - 1:#x} lies in RAM, which answers first; use an "
+                    f"address from {region.end:#x} on, or less memory"
+                )
+        self._parts.mmio.attach(gpa, size, Hook(gpa, read, write), overhang=True)
+
+    def run(self, timeout: float | None = None) -> Stop:
+        """Run the guest until it stops, `stop()` is called, or `timeout` seconds have passed.
+
+        Returns why. What a callback raises is raised here; so is KeyboardInterrupt. In every case
+        the machine is paused afterwards, at the end of an instruction, and can go on.
+        """
+        self._require_open()
+        stop = self._runner.run(timeout)
+        if stop.crashed:
+            stop = stop._replace(dump=self.dump(stop.vcpu))
+        return stop
+
+    def stop(self) -> bool:
+        """Make the `run()` under way return, from any thread or callback; False without one."""
+        return self._request(Stop(StopReason.STOPPED))
+
+    def translate(self, gva: int, vcpu: int = 0) -> int | None:
+        """The GPA of guest virtual address `gva` by the page tables of `vcpu`; None if unmapped.
+
+        From a GPA, `memory.hva(gpa)` leads on to the host virtual address.
+        """
+        self._require_still()
+        return translate(self.memory, self._parts.vcpus[vcpu].system_registers(), gva)
+
+    def dump(self, vcpu: int = 0) -> str:
+        """All registers and the next instruction, as text."""
+        self._require_still()
+        registers = self._parts.vcpus[vcpu].registers()
+        system = self._parts.vcpus[vcpu].system_registers()
+        return dump(registers, system, next_instruction(self.memory, registers, system)[1])
+
+    def close(self) -> None:
+        """Stop it and free everything; the machine is of no use afterwards."""
+        if not self._closed:
+            self._runner.close()
+            self._closed = True
+            self._parts.closer.close()
+
+    def __enter__(self) -> "Machine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise VmexitError("this machine is closed; make a new one")
+
+    def _require_still(self) -> None:
+        self._require_open()
+        if self._runner.busy and not self._runner.in_vcpu_thread():
+            raise VmexitError("this machine runs; stop() it first, or do it in a callback")
