@@ -22,7 +22,7 @@ from vmexit.arch.x86.registers import (
     SystemRegisters,
     Table,
 )
-from vmexit.arch.x86.segments import attributes, from_attributes
+from vmexit.arch.x86.segments import TSS_BUSY_BIT, attributes, from_attributes
 from vmexit.core.errors import HostError
 
 # Byte offsets in CPUX86State. A segment cache is: selector (u32), base (u64 at 8), limit (u32 at
@@ -110,6 +110,9 @@ class CpuState:
             )
             for at in (SEGMENT[name] for name in SEGMENTS)
         ]
+        # LTR makes the TSS busy (SDM vol. 2), which QEMU notes in memory only.
+        task = SEGMENTS.index("tr")
+        segments[task] = segments[task]._replace(type=segments[task].type | TSS_BUSY_BIT)
         tables = [
             Table(u64[(at + 8) // 8], u32[(at + 16) // 4])
             for at in (TABLE[name] for name in TABLES)

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from vmexit.core.errors import HostError
+
 UNICORN_VERSION = "2.1.4"
 
 # uc_ctl() requests without arguments: the number, and "write" in the two highest bits.
@@ -77,9 +79,13 @@ class Library:
         self.get_cpu = self.cdll.qemu_get_cpu_x86_64
         self.get_cpu.restype = ctypes.c_void_p
         self.get_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        # A MemoryRegion by guest physical address.
+        self.find_region = self.cdll.find_memory_mapping_x86_64
+        self.find_region.restype = ctypes.c_void_p
+        self.find_region.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
         # Variadic in C; the one argument that may follow is an int.
-        self.hook_add = self.cdll.uc_hook_add
-        self.hook_add.argtypes = [
+        self._hook_add = self.cdll.uc_hook_add
+        self._hook_add.argtypes = [
             ctypes.c_void_p,
             ctypes.POINTER(ctypes.c_size_t),
             ctypes.c_int,
@@ -112,6 +118,24 @@ class Library:
 
         self.ctl = self.cdll.uc_ctl
         self.ctl.argtypes = [ctypes.c_void_p, ctypes.c_int]
+
+    def hook(
+        self,
+        engine: int,
+        kind: int,
+        function: int,
+        *,
+        begin: int = 1,
+        end: int = 0,
+        instruction: int = 0,
+    ) -> None:
+        """Have `function` called; begin > end means at every address. Raises HostError."""
+        handle = ctypes.c_size_t()
+        error = self._hook_add(
+            engine, ctypes.byref(handle), kind, function, None, begin, end, instruction
+        )
+        if error:
+            raise HostError(f"Unicorn refused hook {kind} (error {error}); use --accel kvm")
 
     def flush_translations(self, engine: int) -> None:
         """Forget all translated code: memory may have changed under it."""
@@ -197,6 +221,18 @@ class Stubs:
             + b"\x48\xbf" + _quad(self._cpu)  # mov rdi, cpu
             + b"\x48\xb8" + _quad(self._loop_exit)  # mov rax, cpu_loop_exit
             + b"\xff\xd0"  # call rax: does not return
+        )  # fmt: skip
+
+    def unaligned_hook(self, callback: int) -> int:
+        """A memory hook: handled, and for an access that is not aligned `callback` says so."""
+        return self._emit(
+            b"\x8d\x41\xff"  # lea eax, [rcx - 1]: the size is in ecx
+            + b"\x85\xc2"  # test edx, eax: the address is in rdx
+            + b"\x75\x03"  # jne +3
+            + b"\xb0\x01"  # mov al, 1
+            + b"\xc3"  # ret
+            + b"\x48\xb8" + _quad(callback)  # mov rax, callback
+            + b"\xff\xe0"  # jmp rax
         )  # fmt: skip
 
     def seal(self) -> None:

@@ -1,6 +1,5 @@
 """The vCPU of a Unicorn engine: hooks that answer its I/O, and the loop around `uc_emu_start`."""
 
-import ctypes
 from collections.abc import Callable, Iterable, Mapping
 
 from vmexit.accel.base import Exit, ExitReason
@@ -12,14 +11,12 @@ from vmexit.accel.soft.cpu_state import (
     OLD_EXCEPTION,
     CpuState,
 )
+from vmexit.accel.soft.mmio import Mmio
 from vmexit.accel.soft.native import (
     Engine,
     InCallback,
     InterruptCallback,
     Library,
-    MemoryCallback,
-    MmioReadCallback,
-    MmioWriteCallback,
     OutCallback,
     StopWords,
     Stubs,
@@ -33,9 +30,15 @@ from vmexit.arch.x86.code import (
     next_instruction,
     read_linear,
 )
-from vmexit.arch.x86.registers import CR0_PE, EFER_LMA, RFLAGS_DF, Registers, SystemRegisters
+from vmexit.arch.x86.registers import (
+    CR0_PE,
+    EFER_LMA,
+    RFLAGS_DF,
+    RFLAGS_RF,
+    Registers,
+    SystemRegisters,
+)
 from vmexit.core.bus import Bus
-from vmexit.core.errors import HostError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 from vmexit.core.trace import ExitObserver
 
@@ -47,7 +50,7 @@ _EXCEPTION_NAMES = {
     0: "#DE", 1: "#DB", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS",
     11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM",
 }  # fmt: skip
-_UNDEFINED_OPCODE = 6
+_DEBUG, _UNDEFINED_OPCODE = 1, 6
 
 _MAX_PLAIN_IN = 4096
 
@@ -74,7 +77,6 @@ class SoftVcpu:
         self._handle = engine._uch.value or 0
         self._memory = memory
         self._pio = pio
-        self._mmio = mmio
         self._observer = observer
         engine.reg_read(x86_const.UC_X86_REG_RAX)  # the engine makes its CPU at the first use
         cpu: int = library.get_cpu(self._handle, -1)
@@ -88,6 +90,7 @@ class SoftVcpu:
         self._state = CpuState(engine, cpu, ids)
         self._stubs = Stubs(library, self._handle, cpu)
         self._words = self._stubs.view
+        self._mmio = Mmio(library, self._handle, index, mmio, observer, self._fail)
         # What must outlive this call: C holds the addresses of these.
         self._callbacks: list[object] = []
         # The first thing that went wrong inside a callback, where no exception can pass.
@@ -102,33 +105,23 @@ class SoftVcpu:
         import unicorn
         from unicorn import x86_const
 
-        instruction = unicorn.UC_HOOK_INSN
+        hook, engine = self._library.hook, self._handle
         out_stub = self._stubs.port_hook(self._c(OutCallback(self._on_out)))
         in_stub = self._stubs.port_hook(self._c(InCallback(self._on_in)))
-        self._hook(instruction, out_stub, x86_const.UC_X86_INS_OUT)
-        self._hook(instruction, in_stub, x86_const.UC_X86_INS_IN)
-        self._hook(unicorn.UC_HOOK_BLOCK, self._stubs.block_hook())
-        self._hook(unicorn.UC_HOOK_INTR, self._c(InterruptCallback(self._on_exception)))
-        self._hook(unicorn.UC_HOOK_MEM_WRITE_PROT, self._c(MemoryCallback(self._on_rom_write)))
-        self._stubs.seal()
+        hook(engine, unicorn.UC_HOOK_INSN, out_stub, instruction=x86_const.UC_X86_INS_OUT)
+        hook(engine, unicorn.UC_HOOK_INSN, in_stub, instruction=x86_const.UC_X86_INS_IN)
+        hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.block_hook())
+        hook(engine, unicorn.UC_HOOK_INTR, self._c(InterruptCallback(self._on_exception)))
         for gpa, size in holes:
-            read = self._c(MmioReadCallback(self._mmio_reader(gpa)))
-            write = self._c(MmioWriteCallback(self._mmio_writer(gpa)))
-            if self._library.mmio_map(self._handle, gpa, size, read, None, write, None):
-                raise HostError(f"Unicorn refused MMIO at {gpa:#x} for {size:#x} bytes")
+            self._mmio.add_hole(gpa, size, self._stubs)
+        for region in self._memory.regions:
+            if region.readonly:
+                self._mmio.add_rom(region)
+        self._stubs.seal()
 
     def _c(self, callback: Callable[..., object]) -> int:
         self._callbacks.append(callback)
         return address_of(callback)
-
-    def _hook(self, kind: int, function: int, instruction: int = 0) -> None:
-        handle = ctypes.c_size_t()
-        # An empty range, begin > end, means everywhere.
-        error = self._library.hook_add(
-            self._handle, ctypes.byref(handle), kind, function, None, 1, 0, instruction
-        )
-        if error:
-            raise HostError(f"Unicorn refused hook {kind} (error {error}); use --accel kvm")
 
     # Running.
 
@@ -191,7 +184,10 @@ class SoftVcpu:
         if software:
             # RIP is behind the INT; a fault in its delivery points at it (SDM vol. 3, 6.12).
             registers["rip"] -= self._software_interrupt_length(registers, system)
-            self._state.rip = registers["rip"]
+        elif vector != _DEBUG:
+            # What the processor does before it delivers a fault (SDM vol. 3, 18.3.1.1).
+            registers["rflags"] |= RFLAGS_RF
+        self.set_registers(registers)
         _, instruction = next_instruction(self._memory, registers, system)
         name = _EXCEPTION_NAMES.get(vector, f"interrupt {vector:#x}")
         what = f"{name} (error code {error_code:#x}) at rip {registers['rip']:#x}: {instruction}"
@@ -323,42 +319,6 @@ class SoftVcpu:
         self._words[StopWords.STOPPED] = 1
         self._words[StopWords.LEAVE] = 1
 
-    def _mmio_reader(self, base: int) -> Callable[[int, int, int, int], int]:
-        def read(_uc: int, offset: int, size: int, _data: int) -> int:
-            try:
-                value = self._mmio.read(base + offset, size)
-                if self._observer is not None:
-                    data = value.to_bytes(size, "little")
-                    self._observer.mmio(self.index, False, base + offset, data)
-                return value
-            except BaseException as error:
-                self._fail(error)
-                return 0
-
-        return read
-
-    def _mmio_writer(self, base: int) -> Callable[[int, int, int, int, int], None]:
-        def write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
-            self._write_mmio(base + offset, size, value)
-
-        return write
-
-    def _on_rom_write(
-        self, _uc: int, _type: int, gpa: int, size: int, value: int, _data: int
-    ) -> bool:
-        """A write to a ROM goes to the bus, as with KVM; the engine then drops it."""
-        self._write_mmio(gpa, size, value)
-        return True
-
-    def _write_mmio(self, gpa: int, size: int, value: int) -> None:
-        try:
-            value &= (1 << 8 * size) - 1
-            if self._observer is not None:
-                self._observer.mmio(self.index, True, gpa, value.to_bytes(size, "little"))
-            self._mmio.write(gpa, size, value)
-        except BaseException as error:
-            self._fail(error)
-
     # Registers.
 
     def registers(self) -> Registers:
@@ -385,5 +345,6 @@ class SoftVcpu:
     def close(self) -> None:
         if self._callbacks:
             self._callbacks.clear()
+            self._mmio.close()
             self._state.close()
             self._stubs.close()

@@ -20,7 +20,7 @@ CR0_NW_CD = 0b11 << 29
 CR4_PSE, CR4_PAE, CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
 EFER_LME, EFER_LMA = 1 << 8, 1 << 10
 RFLAGS_FIXED = 1 << 1
-RFLAGS_IF, RFLAGS_DF, RFLAGS_VM = 1 << 9, 1 << 10, 1 << 17
+RFLAGS_IF, RFLAGS_DF, RFLAGS_RF, RFLAGS_VM = 1 << 9, 1 << 10, 1 << 16, 1 << 17
 
 
 class Segment(NamedTuple):

@@ -20,6 +20,7 @@ from vmexit.arch.x86.registers import (
 
 CODE, DATA = 0xB, 0x3  # execute/read and read/write, both accessed (SDM vol. 3, table 3-1)
 TSS_BUSY, LDT = 0xB, 0x2  # system segments (table 3-2)
+TSS_BUSY_BIT = 0x2
 
 CODE32_SELECTOR, DATA_SELECTOR, CODE64_SELECTOR = 0x08, 0x10, 0x18
 
