@@ -1,0 +1,36 @@
+# Prints "Hello from long mode!" on the serial port, waiting before each byte until the port can
+# take it, then halts. Proves that 64-bit code runs and that port I/O reaches a device.
+# mode: long
+
+    .intel_syntax noprefix
+    .code64
+
+    .set COM1, 0x3f8
+    .set LINE_STATUS, COM1 + 5
+    .set CAN_TRANSMIT, 0x20
+
+    .globl start
+start:
+    mov esi, offset message
+next:
+    lodsb
+    cmp al, 0
+    je done
+    mov ah, al
+    mov dx, LINE_STATUS
+poll:
+    in al, dx
+    test al, CAN_TRANSMIT
+    jz poll
+    mov al, ah
+    mov dx, COM1
+    out dx, al
+    jmp next
+done:
+    cmp al, al                      # leaves every flag defined
+halt:
+    hlt
+    jmp halt
+
+message:
+    .asciz "Hello from long mode!\n"

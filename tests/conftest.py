@@ -1,0 +1,69 @@
+"""What all tests share: the accelerators of this machine, and a check that nothing is left open."""
+
+import gc
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_covered: Counter[str] = Counter()
+
+
+def have_kvm() -> bool:
+    """Whether /dev/kvm is there. Whether it works is for the tests to say."""
+    return Path("/dev/kvm").exists()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("accel") == "kvm":
+            item.add_marker(pytest.mark.kvm)
+        if item.get_closest_marker("kvm") and not have_kvm():
+            item.add_marker(pytest.mark.skip(reason="no /dev/kvm on this machine"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.outcome != "skipped":
+        for name in ("kvm", "soft"):
+            if name in report.keywords or f"[{name}" in report.nodeid:
+                _covered[name] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    runs = ", ".join(f"{name} ({_covered[name]} tests)" for name in ("kvm", "soft"))
+    terminalreporter.write_line(f"accelerators covered: {runs}")
+
+
+@pytest.fixture(params=["kvm", "soft"])
+def accel(request: pytest.FixtureRequest) -> str:
+    """The test runs once on each accelerator."""
+    name: str = request.param
+    return name
+
+
+def resources() -> tuple[set[str], set[str], int]:
+    """Open descriptors by what they are, threads by name, and mappings of guest memory."""
+    gc.collect()
+    descriptors = set()
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            descriptors.add(f"{entry}: {os.readlink(f'/proc/self/fd/{entry}')}")
+        except OSError:
+            continue
+    threads = {t.name for t in threading.enumerate() if t.name.startswith("vmexit")}
+    maps = Path("/proc/self/maps").read_text()
+    return descriptors, threads, maps.count("vmexit-ram") + maps.count("anon_inode:kvm")
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails a test that leaves a descriptor, a vCPU thread or a mapping of a guest behind."""
+    before = resources()
+    yield
+    assert resources() == before

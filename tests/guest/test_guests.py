@@ -1,0 +1,103 @@
+"""Each guest does, on each accelerator, what its source says that it does."""
+
+import pytest
+from guests import ENDLESS, GUESTS, Run, run_guest
+
+from vmexit import StopReason
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def run(accel, tmp_path, nothing_left):
+    def run(name: str, **more) -> Run:
+        return run_guest(accel, name, tmp_path / "serial", **more)
+
+    return run
+
+
+def outs(result: Run, port: int) -> list[str]:
+    return [e["data"] for e in result.exits if e.get("port") == port and e["dir"] == "out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hello", "Hello from real mode!\n"),
+        ("protected-hello", "Hello from protected mode!\n"),
+        ("long-hello", "Hello from long mode!\n"),
+        ("modes", "PL\n"),
+    ],
+)
+def test_prints_and_halts(run, name, text):
+    result = run(name)
+    assert result.serial == text
+    assert result.stop.reason is StopReason.HALT
+    assert result.stop.status == 0
+    assert result.exits[-1] == {"vcpu": 0, "exit": "hlt"}
+    assert len(outs(result, 0x3F8)) == len(text)
+
+
+def test_the_port_counter_of_the_article(run):
+    result = run("counter")
+    numbers = [int.from_bytes(bytes.fromhex(data), "little") for data in outs(result, 0x10)]
+    assert numbers == list(range(10))
+    assert result.stop.reason is StopReason.HALT
+
+
+def test_a_write_to_the_debug_exit_port_ends_a_guest_that_goes_on_for_ever(run):
+    stop = run("debug-exit").stop
+    assert (stop.reason, stop.value, stop.status) == (StopReason.DEBUG_EXIT, 0x21, 0x43)
+
+
+def test_an_endless_loop_is_ended_by_the_timeout(run):
+    result = run("endless", timeout=0.3)
+    assert result.stop.reason is StopReason.TIMEOUT
+    assert result.exits == []
+    # `jmp .` is the first instruction, so that is where it still is.
+    assert result.registers["rip"] == 0
+
+
+def test_a_triple_fault_is_a_crash_that_names_the_instruction(run):
+    stop = run("triple-fault").stop
+    assert stop.reason is StopReason.SHUTDOWN
+    assert stop.crashed and stop.status == 3
+    assert "`ud2` (0f 0b)" in stop.dump
+    assert "rip=0000000000001" in stop.dump
+
+
+def test_mmio_reaches_the_bus_in_each_size(run):
+    for name, sizes in (("mmio", {1, 2, 4}), ("mmio64", {1, 2, 4, 8})):
+        exits = [e for e in run(name).exits if e["exit"] == "mmio"]
+        assert {e["size"] for e in exits if e["dir"] == "write"} >= sizes - {1, 2}
+        assert {e["size"] for e in exits if e["dir"] == "read"} >= sizes - {1, 2}
+        assert all(set(e["data"]) == {"f"} for e in exits if e["dir"] == "read")
+
+
+def test_string_io_comes_as_one_exit_a_repetition_or_as_its_elements(run):
+    result = run("strings")
+    assert result.serial
+    assert "".join(bytes.fromhex(d).decode() for d in outs(result, 0x3F8)) == result.serial
+    reads = [e for e in result.exits if e.get("port") == 0x60]
+    # `count` elements an exit; how KVM cuts them is its own affair, their sum is the guest's.
+    assert sum(e["count"] for e in reads) >= 3 * 8
+    assert result.stop.reason is StopReason.HALT
+
+
+def test_counted_loops_make_so_many_exits(run):
+    for name in ("out-loop", "ring3-out"):
+        assert len(outs(run(name, count=7), 0x10)) == 7
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", sorted(GUESTS))
+def test_both_accelerators_show_the_same_exits_registers_and_memory(name, tmp_path):
+    timeout = 0.3 if name in ENDLESS else 60
+    kvm, soft = (
+        run_guest(accel, name, tmp_path / accel, timeout=timeout) for accel in ("kvm", "soft")
+    )
+    assert soft.exits == kvm.exits
+    assert soft.registers == kvm.registers
+    assert soft.memory == kvm.memory
+    assert soft.serial == kvm.serial
+    assert (soft.stop.reason, soft.stop.value) == (kvm.stop.reason, kvm.stop.value)

@@ -1,0 +1,290 @@
+"""KVM's own layer: System, Vm, Vcpu, one class a file descriptor, on the real /dev/kvm."""
+
+import os
+import threading
+from ctypes import sizeof
+
+import pytest
+
+from vmexit.abi import kvm as abi
+from vmexit.abi.kvm_caps import CAPABILITIES, KVM_CAP_NR_MEMSLOTS, KVM_CAP_READONLY_MEM
+from vmexit.abi.kvm_structs import kvm_cpuid2, kvm_cpuid_entry2
+from vmexit.accel.base import ExitReason
+from vmexit.accel.kvm.kick import KICK_SIGNAL
+from vmexit.accel.kvm.system import System
+from vmexit.arch.x86.segments import general, real_mode
+from vmexit.core.bus import Bus
+from vmexit.core.errors import GuestCrash, HostError
+from vmexit.core.memory import GuestMemory
+
+pytestmark = [pytest.mark.kvm, pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
+
+
+class Kvm:
+    """A VM with 1 MiB and a vCPU that starts at 0x1000 in real mode."""
+
+    def __init__(self, code: bytes) -> None:
+        self.memory = GuestMemory([(0, 1 << 20)])
+        self.memory.write(0x1000, code)
+        self.pio, self.mmio = Bus("port"), Bus("MMIO")
+        self.system = System()
+        self.vm = self.system.create_vm(self.memory, self.pio, self.mmio)
+        self.vcpu = self.vm.create_vcpu(0)
+        self.vcpu.set_system_registers(real_mode(0x1000))
+        self.vcpu.set_registers(general(0))
+
+    def close(self) -> None:
+        self.vm.close()
+        self.system.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def make(code: bytes) -> Kvm:
+        made.append(Kvm(code))
+        return made[-1]
+
+    yield make
+    for kvm in made:
+        kvm.close()
+
+
+def test_capabilities_are_asked_for_by_number():
+    with System() as system:
+        assert system.check_extension(KVM_CAP_NR_MEMSLOTS) > 8
+        present = [n for n, c in CAPABILITIES.items() if system.check_extension(c)]
+        assert "KVM_CAP_USER_MEMORY" in present
+        assert system.check_extension(0xFFFF) == 0
+
+
+def test_supported_cpuid_is_a_whole_number_of_entries_with_a_vendor():
+    with System() as system:
+        raw = bytearray(system.supported_cpuid())
+    count = kvm_cpuid2.from_buffer(raw).nent
+    assert count > 0
+    assert len(raw) == sizeof(kvm_cpuid2) + count * sizeof(kvm_cpuid_entry2)
+    entries = (kvm_cpuid_entry2 * count).from_buffer(raw, sizeof(kvm_cpuid2))
+    vendor = next(
+        b"".join(r.to_bytes(4, "little") for r in (e.ebx, e.edx, e.ecx))
+        for e in entries
+        if e.function == 0
+    )
+    assert vendor in (b"GenuineIntel", b"AuthenticAMD", b"HygonGenuine", b"CentaurHauls")
+
+
+def test_run_once_hands_out_raw_exits(make):
+    # in al, 0x40; out 0x11, al; mov [0x2000 in the hole], al by ES=0xffff is not there: hlt
+    kvm = make(b"\xe4\x40\xe6\x11\xf4")
+    run = kvm.vcpu.run_once()
+    assert run.exit_reason == abi.KVM_EXIT_IO
+    assert (run.io.direction, run.io.port, run.io.size, run.io.count) == (0, 0x40, 1, 1)
+    kvm.vcpu.io_data()[:] = b"\x5a"
+    run = kvm.vcpu.run_once()
+    assert (run.io.direction, run.io.port) == (abi.KVM_EXIT_IO_OUT, 0x11)
+    assert bytes(kvm.vcpu.io_data()) == b"\x5a"
+    assert kvm.vcpu.run_once().exit_reason == abi.KVM_EXIT_HLT
+    assert kvm.pio.unclaimed_reads == kvm.pio.unclaimed_writes == 0  # no bus was asked
+
+
+def test_run_once_hands_out_string_io_whole(make):
+    # mov si, 0x3000; mov cx, 3; mov dx, 0x99; rep outsw; hlt
+    kvm = make(b"\xbe\x00\x30\xb9\x03\x00\xba\x99\x00\xf3\x6f\xf4")
+    kvm.memory.write(0x3000, b"abcdef")
+    seen = b""
+    while (run := kvm.vcpu.run_once()).exit_reason == abi.KVM_EXIT_IO:
+        assert (run.io.port, run.io.size) == (0x99, 2)
+        seen += bytes(kvm.vcpu.io_data())
+    assert seen == b"abcdef"
+    assert run.exit_reason == abi.KVM_EXIT_HLT
+
+
+def test_run_once_ends_when_kicked(make):
+    kvm = make(b"\xeb\xfe")
+    reasons = []
+    thread = threading.Thread(
+        target=lambda: reasons.append(kvm.vcpu.run_once().exit_reason), daemon=True
+    )
+    thread.start()
+    while thread.is_alive():
+        kvm.vcpu.kick()
+        thread.join(0.01)
+    assert reasons == [abi.KVM_EXIT_INTR]
+
+
+def test_a_kick_that_comes_first_is_not_lost(make):
+    kvm = make(b"\xeb\xfe")
+    kvm.vcpu.kick()
+    assert kvm.vcpu.run().reason is ExitReason.INTERRUPTED
+
+
+def test_kicks_leave_no_signal_pending_and_the_mask_as_it_was(make):
+    import signal
+
+    kvm = make(b"\xeb\xfe")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for _ in range(20):
+        timer = threading.Timer(0.001, kvm.vcpu.kick)
+        timer.start()
+        assert kvm.vcpu.run().reason is ExitReason.INTERRUPTED
+        timer.join()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    assert KICK_SIGNAL not in signal.sigpending()
+    assert signal.getsignal(KICK_SIGNAL) is signal.SIG_DFL  # no process-wide handler
+
+
+def test_the_dirty_log_has_a_bit_for_each_page_written(make):
+    # mov byte [0x5000], 1; mov byte [0x7000], 1; hlt
+    kvm = make(b"\xc6\x06\x00\x50\x01\xc6\x06\x00\x70\x01\xf4")
+    region = kvm.memory.regions[0]
+    kvm.vm.map(region, log_dirty=True)
+    kvm.vm.dirty_log(region)
+    assert kvm.vcpu.run().reason is ExitReason.HALT
+    bits = int.from_bytes(kvm.vm.dirty_log(region), "little")
+    assert [page for page in range(256) if bits >> page & 1] == [5, 7]
+    assert not any(kvm.vm.dirty_log(region))  # reading it clears it
+
+
+def test_writes_to_a_read_only_slot_go_to_the_bus(make):
+    kvm = make(b"\xa0\x00\xf0\xa2\x01\xf0\xf4")  # mov al, [0xf000]; mov [0xf001], al; hlt
+    if not kvm.system.check_extension(KVM_CAP_READONLY_MEM):
+        pytest.skip("KVM_CAP_READONLY_MEM is missing")
+    low = kvm.memory.regions[0]
+    kvm.vm.unmap(low)
+    kvm.vm.map(low._replace(size=0xF000))
+    rom = low._replace(gpa=0xF000, size=0x1000, hva=low.hva + 0xF000, readonly=True)
+    kvm.memory.write(0xF000, b"\x42")
+    kvm.vm.map(rom)
+    assert kvm.vcpu.run().reason is ExitReason.HALT
+    assert kvm.mmio.unclaimed_writes == 1
+    assert kvm.memory.read(0xF000, 2) == b"\x42\x00"
+
+
+def test_msrs_are_set_and_read_and_a_refused_one_is_named(make):
+    kvm = make(b"\xf4")
+    star, nonsense = 0xC000_0081, 0x4000_1234
+    assert kvm.vcpu.set_msrs({star: 0x1234_5678_0000_0000}) == []
+    assert kvm.vcpu.msrs([star]) == {star: 0x1234_5678_0000_0000}
+    # One that KVM does not know is passed over, and the ones behind it are still set.
+    lstar = 0xC000_0082
+    assert kvm.vcpu.set_msrs({nonsense: 1, lstar: 0x7000}) == [nonsense]
+    assert kvm.vcpu.msrs([lstar]) == {lstar: 0x7000}
+    with pytest.raises(HostError, match=r"MSR 0x40001234 of vCPU 0"):
+        kvm.vcpu.msrs([star, nonsense])
+
+
+def test_registers_come_back_as_they_were_set(make):
+    kvm = make(b"\xf4")
+    registers = {name: 0x0101_0101_0101_0101 * i for i, name in enumerate(general(0))}
+    registers |= {"rip": 0x7C00, "rflags": 0x246}
+    kvm.vcpu.set_registers(registers)
+    assert kvm.vcpu.registers() == registers
+    system = real_mode(0x4000)._replace(cr2=0xDEAD_B000)
+    kvm.vcpu.set_system_registers(system)
+    assert kvm.vcpu.system_registers() == system
+
+
+def test_an_instruction_that_kvm_cannot_emulate_is_decoded(make):
+    # fwait with its operand in no memory slot cannot be: an instruction at an MMIO address.
+    kvm = make(b"\xea\x00\x00\x00\xf0")  # jmp 0xf000:0: RAM that holds zeros; then off its end
+    kvm.memory.write(0xFFFFE, b"\xeb\x10")
+    kvm.vcpu.set_registers(general(0) | {"rip": 0xFFFE})
+    kvm.vcpu.set_system_registers(real_mode(0xF0000))
+    exit = kvm.vcpu.run()
+    assert exit.reason in (ExitReason.INTERNAL_ERROR, ExitReason.SHUTDOWN, ExitReason.HALT)
+
+
+def test_an_exit_that_is_not_known_raises_with_registers(make, monkeypatch):
+    """No host gives one on demand: the exit reason in the shared page is overwritten."""
+    kvm = make(b"\xf4")
+    with pytest.raises(GuestCrash, match=r"(?s)exit reason 4711 is not known.*rax=0{16}"):
+        kvm.vcpu._exit(4711)
+
+
+@pytest.mark.parametrize(
+    ("suberror", "words"),
+    [(1, "emulation failure"), (2, "simultaneous exceptions"), (77, "suberror 77 (unnamed)")],
+)
+def test_internal_errors_say_what_kvm_reported(make, suberror, words):
+    """The exit is put into the shared page as KVM would (KVM API 5)."""
+    kvm = make(b"\xf4")
+    run = kvm.vcpu.kvm_run()
+    run.exit_reason = abi.KVM_EXIT_INTERNAL_ERROR
+    run.internal.suberror, run.internal.ndata = suberror, 1
+    run.internal.data[0] = 0
+    exit = kvm.vcpu._exit(abi.KVM_EXIT_INTERNAL_ERROR)
+    assert exit.reason is ExitReason.INTERNAL_ERROR
+    assert words in exit.detail
+    assert "`hlt` (f4)" in exit.detail
+    del run
+
+
+def test_the_bytes_that_kvm_fetched_win_over_those_in_memory_now(make):
+    kvm = make(b"\xf4")
+    run = kvm.vcpu.kvm_run()
+    run.exit_reason = abi.KVM_EXIT_INTERNAL_ERROR
+    failure = run.emulation_failure
+    failure.suberror, failure.ndata = abi.KVM_INTERNAL_ERROR_EMULATION, 3
+    failure.flags = abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+    failure.insn_size = 2
+    failure.insn_bytes[:2] = b"\x0f\x0b"
+    exit = kvm.vcpu._exit(abi.KVM_EXIT_INTERNAL_ERROR)
+    assert "KVM could not emulate `ud2` (0f 0b) at rip 0x0" in exit.detail
+    del run, failure
+
+
+def test_other_exits_are_told_apart(make):
+    kvm = make(b"\xf4")
+    run = kvm.vcpu.kvm_run()
+    run.exit_reason, run.hw.hardware_exit_reason = abi.KVM_EXIT_UNKNOWN, 0x31
+    exit = kvm.vcpu._exit(abi.KVM_EXIT_UNKNOWN)
+    assert (exit.reason, exit.detail) == (ExitReason.UNKNOWN, "hardware exit reason 0x31")
+    run.exit_reason = abi.KVM_EXIT_FAIL_ENTRY
+    run.fail_entry.hardware_entry_failure_reason = 0x8000_0021
+    exit = kvm.vcpu._exit(abi.KVM_EXIT_FAIL_ENTRY)
+    assert exit.reason is ExitReason.FAIL_ENTRY
+    assert "invalid guest state (VMX)" in exit.detail
+    run.exit_reason = abi.KVM_EXIT_SYSTEM_EVENT
+    for number, event in ((1, "POWEROFF"), (2, "RESET"), (3, "CRASH")):
+        run.system_event.type = number
+        exit = kvm.vcpu._exit(abi.KVM_EXIT_SYSTEM_EVENT)
+        assert exit.reason is ExitReason.SYSTEM_EVENT
+        assert exit.event is not None and exit.event.name == event
+    for reason, name in (
+        (abi.KVM_EXIT_DEBUG, ExitReason.DEBUG),
+        (abi.KVM_EXIT_IRQ_WINDOW_OPEN, ExitReason.IRQ_WINDOW),
+        (abi.KVM_EXIT_SHUTDOWN, ExitReason.SHUTDOWN),
+    ):
+        assert kvm.vcpu._exit(reason).reason is name
+    del run
+
+
+def test_a_second_vcpu_needs_its_own_index(make):
+    kvm = make(b"\xf4")
+    with pytest.raises(HostError, match="vCPU 0 exists already"):
+        kvm.vm.create_vcpu(0)
+    assert kvm.vm.create_vcpu(1).index == 1
+
+
+def test_overlapping_slots_are_refused_in_words(make):
+    kvm = make(b"\xf4")
+    low = kvm.memory.regions[0]
+    with pytest.raises(HostError, match=r"memory slot 0x1000\.\.0x1fff: .*use less --memory"):
+        kvm.vm.map(low._replace(gpa=0x1000, size=0x1000))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/nonexistent/kvm", r"does not exist; load kvm_intel or kvm_amd.*--accel soft"),
+        ("/dev/null", r"is not a KVM device .*--accel soft"),
+        ("/dev", r"cannot open /dev: .*--accel soft"),
+    ],
+)
+def test_what_is_no_kvm_device_is_refused_with_a_remedy(path, words):
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(HostError, match=words):
+        System(path)
+    assert set(os.listdir("/proc/self/fd")) == before
