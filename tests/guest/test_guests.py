@@ -1,9 +1,9 @@
 """Each guest does, on each accelerator, what its source says that it does."""
 
 import pytest
-from guests import ENDLESS, GUESTS, Run, run_guest
 
-from vmexit import StopReason
+from guests import COUNT_AT, ENDLESS, FOLDER, GUESTS, Run, run_guest
+from vmexit import Machine, StopReason
 
 pytestmark = pytest.mark.engine
 
@@ -101,3 +101,28 @@ def test_both_accelerators_show_the_same_exits_registers_and_memory(name, tmp_pa
     assert soft.memory == kvm.memory
     assert soft.serial == kvm.serial
     assert (soft.stop.reason, soft.stop.value) == (kvm.stop.reason, kvm.stop.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "original", "patched"),
+    [
+        # mov word [TSS + 0x66], 0x68: the bitmap begins beyond the limit of the TSS
+        ("no bitmap", b"\x66\x30\x01\x00\x68\x00", b"\x66\x30\x01\x00\xff\xff"),
+        # mov byte [TSS + limit], 0xff: goes to the bits of ports 0x10 to 0x17 instead
+        ("a bit set", b"\x88\x30\x01\x00\xff", b"\x6a\x30\x01\x00\xff"),
+    ],
+)
+def test_ring_3_may_not_use_a_port_that_the_tss_denies(accel, what, original, patched):
+    image = (FOLDER / "ring3-out.bin").read_bytes()
+    assert image.count(original) == 1, what
+    with Machine("64M", accel, mode="long") as vm:
+        vm.load_bytes(image.replace(original, patched), at=0, entry=0x1000)
+        vm.memory.write_u32(COUNT_AT, 3)
+        seen = []
+        vm.on_pio(0x10, write=seen.append)
+        stop = vm.run(timeout=20)
+    assert stop.reason is StopReason.SHUTDOWN  # #GP, and there is no IDT
+    assert seen == []
+    if accel == "soft":
+        assert "#GP (error code 0x0)" in stop.detail
+        assert "`out 0x10, al`" in stop.detail

@@ -3,11 +3,11 @@
 from io import StringIO
 
 import pytest
-from guests import trace_of
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from programs import MMIO, RAM, Program, programs
 
+from guests import trace_of
 from vmexit import Access, JsonTrace, Machine, StopReason
 
 pytestmark = [pytest.mark.kvm, pytest.mark.engine]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from vmexit.abi.kvm import (
     KVM_EXIT_FAIL_ENTRY,
     KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_SHUTDOWN,
     KVM_EXIT_SYSTEM_EVENT,
     KVM_EXIT_UNKNOWN,
     KVM_INTERNAL_ERROR_EMULATION,
@@ -36,6 +37,7 @@ _ENTRY_FAILURES = {
 
 
 def explain(
+    reason: int,
     run: kvm_run,
     memory: GuestMemory,
     registers: Callable[[], Registers],
@@ -45,7 +47,11 @@ def explain(
 
     Raises GuestCrash, with registers, for a reason that is not known.
     """
-    reason = run.exit_reason
+    if reason == KVM_EXIT_SHUTDOWN:
+        # AMD's KVM resets the vCPU before it reports a triple fault (the VMCB is undefined then).
+        reset = registers()["rip"] == 0xFFF0 and system_registers().cs.base == 0xFFFF_0000
+        detail = "this KVM has reset the vCPU since, and its registers are those after reset"
+        return Exit(ExitReason.SHUTDOWN, detail if reset else "")
     if reason == KVM_EXIT_SYSTEM_EVENT:
         number = run.system_event.type
         try:
@@ -80,7 +86,10 @@ def _internal_error(
     code, instruction = next_instruction(memory, regs, system)
     if suberror != KVM_INTERNAL_ERROR_EMULATION:
         data = " ".join(f"{run.internal.data[i]:#x}" for i in range(min(run.internal.ndata, 16)))
-        return f"KVM internal error, suberror {suberror} ({name}), data [{data}], at {instruction}"
+        return (
+            f"KVM internal error, suberror {suberror} ({name}), data [{data}], "
+            f"at rip {regs['rip']:#x}: {instruction}"
+        )
     failure = run.emulation_failure
     if (
         failure.ndata >= 1
@@ -91,5 +100,6 @@ def _internal_error(
         code = bytes(failure.insn_bytes[: failure.insn_size])
         instruction = describe_instruction(code, linear_ip(regs, system), code_bits(regs, system))
     return (
-        f"KVM could not emulate {instruction} at rip {regs['rip']:#x} (suberror {suberror}, {name})"
+        f"KVM could not emulate the instruction at rip {regs['rip']:#x}: {instruction} "
+        f"(suberror {suberror}, {name})"
     )

@@ -16,7 +16,6 @@ from vmexit.abi.kvm import (
     KVM_EXIT_IO,
     KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_MMIO,
-    KVM_EXIT_SHUTDOWN,
     KVM_GET_MSRS,
     KVM_GET_REGS,
     KVM_GET_SREGS,
@@ -79,7 +78,6 @@ _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigs
 
 _PLAIN_EXITS = {
     KVM_EXIT_HLT: ExitReason.HALT,
-    KVM_EXIT_SHUTDOWN: ExitReason.SHUTDOWN,
     KVM_EXIT_DEBUG: ExitReason.DEBUG,
     KVM_EXIT_IRQ_WINDOW_OPEN: ExitReason.IRQ_WINDOW,
 }
@@ -218,7 +216,8 @@ class KvmVcpu:
         if plain is not None:
             exit = Exit(plain)
         else:
-            exit = explain(self.kvm_run(), self._memory, self.registers, self.system_registers)
+            registers, system = self.registers, self.system_registers
+            exit = explain(reason, self.kvm_run(), self._memory, registers, system)
         if self._observer is not None:
             self._observer.other(self.index, exit.reason.value, exit.detail)
         return exit

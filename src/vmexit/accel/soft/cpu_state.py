@@ -51,7 +51,7 @@ _ENCODED = (
 _GENERAL_OFFSET = {name: 8 * i for i, name in enumerate(_ENCODED)} | {"rip": EIP}
 
 # hflags, bit by bit (QEMU target/i386/cpu.h calls them HF_…).
-HF_INHIBIT_IRQ = 1 << 3
+HF_CPL, HF_INHIBIT_IRQ = 3, 1 << 3
 _HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE = 1 << 4, 1 << 5, 1 << 6, 1 << 7
 _HF_MP_SHIFT = 9  # CR0.MP, EM, TS are bits 1 to 3 there, 9 to 11 here
 _HF_LMA, _HF_CS64, _HF_OSFXSR = 1 << 14, 1 << 15, 1 << 22

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from vmexit.accel.base import Exit, ExitReason
 from vmexit.accel.soft.cpu_state import (
+    EFLAGS,
     ERROR_CODE,
+    HF_CPL,
     HF_INHIBIT_IRQ,
     HFLAGS,
     IS_INT,
@@ -22,7 +24,7 @@ from vmexit.accel.soft.native import (
     Stubs,
     address_of,
 )
-from vmexit.accel.soft.ports import PortAccess, decode_port_access
+from vmexit.accel.soft.ports import PortAccess, bitmap_allows, decode_port_access
 from vmexit.arch.x86.code import (
     MAX_INSTRUCTION,
     code_bits,
@@ -35,6 +37,7 @@ from vmexit.arch.x86.registers import (
     EFER_LMA,
     RFLAGS_DF,
     RFLAGS_RF,
+    RFLAGS_VM,
     Registers,
     SystemRegisters,
 )
@@ -50,7 +53,7 @@ _EXCEPTION_NAMES = {
     0: "#DE", 1: "#DB", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS",
     11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM",
 }  # fmt: skip
-_DEBUG, _UNDEFINED_OPCODE = 1, 6
+_DEBUG, _UNDEFINED_OPCODE, _GENERAL_PROTECTION = 1, 6, 13
 
 _MAX_PLAIN_IN = 4096
 
@@ -168,8 +171,8 @@ class SoftVcpu:
         _, instruction = next_instruction(self._memory, registers, system)
         return Exit(
             ExitReason.INTERNAL_ERROR,
-            f"the software CPU could not execute {instruction} at rip {registers['rip']:#x}: "
-            f"{unicorn.UcError(error)}",
+            f"the software CPU could not execute the instruction at rip {registers['rip']:#x}: "
+            f"{instruction} ({unicorn.UcError(error)})",
         )
 
     def _undelivered(
@@ -235,6 +238,8 @@ class SoftVcpu:
 
     def _on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
         try:
+            if self._refused(port, size):
+                return
             if self._observer is not None:
                 data = value.to_bytes(4, "little")[:size]
                 self._observer.io(self.index, True, port, size, 1, data)
@@ -246,6 +251,8 @@ class SoftVcpu:
 
     def _on_in(self, _uc: int, port: int, size: int, _data: int) -> int:
         try:
+            if self._refused(port, size):
+                return 0
             rip = self._state.rip
             if self._ahead:
                 value = self._take_ahead(rip, port, size)
@@ -259,6 +266,22 @@ class SoftVcpu:
         except BaseException as error:
             self._fail(error)
             return 0
+
+    def _refused(self, port: int, size: int) -> bool:
+        """Whether the code may not use the port: the engine leaves that check to us.
+
+        Then the block is left at once, before the instruction, with #GP to deliver.
+        """
+        state = self._state
+        flags = state.u32[EFLAGS // 4]
+        level = 3 if flags & RFLAGS_VM else state.u32[HFLAGS // 4] & HF_CPL
+        if not level or (level <= flags >> 12 & 3 and not flags & RFLAGS_VM):
+            return False
+        if bitmap_allows(self._memory, self.system_registers(), port, size):
+            return False
+        self._exception = (_GENERAL_PROTECTION, 0, False)
+        self._words[StopWords.LEAVE] = 1
+        return True
 
     def _read_port(self, port: int, size: int) -> int:
         value = self._pio.read(port, size)

@@ -57,10 +57,10 @@ def disassemble(
 def describe_instruction(code: bytes, address: int, bits: int) -> str:
     """The instruction at the start of `code` in words and hex; says so where it is none."""
     if not code:
-        return "no instruction: no guest memory there"
+        return "no guest memory there"
     found = disassemble(code, address, bits)
     if not found:
-        return f"an undefined instruction ({code[:MAX_INSTRUCTION].hex(' ')})"
+        return f"undefined ({code[:MAX_INSTRUCTION].hex(' ')})"
     _, raw, text = found[0]
     return f"`{text}` ({raw.hex(' ')})"
 
