@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # A reader that goes away (`vmexit run … | head`) ends the command, as it does any filter.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, _end)
     try:
         status: int = arguments.function(arguments)
     except VmexitError as error:
@@ -49,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     return status
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    """End in order: files are written out, sockets removed."""
+    raise SystemExit(128 + number)
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ _NEVER_BLOCKED = {
     signal.SIGABRT,
     signal.SIGPIPE,
 }
+
+
+# How soon a vCPU that a kick has missed is kicked again.
+_SETTLE_SECONDS = 0.05
 
 
 class StopRequest:
@@ -58,6 +63,7 @@ class StopRequest:
 
 
 class _Report(NamedTuple):
+    run: int
     vcpu: int
     exit: Exit | None
     error: BaseException | None
@@ -70,40 +76,52 @@ class _VcpuThread:
         self._vcpu = vcpu
         self._request = request
         self._reports = reports
-        self._orders: SimpleQueue[bool] = SimpleQueue()
+        self._orders: SimpleQueue[int] = SimpleQueue()  # numbers of runs; 0: end
+        self._ordered = self._done = 0
         # A daemon: a program that forgets close() must still be able to end.
         self.thread = threading.Thread(
             target=self._main, name=f"vmexit-vcpu{vcpu.index}", daemon=True
         )
         self.thread.start()
 
-    def go(self) -> None:
-        """Run the vCPU until it stops; it reports."""
-        self._orders.put(True)
+    @property
+    def running(self) -> bool:
+        """Whether a run that was ordered is not over."""
+        return self._done != self._ordered
+
+    def go(self, run: int) -> None:
+        """Run the vCPU until it stops; it reports, with the number `run`."""
+        self._ordered = run
+        self._orders.put(run)
 
     def end(self) -> None:
         """End the thread, which does not run its vCPU now."""
-        self._orders.put(False)
+        self._orders.put(0)
         self.thread.join()
 
     def _main(self) -> None:
         # The program's signals are for its own threads.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _NEVER_BLOCKED)
         vcpu = self._vcpu
-        vcpu.attach_thread()
+        attached = False
         try:
-            while self._orders.get():
+            while run := self._orders.get():
                 exit, error = None, None
                 try:
+                    if not attached:
+                        vcpu.attach_thread()
+                        attached = True
                     exit = vcpu.run()
                     while exit.reason is ExitReason.INTERRUPTED and self._request.stop is None:
                         exit = vcpu.run()  # a kick that came too late for an earlier run
                 except BaseException as caught:  # whatever it is, it is for the caller of run()
                     error = caught
-                self._reports.put(_Report(vcpu.index, exit, error))
+                self._done = run
+                self._reports.put(_Report(run, vcpu.index, exit, error))
                 exit = error = None  # an error holds frames, and these what the caller may drop
         finally:
-            vcpu.detach_thread()
+            if attached:
+                vcpu.detach_thread()
 
 
 class Runner:
@@ -115,6 +133,7 @@ class Runner:
         self._reports: SimpleQueue[_Report] = SimpleQueue()
         self._threads: list[_VcpuThread] = []
         self._busy = threading.Lock()
+        self._run = 0
         request.listen(vcpus)
 
     @property
@@ -130,8 +149,8 @@ class Runner:
     def run(self, timeout: float | None) -> Stop:
         """Run until the first vCPU stops, a stop is requested, or `timeout` seconds have passed.
 
-        Whatever a device raises is raised here, once all vCPUs have stopped. So is
-        KeyboardInterrupt; the machine can go on after it.
+        Whatever a device raises is raised here, once all vCPUs have stopped. So is what a signal's
+        handler raises meanwhile (KeyboardInterrupt, …); the machine can go on after it.
         """
         if not self._busy.acquire(blocking=False):
             raise VmexitError("this machine runs already; stop() it first")
@@ -140,37 +159,47 @@ class Runner:
                 self._threads = [
                     _VcpuThread(vcpu, self._request, self._reports) for vcpu in self._vcpus
                 ]
+            self._settle()  # in case a run was left twice by exceptions
             self._request.begin()
+            self._run += 1
             for thread in self._threads:
-                thread.go()
+                thread.go(self._run)
             return self._wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        except BaseException:
+            self._settle()
+            raise
         finally:
             self._request.end()
             self._busy.release()
 
     def _wait(self, timeout: float | None) -> Stop:
         reports: list[_Report] = []
-        interrupt: KeyboardInterrupt | None = None
         while len(reports) < len(self._threads):
             try:
-                reports.append(self._reports.get(timeout=None if reports else timeout))
-                if len(reports) < len(self._threads):
-                    self._request(Stop(StopReason.STOPPED))  # the first to stop ends it for all
+                report = self._reports.get(timeout=None if reports else timeout)
             except Empty:
                 self._request(Stop(StopReason.TIMEOUT))
                 timeout = None
-            except KeyboardInterrupt as caught:
-                if interrupt is not None:
-                    raise  # asked twice: do not wait for a device that hangs
-                interrupt = caught
-                self._request(Stop(StopReason.STOPPED))
-                timeout = None
+                continue
+            if report.run != self._run:
+                continue  # of an earlier run, which an exception has ended
+            reports.append(report)
+            if len(reports) < len(self._threads):
+                self._request(Stop(StopReason.STOPPED))  # the first to stop ends it for all
         for report in reports:
             if report.error is not None:
                 raise report.error
-        if interrupt is not None:
-            raise interrupt
         return self._verdict(reports)
+
+    def _settle(self) -> None:
+        """Stop all vCPUs, whatever state an exception has left them in.
+
+        A second exception from a signal ends this, too: nobody has to wait for a device that hangs.
+        """
+        while any(thread.running for thread in self._threads):
+            self._request(Stop(StopReason.STOPPED))
+            with suppress(Empty):
+                self._reports.get(timeout=_SETTLE_SECONDS)
 
     def _verdict(self, reports: list[_Report]) -> Stop:
         request = self._request.stop
@@ -186,8 +215,15 @@ class Runner:
         """End the threads. Raises VmexitError from within a device or a callback."""
         if self.in_vcpu_thread():
             raise VmexitError("a machine cannot be closed from within its own access; stop() it")
-        self._request(Stop(StopReason.STOPPED))
-        with self._busy:
+        # Again and again: a run may just begin, and not listen yet.
+        while not self._busy.acquire(timeout=_SETTLE_SECONDS):
+            self._request(Stop(StopReason.STOPPED))
+        try:
+            self._request.begin()
+            self._settle()
+            self._request.end()
             for thread in self._threads:
                 thread.end()
             self._threads.clear()
+        finally:
+            self._busy.release()

@@ -222,21 +222,26 @@ class KvmVcpu:
             self._observer.other(self.index, exit.reason.value, exit.detail)
         return exit
 
+    # An exception keeps the frames that it came through, and these their local names. A view of
+    # the pages among those would keep the descriptor open, so the two below have none.
+
     def _io(self, key: int) -> None:
         """Port I/O that is new, a string, or observed (KVM API 5, KVM_EXIT_IO)."""
         write, size, port = key & 0xFF == _IO_OUT, key >> 8 & 0xFF, key >> 16
         count = self._u32[_IO_COUNT]
         start = self._u64[_IO_DATA_OFFSET]
-        data = self._u8[start : start + size * count]
+        end = start + size * count
         observer = self._observer
         if write:
+            data = bytes(self._u8[start:end])
             if observer is not None:
-                observer.io(self.index, True, port, size, count, bytes(data))
-            self._pio.write_string(port, size, bytes(data))
+                observer.io(self.index, True, port, size, count, data)
+            self._pio.write_string(port, size, data)
         else:
-            data[:] = self._pio.read_string(port, size, count)
+            data = self._pio.read_string(port, size, count)
+            self._u8[start:end] = data
             if observer is not None:
-                observer.io(self.index, False, port, size, count, bytes(data))
+                observer.io(self.index, False, port, size, count, data)
         if observer is None:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
@@ -247,16 +252,18 @@ class KvmVcpu:
     def _access_mmio(self) -> None:
         """A memory access that no slot answers (KVM API 5, KVM_EXIT_MMIO)."""
         gpa, size = self._u64[_MMIO_GPA], self._u32[_MMIO_LEN]
-        data = self._u8[_MMIO_DATA : _MMIO_DATA + size]
+        end = _MMIO_DATA + size
         observer = self._observer
         if self._u8[_MMIO_IS_WRITE]:
+            data = bytes(self._u8[_MMIO_DATA:end])
             if observer is not None:
-                observer.mmio(self.index, True, gpa, bytes(data))
+                observer.mmio(self.index, True, gpa, data)
             self._mmio.write(gpa, size, int.from_bytes(data, "little"))
         else:
-            data[:] = self._mmio.read(gpa, size).to_bytes(size, "little")
+            data = self._mmio.read(gpa, size).to_bytes(size, "little")
+            self._u8[_MMIO_DATA:end] = data
             if observer is not None:
-                observer.mmio(self.index, False, gpa, bytes(data))
+                observer.mmio(self.index, False, gpa, data)
 
     def _set_signal_mask(self, blocked: set[int]) -> None:
         bits = sum(1 << number - 1 for number in blocked)

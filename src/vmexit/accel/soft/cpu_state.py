@@ -79,6 +79,7 @@ class CpuState:
         """Let go of the memory; nothing may be read from here afterwards."""
         for view in (self.u64, self.u32, self.u8):
             view.release()
+        del self._engine
 
     @property
     def rip(self) -> int:

@@ -371,3 +371,5 @@ class SoftVcpu:
             self._mmio.close()
             self._state.close()
             self._stubs.close()
+            # The engine has megabytes that should not wait for the garbage collector.
+            del self._engine

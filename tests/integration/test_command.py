@@ -1,0 +1,229 @@
+"""The command line: what it runs, prints, writes, and its exit status."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from command import GUESTS, VMEXIT, vmexit
+
+import vmexit as package
+
+
+def test_a_guest_prints_on_standard_output_and_nothing_else_is_there(accel):
+    done = vmexit("run", "--accel", accel, GUESTS / "hello.bin")
+    assert done == (0, "Hello from real mode!\n", "")
+
+
+def test_auto_says_which_accelerator_it_took_and_why():
+    done = vmexit("run", GUESTS / "hello.bin")
+    assert done.status == 0
+    assert done.err.startswith(("vmexit: accelerator kvm: ", "vmexit: accelerator soft: "))
+    assert len(done.err.split(": ")[2]) > 5
+
+
+@pytest.mark.parametrize("mode", ["protected", "long"])
+def test_modes(accel, mode):
+    done = vmexit("run", GUESTS / f"{mode}-hello.bin", "--mode", mode, "--accel", accel)
+    assert done == (0, f"Hello from {mode} mode!\n", "")
+
+
+def test_exit_status_of_the_debug_exit_port(accel):
+    assert vmexit("run", "--accel", accel, GUESTS / "debug-exit.bin").status == 0x21 << 1 | 1
+
+
+def test_the_debug_exit_port_can_be_another_or_none(accel, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(b"\xb0\x05\xe6\xf4\xb0\x07\xe6\xf5\xf4")  # out 0xf4, 5; out 0xf5, 7; hlt
+    at = ["--load-address", "0x1000", "--accel", accel]
+    assert vmexit("run", image, *at).status == 11
+    assert vmexit("run", image, *at, "--debug-exit", "0xf5").status == 15
+    assert vmexit("run", image, *at, "--debug-exit", "none").status == 0
+
+
+def test_a_crash_is_status_3_with_registers_and_the_instruction(accel):
+    done = vmexit("run", "--accel", accel, GUESTS / "triple-fault.bin", "--mode", "protected")
+    assert done.status == 3
+    assert done.out == ""
+    assert done.err.startswith("vmexit: vcpu 0: shutdown")
+    assert "`ud2` (0f 0b)" in done.err
+    for name in ("rax=", "rip=", "rflags=", " cs=", "gdt=", "cr0=", "efer="):
+        assert name in done.err
+    assert "Traceback" not in done.err
+
+
+def test_the_timeout_is_status_124(accel):
+    done = vmexit("run", "--accel", accel, GUESTS / "endless.bin", "--timeout", "0.2")
+    assert done == (124, "", "vmexit: timeout: the guest still ran after 0.2 s\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_busy_guest(accel, number, tmp_path):
+    trace = tmp_path / "trace"
+    guest = GUESTS / "out-loop.bin"  # the count at 0x9000 is 0: it writes to a port for ever
+    with subprocess.Popen(
+        [*VMEXIT, "run", "--accel", accel, guest, "--trace", trace], stderr=subprocess.PIPE
+    ) as process:
+        while not (trace.exists() and trace.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.01)  # nothing tells when a file grows
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err == (b"vmexit: interrupted\n" if number == signal.SIGINT else b"")
+    # The trace is whole to its last line.
+    assert {json.loads(line)["port"] for line in trace.read_text().splitlines()} == {0x10}
+
+
+def test_a_trace_has_one_object_an_exit(accel, tmp_path):
+    trace = tmp_path / "trace"
+    done = vmexit("run", "--accel", accel, GUESTS / "counter.bin", "--trace", trace)
+    assert done.status == 0
+    exits = [json.loads(line) for line in trace.read_text().splitlines()]
+    times = [exit.pop("t") for exit in exits]
+    assert times == sorted(times)
+    expected = [
+        {
+            "vcpu": 0, "exit": "io", "dir": "out", "port": 16, "size": 2, "count": 1,
+            "data": n.to_bytes(2, "little").hex(),
+        }
+        for n in range(10)
+    ]  # fmt: skip
+    assert exits == [*expected, {"vcpu": 0, "exit": "hlt"}]
+
+
+def test_a_trace_of_mmio(accel, tmp_path):
+    trace = tmp_path / "trace"
+    vmexit("run", "--accel", accel, GUESTS / "mmio.bin", "--mode", "protected", "--trace", trace)
+    first = json.loads(trace.read_text().splitlines()[0])
+    assert set(first) == {"t", "vcpu", "exit", "dir", "gpa", "size", "data"}
+    assert (first["exit"], first["dir"]) == ("mmio", "write")
+    assert first["gpa"] >= 0xD000_0000
+    assert len(first["data"]) == 2 * first["size"]
+
+
+def test_log_exits_and_stats_go_to_standard_error(accel):
+    done = vmexit("run", "--accel", accel, GUESTS / "counter.bin", "--log-exits", "--stats")
+    assert done.out == ""
+    lines = done.err.splitlines()
+    assert lines[:10] == [f"vcpu 0: io out port 0x0010 size 2 data {n:02x}00" for n in range(10)]
+    assert lines[10] == "vcpu 0: hlt"
+    table = [line.split() for line in lines[11:]]
+    assert ["io", "out", "0x0010/2", "10", "90.9%"] in table
+    assert ["total", "11"] in table
+
+
+def test_the_serial_port_to_a_file_and_to_nowhere(accel, tmp_path):
+    log = tmp_path / "log"
+    done = vmexit("run", "--accel", accel, GUESTS / "hello.bin", "--serial", f"file:{log}")
+    assert (done.out, log.read_text()) == ("", "Hello from real mode!\n")
+    done = vmexit("run", "--accel", accel, GUESTS / "hello.bin", "--serial", "null")
+    assert done == (0, "", "")
+
+
+def test_the_guest_reads_standard_input_from_its_serial_port(accel, tmp_path):
+    # Echo until a zero byte: l: mov dx,0x3fd; in al,dx; test al,1; jz l; mov dx,0x3f8; in al,dx;
+    # test al,al; jz end; out dx,al; jmp l; end: hlt
+    code = bytes.fromhex("bafd03eca80174f8baf803ec84c07403eeebedf4")
+    image = tmp_path / "echo"
+    image.write_bytes(code)
+    text = bytes(range(1, 256)) * 20
+    done = subprocess.run(
+        [*VMEXIT, "run", "--accel", accel, image, "--load-address", "0x1000"],
+        input=text + b"\0",
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout == text
+
+
+def test_the_debug_console_to_standard_output_and_to_a_file(accel, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(b"\xe4\xe9\xe6\xe9\xf4")  # in al, 0xe9; out 0xe9, al; hlt
+    at = ["--load-address", "0x1000", "--accel", accel]
+    done = subprocess.run(
+        [*VMEXIT, "run", image, *at, "--debugcon", "0xe9"], capture_output=True, check=True
+    )
+    assert done.stdout == b"\xe9"  # which is also what a read gives
+    vmexit("run", image, *at, "--debugcon", f"0xe9={tmp_path / 'log'}")
+    assert (tmp_path / "log").read_bytes() == b"\xe9"
+
+
+def test_a_boot_sector_at_0x7c00(accel, tmp_path):
+    image = tmp_path / "boot"
+    image.write_bytes(b"\xb0\x2a\xe6\xf4".ljust(510, b"\x90") + b"\x55\xaa")
+    done = vmexit("run", image, "--load-address", "0x7c00", "--entry", "0x7c00", "--accel", accel)
+    assert done.status == 42 << 1 | 1
+
+
+def test_memory_sizes(accel, tmp_path):
+    image = tmp_path / "image"
+    # Long mode: write and read back the last 8 bytes of 16 MiB; the tables end there: below them.
+    image.write_bytes(bytes.fromhex("48c704250000ff002a000000678a04250000ff00e6f4"))
+    for size in ("16M", "16777216", "0x1000000", "16384K"):
+        done = vmexit(
+            "run", image, "-m", size, "--load-address", "0x1000", "--mode", "long",
+            "--accel", accel,
+        )  # fmt: skip
+        assert done.status == 42 << 1 | 1, size
+
+
+def test_more_than_3_gib_goes_on_behind_the_hole(accel, tmp_path):
+    image = tmp_path / "image"
+    # mov rbx, 0x1_0000_0000; mov byte [rbx], 42; mov al, [rbx]; out 0xf4, al
+    image.write_bytes(bytes.fromhex("48bb0000000001000000c6032a8a03e6f4"))
+    arguments = ["run", image, "--load-address", "0x1000", "--mode", "long", "--accel", accel]
+    assert vmexit(*arguments, "-m", "3073M").status == 42 << 1 | 1
+    assert vmexit(*arguments, "-m", "3G").status == 3  # nothing is mapped there
+
+
+def test_output_into_a_closed_pipe_ends_the_command_quietly(accel):
+    with subprocess.Popen(
+        [*VMEXIT, "run", "--accel", accel, GUESTS / "counter.bin", "--log-exits"],
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        process.wait(60)
+    assert process.returncode in (0, -signal.SIGPIPE)
+
+
+def test_version_help_and_no_arguments():
+    assert vmexit("--version") == (0, f"vmexit {package.__version__}\n", "")
+    assert "exit status" in vmexit("run", "--help").out
+    for command in ("run", "doctor", "inspect"):
+        assert vmexit(command, "--help").status == 0
+    done = vmexit()
+    assert done.status == 2
+    assert "usage: vmexit" in done.out + done.err
+
+
+def test_doctor_reports_both_accelerators():
+    done = vmexit("doctor")
+    assert done.status == 0
+    assert "soft: Unicorn" in done.out
+    assert "kvm: " in done.out
+
+
+def test_inspect_names_what_it_sees_and_how_to_run_it(tmp_path):
+    done = vmexit("inspect", GUESTS / "hello.bin")
+    assert done.status == 0
+    assert "a flat image" in done.out
+    assert f"run it with: vmexit run {GUESTS / 'hello.bin'}" in done.out
+    assert "0x00001000" in done.out
+    boot = tmp_path / "boot"
+    boot.write_bytes(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")
+    done = vmexit("inspect", boot)
+    assert "boot sector" in done.out
+    assert "--load-address 0x7c00 --entry 0x7c00" in done.out
+    assert "jmp 0x7c00" in done.out
+
+
+def test_inspect_of_an_elf_file_says_what_to_do():
+    done = vmexit("inspect", "/bin/true")
+    assert done.status == 0
+    assert "a 64-bit ELF file" in done.out
+    assert "objcopy" in done.out

@@ -1,0 +1,501 @@
+"""The library: a machine that a Python program holds, on each accelerator."""
+
+import os
+import signal
+import threading
+import time
+from io import StringIO
+
+import pytest
+
+import vmexit
+from vmexit import (
+    Access,
+    ConfigError,
+    ExitStats,
+    GuestAddressError,
+    GuestCrash,
+    ImageError,
+    JsonTrace,
+    Machine,
+    Stop,
+    StopReason,
+    VmexitError,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
+
+ENDLESS = b"\xeb\xfe"
+HALT = b"\xf4"
+
+
+@pytest.fixture
+def machine(accel):
+    with Machine("1M", accel) as vm:
+        yield vm
+
+
+def test_the_example_of_the_documentation(accel):
+    with vmexit.Machine(memory="128M", accel=accel) as vm:
+        vm.load_bytes(b"\xb0\x2a\xe6\x10\xf4", at=0x1000)  # mov al, 42; out 0x10, al; hlt
+        seen = []
+        vm.on_pio(0x10, write=lambda access: seen.append(access.value))
+        stop = vm.run(timeout=5)
+        assert seen == [42]
+        assert stop == Stop(StopReason.HALT, vcpu=0)
+        assert vm.vcpus[0].regs.rax == 42
+        assert vm.accel == accel
+
+
+def test_run_goes_on_behind_the_halt(machine):
+    machine.load_bytes(b"\xf4\xb0\x01\xf4\xb0\x02\xf4")
+    regs = machine.vcpus[0].regs
+    for expected in (0, 1, 2):
+        assert machine.run(timeout=5).reason is StopReason.HALT
+        assert regs.rax == expected
+
+
+def test_registers_are_read_and_written_by_name(machine):
+    machine.load_bytes(b"\x01\xd8\xf4")  # add ax, bx; hlt
+    regs = machine.vcpus[0].regs
+    regs.rax, regs.rbx, regs.r15 = 0x1234, 0x1111, -1
+    machine.run(timeout=5)
+    assert (regs.rax, regs.r15) == (0x2345, 2**64 - 1)
+    assert regs.rflags == 0x2 | 0  # no flag is set by that sum
+    regs.cs = regs.cs._replace(base=0x2000, selector=0x200)
+    regs.rip = 0
+    machine.memory.write(0x2000, b"\xb8\x77\x77\xf4")
+    machine.run(timeout=5)
+    assert regs.rax == 0x7777
+    assert regs.as_dict()["rax"] == 0x7777
+    assert set(regs.as_dict()) == set(dir(regs))
+
+
+def test_a_register_that_is_none_and_a_value_that_is_none(machine):
+    regs = machine.vcpus[0].regs
+    for name in ("eax", "foo"):
+        with pytest.raises(AttributeError, match=f"no register '{name}'"):
+            getattr(regs, name)
+        with pytest.raises(AttributeError, match=f"no register '{name}'"):
+            setattr(regs, name, 1)
+    with pytest.raises(TypeError, match="cs takes a Segment"):
+        regs.cs = 8
+
+
+def test_port_reads_are_answered_and_cut_to_their_size(machine):
+    machine.load_bytes(b"\xe5\x20\x66\xe7\x24\xe4\x20\xf4")  # in ax,0x20; out 0x24,eax; in al,0x20
+    seen: list[Access] = []
+
+    def answer(access: Access) -> int:
+        seen.append(access)
+        return 0x1_2345_6789
+
+    machine.on_pio(0x20, read=answer)
+    machine.on_pio(0x24, write=seen.append)
+    machine.run(timeout=5)
+    assert seen == [
+        Access(0x20, 2, 0, False),
+        Access(0x24, 4, 0x6789, True),
+        Access(0x20, 1, 0, False),
+    ]
+    assert machine.vcpus[0].regs.rax == 0x6789
+
+
+def test_mmio_in_long_mode(accel):
+    code = bytes.fromhex(
+        "48bb0000000001000000"  # mov rbx, 0x1_0000_0000 - it is mapped up to there only; see below
+        "bb000000d0"  # mov ebx, 0xd0000000
+        "488b03"  # mov rax, [rbx]
+        "c7430878563412"  # mov dword [rbx + 8], 0x12345678
+        "f4"
+    )
+    seen: list[Access] = []
+    with Machine("2M", accel, mode="long") as vm:
+        vm.load_bytes(code)
+        vm.on_mmio(
+            0xD000_0000, 16, read=lambda a: 0x1122_3344_5566_7788 + a.size, write=seen.append
+        )
+        assert vm.run(timeout=5).reason is StopReason.HALT
+        assert vm.vcpus[0].regs.rax == 0x1122_3344_5566_7790
+    assert seen == [Access(0xD000_0008, 4, 0x12345678, True)]
+
+
+def test_what_nobody_answers_reads_all_ones_and_is_counted(machine):
+    machine.load_bytes(b"\x66\xe5\x20\xe6\x20\xf4")
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 0xFFFF_FFFF
+    assert machine.unclaimed == 2
+
+
+def test_a_callback_reads_registers_memory_and_stops_the_run(machine):
+    machine.load_bytes(b"\xc6\x06\x00\x50\x2a\xb0\x07\xe6\x10\xb0\x08\xf4")
+    seen = {}
+
+    def look(access: Access) -> None:
+        seen["rax"] = machine.vcpus[0].regs.rax
+        seen["memory"] = machine.memory.read_u8(0x5000)
+        machine.stop()
+
+    machine.on_pio(0x10, write=look)
+    assert machine.run(timeout=5).reason is StopReason.STOPPED
+    assert seen == {"rax": 7, "memory": 42}
+    # The access is complete, and nothing behind it has happened.
+    assert machine.vcpus[0].regs.rax == 7
+    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.vcpus[0].regs.rax == 8
+
+
+def test_a_stop_within_a_read_completes_the_read(machine):
+    machine.load_bytes(b"\xb8\x11\x11\xe4\x10\xb4\x22\xf4")
+
+    def answer(access: Access) -> int:
+        machine.stop()
+        return 0x5A
+
+    machine.on_pio(0x10, read=answer)
+    assert machine.run(timeout=5).reason is StopReason.STOPPED
+    assert machine.vcpus[0].regs.rax == 0x115A
+    assert machine.vcpus[0].regs.rip == 5
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 0x225A
+
+
+def test_an_exception_of_a_callback_comes_out_of_run_and_the_machine_goes_on(machine):
+    machine.load_bytes(b"\xe6\x10\xb0\x01\xe6\x11\xf4")
+
+    def fail(access: Access) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    seen = []
+    machine.on_pio(0x10, write=fail)
+    machine.on_pio(0x11, write=seen.append)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        machine.run(timeout=5)
+    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert [a.value for a in seen] == [1]
+
+
+def test_an_os_error_of_a_callback_is_not_taken_for_kvms(machine):
+    machine.load_bytes(b"\xe4\x10\xf4")
+
+    def fail(access: Access) -> int:
+        raise InterruptedError("of the callback")
+
+    machine.on_pio(0x10, read=fail)
+    with pytest.raises(InterruptedError, match="of the callback"):
+        machine.run(timeout=5)
+
+
+def test_timeout_and_going_on(machine):
+    machine.load_bytes(ENDLESS)
+    for _ in range(3):
+        assert machine.run(timeout=0.02).reason is StopReason.TIMEOUT
+    machine.memory.write(0x1000, HALT)
+    assert machine.run(timeout=5).reason is StopReason.HALT
+
+
+def test_a_loop_is_left_between_two_instructions_wherever_it_is(machine):
+    """inc ax; mov [0x5000], ax; jmp: what is in memory is never more than one behind."""
+    machine.load_bytes(b"\x40\xa3\x00\x50\xeb\xfa")
+    for _ in range(30):
+        machine.run(timeout=0.003)
+        ax = machine.vcpus[0].regs.rax & 0xFFFF
+        stored = machine.memory.read_u16(0x5000)
+        at = machine.vcpus[0].regs.rip
+        assert (ax - stored) % 0x10000 == (1 if at == 1 else 0), (ax, stored, at)
+
+
+def test_stop_from_another_thread(machine):
+    machine.load_bytes(ENDLESS)
+    assert machine.stop() is False  # nothing runs yet
+    stops = []
+    thread = threading.Thread(target=lambda: stops.append(machine.run(timeout=60)))
+    thread.start()
+    while not machine.stop():
+        time.sleep(0.001)
+    thread.join()
+    assert stops[0].reason is StopReason.STOPPED
+    assert not machine.running
+
+
+def test_stops_from_many_threads_at_any_moment(machine):
+    machine.load_bytes(b"\xe6\x10\xeb\xfc")  # an exit, then again
+    machine.on_pio(0x10, write=lambda a: None)
+    end = threading.Event()
+
+    def disturb() -> None:
+        while not end.is_set():
+            machine.stop()
+
+    threads = [threading.Thread(target=disturb) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            assert machine.run(timeout=30).reason is StopReason.STOPPED
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_machine_that_runs_may_be_neither_run_nor_looked_into(machine):
+    machine.load_bytes(ENDLESS)
+    thread = threading.Thread(target=machine.run, args=(60,))
+    thread.start()
+    while not machine.running:
+        time.sleep(0.001)
+    try:
+        with pytest.raises(VmexitError, match="runs already"):
+            machine.run(timeout=1)
+        with pytest.raises(VmexitError, match=r"runs; stop\(\) it first"):
+            _ = machine.vcpus[0].regs.rax
+        with pytest.raises(VmexitError, match="runs"):
+            machine.load_bytes(HALT)
+        with pytest.raises(VmexitError, match="runs"):
+            machine.on_pio(0x10)
+    finally:
+        while not machine.stop():
+            time.sleep(0.001)
+        thread.join()
+
+
+def test_close_ends_a_run_in_another_thread(accel):
+    vm = Machine("1M", accel)
+    vm.load_bytes(ENDLESS)
+    stops = []
+    thread = threading.Thread(target=lambda: stops.append(vm.run(timeout=60).reason))
+    thread.start()
+    while not vm.running:
+        time.sleep(0.001)
+    vm.close()
+    thread.join()
+    assert stops == [StopReason.STOPPED]
+    vm.close()  # twice is fine
+    for use in (vm.run, lambda: vm.load_bytes(HALT), vm.dump):
+        with pytest.raises(VmexitError, match="closed"):
+            use()
+
+
+def test_a_machine_cannot_be_closed_or_run_from_within(machine):
+    machine.load_bytes(b"\xe6\x10\xf4")
+    machine.on_pio(0x10, write=lambda a: machine.close())
+    with pytest.raises(VmexitError, match="within its own access"):
+        machine.run(timeout=5)
+    machine.vcpus[0].regs.rip = 0
+    nested = []
+
+    def again(access: Access) -> None:
+        try:
+            machine.run(timeout=1)
+        except VmexitError as error:
+            nested.append(str(error))
+
+    machine._parts.pio.detach(0x10)
+    machine.on_pio(0x10, write=again)
+    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert len(nested) == 1
+
+
+def test_ctrl_c_in_the_main_thread_raises_and_the_machine_goes_on(machine):
+    machine.load_bytes(ENDLESS)
+    interrupt = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        machine.run(timeout=60)
+    interrupt.join()
+    assert not machine.running
+    assert machine.run(timeout=0.01).reason is StopReason.TIMEOUT
+
+
+def test_whatever_a_signal_handler_raises_ends_the_run(machine):
+    class Alarm(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        raise Alarm
+
+    machine.load_bytes(ENDLESS)
+    before = signal.signal(signal.SIGUSR1, ring)
+    try:
+        alarm = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+        alarm.start()
+        with pytest.raises(Alarm):
+            machine.run(timeout=60)
+        alarm.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert machine.run(timeout=0.01).reason is StopReason.TIMEOUT
+
+
+def test_a_signal_that_returns_does_not_end_the_run(machine):
+    machine.load_bytes(ENDLESS)
+    rung = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: rung.append(1))
+    try:
+        alarm = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGUSR1))
+        alarm.start()
+        assert machine.run(timeout=0.2).reason is StopReason.TIMEOUT
+        alarm.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert rung == [1]
+
+
+def test_machines_run_side_by_side_in_threads(accel):
+    totals = []
+
+    def work(n: int) -> None:
+        with Machine("1M", accel) as vm:
+            seen = []
+            vm.on_pio(0x10, write=lambda a: seen.append(a.value))
+            vm.load_bytes(bytes((0xB0, n, 0xE6, 0x10, 0xF4)))
+            for _ in range(20):
+                vm.vcpus[0].regs.rip = 0
+                assert vm.run(timeout=30).reason is StopReason.HALT
+            totals.append((n, seen))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(totals) == [(n, [n] * 20) for n in range(6)]
+
+
+def test_a_crash_has_registers_and_check_raises_it(accel):
+    with Machine("1M", accel, mode="protected") as vm:
+        vm.load_bytes(b"\xb8\x78\x56\x34\x12\x0f\x0b")  # mov eax, 0x12345678; ud2
+        stop = vm.run(timeout=5)
+    assert stop.crashed
+    assert "rax=0000000012345678" in stop.dump
+    with pytest.raises(GuestCrash, match=r"(?s)shutdown.*`ud2`"):
+        stop.check()
+    assert Stop(StopReason.HALT).check().status == 0
+
+
+def test_code_that_the_host_changes_is_seen(machine):
+    machine.load_bytes(b"\xb0\x01\xf4")
+    machine.run(timeout=5)
+    machine.memory.write(0x1000, b"\xb0\x02\xf4")
+    machine.vcpus[0].regs.rip = 0
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 2
+
+
+def test_code_that_the_guest_changes_is_seen(machine):
+    # mov byte [l + 1], 9 (DS is 0, so at 0x1007); jmp l; l: mov al, 1; hlt
+    machine.load_bytes(bytes.fromhex("c606081009eb00b001f4"))
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 9
+
+
+def test_guest_memory_is_shared_both_ways_without_copies(machine):
+    window = machine.memory[0x5000:0x5008]
+    machine.load_bytes(b"\xa1\x00\x50\xa3\x04\x50\xf4")  # mov ax, [0x5000]; mov [0x5004], ax
+    window[:2] = b"\xcd\xab"
+    machine.run(timeout=5)
+    assert bytes(window[4:6]) == b"\xcd\xab"
+    assert machine.memory.hva(0x5000) != 0
+    window.release()
+
+
+def test_translate_follows_the_guests_page_tables(accel):
+    with Machine("4M", accel, mode="long") as vm:
+        vm.load_bytes(HALT)
+        assert vm.translate(0x1234) == 0x1234  # the identity map that the guest starts with
+        assert vm.translate(0xFFFF_F000) == 0xFFFF_F000
+        assert vm.translate(5 << 30) is None
+        # A table of our own: 0x7fff_0000_0000 → 0x200000.
+        memory = vm.memory
+        memory.write_u64(0x10000 + 8 * 0xFF, 0x11003)
+        memory.write_u64(0x11000 + 8 * 0x1FC, 0x12003)
+        memory.write_u64(0x12000, 0x200083)
+        vm.vcpus[0].regs.cr3 = 0x10000
+        assert vm.translate(0x7FFF_0000_0123) == 0x200123
+        assert vm.translate(0x1234) is None
+    with Machine("1M", accel) as vm:
+        assert vm.translate(0xABCDE) == 0xABCDE  # no paging: the same
+
+
+def test_load_reads_a_file_and_starts_there(machine, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(b"\xb0\x33\xf4")
+    machine.load(image, at=0x7C00)
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 0x33
+    with pytest.raises(ImageError, match="check the path"):
+        machine.load(tmp_path / "nothing")
+
+
+def test_the_first_image_loaded_is_the_one_that_starts(machine):
+    machine.load_bytes(b"\xb0\x01\xf4", at=0x2000)
+    machine.load_bytes(b"\xb0\x02\xf4", at=0x3000)
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 1
+    machine.load_bytes(b"\xb0\x03\xf4", at=0x4000, entry=0x4000)
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 3
+    machine.load_bytes(b"\xb8\x04\x00\x00\x00\xf4", at=0x5000, mode="protected")
+    machine.run(timeout=5)
+    assert machine.vcpus[0].regs.rax == 4
+    assert machine.vcpus[0].regs.cr0 & 1
+
+
+def test_bad_arguments(machine):
+    with pytest.raises(ConfigError, match="overlaps"):
+        machine.on_pio(0xF4)  # the debug-exit port
+    with pytest.raises(ConfigError, match="not within 0 to 0xffff"):
+        machine.on_pio(0x10000)
+    with pytest.raises(ConfigError, match="lies in RAM"):
+        machine.on_mmio(0xF_F000, 0x1000)
+    with pytest.raises(ImageError, match="does not fit into memory"):
+        machine.load_bytes(bytes(0x1001), at=0xF_F000)
+    with pytest.raises(ConfigError, match="no CPU mode 'unreal'"):
+        machine.load_bytes(HALT, mode="unreal")
+    with pytest.raises(GuestAddressError):
+        machine.memory.read_u32(0xF_FFFE)
+
+
+def test_observers_see_each_exit(accel):
+    stats, trace = ExitStats(), StringIO()
+    with Machine("1M", accel, observer=vmexit.Tee([stats, JsonTrace(trace)])) as vm:
+        vm.load_bytes(b"\xe6\x10\xe4\x20\xf4")
+        vm.run(timeout=5)
+    assert stats.total == 3
+    assert stats.counts[("io out", "0x0010/1")] == 1
+    assert len(trace.getvalue().splitlines()) == 3
+
+
+def test_an_observer_that_raises_ends_the_run(accel):
+    class Full(ExitStats):
+        def io(self, *arguments) -> None:
+            raise OSError(28, "No space left on device")
+
+    with Machine("1M", accel, observer=Full()) as vm:
+        vm.load_bytes(b"\xe6\x10\xf4")
+        with pytest.raises(OSError, match="No space left"):
+            vm.run(timeout=5)
+
+
+@pytest.mark.parametrize("rounds", [30, pytest.param(3000, marks=pytest.mark.soak)])
+@pytest.mark.timeout(900)
+def test_machines_leave_nothing_behind(accel, rounds):
+    """`nothing_left` counts descriptors, threads and mappings; here resident memory, too."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    def once() -> None:
+        with Machine("8M", accel) as vm:
+            vm.load_bytes(b"\xe6\x10\xf4")
+            vm.on_pio(0x10, write=lambda a: vm)
+            assert vm.run(timeout=30).reason is StopReason.HALT
+
+    for _ in range(10):
+        once()
+    before = resident()
+    for _ in range(rounds):
+        once()
+    assert resident() - before < 8 << 20
