@@ -6,9 +6,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn
 
-from vmexit.core.errors import ConfigError, VmexitError
+from vmexit.core.errors import ConfigError, HostError, VmexitError
 
 if TYPE_CHECKING:
     from vmexit.core.trace import ExitObserver, ExitStats
@@ -250,7 +250,7 @@ def _observer(
 
     observers: list[ExitObserver] = []
     if arguments.trace is not None:
-        observers.append(JsonTrace(stack.enter_context(_create(arguments.trace))))
+        observers.append(JsonTrace(stack.enter_context(_TraceFile(arguments.trace))))
     if arguments.log_exits:
         observers.append(TextLog(sys.stderr))
     if stats is not None:
@@ -260,11 +260,33 @@ def _observer(
     return Tee(observers) if observers else None
 
 
-def _create(path: str) -> TextIO:
-    try:
-        return open(path, "w", encoding="ascii")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; use another path") from error
+class _TraceFile:
+    """A file for a trace. Raises ConfigError if it cannot be made, HostError if not written."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}; use another path") from error
+
+    def write(self, text: str) -> None:
+        try:
+            self._file.write(text)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> HostError:
+        return HostError(f"cannot write {self._path}: {error.strerror}; use another path")
+
+    def __enter__(self) -> "_TraceFile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._failure(error) from error
 
 
 def _doctor(_: argparse.Namespace) -> int:

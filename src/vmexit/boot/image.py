@@ -37,7 +37,7 @@ def read_image(path: str | os.PathLike[str], *, limit: int = _MAX_SIZE) -> bytes
         raise ImageError(f"cannot read image {name}: {error.strerror}; {remedy}") from error
     except ValueError as error:  # a NUL byte in the path
         raise ImageError(f"cannot read image {name!r}: {error}; check the path") from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
             raise ImageError(f"image {name} is a directory; name a file in it")
@@ -50,10 +50,12 @@ def read_image(path: str | os.PathLike[str], *, limit: int = _MAX_SIZE) -> bytes
                 f"image {name} has {status.st_size} bytes, which is more than {limit}; "
                 "use a smaller one, or more --memory"
             )
-        try:
-            return file.read()
-        except OSError as error:
-            raise ImageError(f"cannot read image {name}: {error.strerror}") from error
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(limit)
+    except OSError as error:
+        raise ImageError(f"cannot read image {name}: {error.strerror}") from error
+    finally:
+        os.close(fd)
 
 
 def detect(data: bytes) -> ImageKind:

@@ -7,7 +7,13 @@ the device sees them). While nobody observes, vCPUs do not call here at all.
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Protocol, TextIO
+from typing import Protocol
+
+
+class TextOutput(Protocol):
+    """Where text goes: an open file, or what has its `write`."""
+
+    def write(self, text: str, /) -> object: ...
 
 
 class ExitObserver(Protocol):
@@ -29,7 +35,7 @@ class ExitObserver(Protocol):
 class JsonTrace:
     """One JSON object an exit, one a line, to `stream`; `t` counts seconds from creation."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextOutput) -> None:
         self._write = stream.write
         self._start = time.perf_counter()
 
@@ -55,7 +61,7 @@ class JsonTrace:
 class TextLog:
     """One line an exit, for people."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextOutput) -> None:
         self._write = stream.write
 
     def io(self, vcpu: int, write: bool, port: int, size: int, count: int, data: bytes) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from vmexit.accel.base import Accelerator, Vcpu
+from vmexit.accel.base import Accelerator, Vcpu, Vm
 from vmexit.arch.x86.layout import COM1_PORT, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
@@ -32,20 +32,16 @@ class Parts(NamedTuple):
     closer: ExitStack
 
 
-def open_accelerator(name: str) -> tuple[Accelerator, str]:
-    """The accelerator `auto`, `kvm` or `soft`, and why it was chosen. Raises HostError."""
-    if name == "kvm":
-        return _open_kvm(), "asked for"
-    if name == "soft":
-        return _open_soft(), "asked for"
-    try:
-        return _open_kvm(), "KVM is usable"
-    except HostError as error:
-        no_kvm = str(error).partition(";")[0]
-    try:
-        return _open_soft(), no_kvm
-    except HostError as error:
-        raise HostError(f"no accelerator is usable: {no_kvm}, and {error}") from error
+class _Engine(NamedTuple):
+    """A VM with its vCPUs, on the accelerator that it was possible on."""
+
+    accelerator: Accelerator
+    vm: Vm
+    vcpus: list[Vcpu]
+
+    def close(self) -> None:
+        self.vm.close()
+        self.accelerator.close()
 
 
 def _open_kvm() -> Accelerator:
@@ -60,6 +56,42 @@ def _open_soft() -> Accelerator:
     return SoftAccelerator()
 
 
+_OPEN = {"kvm": _open_kvm, "soft": _open_soft}
+
+
+def _create(
+    accel: str, memory: GuestMemory, pio: Bus, mmio: Bus, observer: ExitObserver | None
+) -> _Engine:
+    """A VM with one vCPU on accelerator `kvm` or `soft`. Raises HostError."""
+    accelerator = _OPEN[accel]()
+    try:
+        vm = accelerator.create_vm(memory, pio, mmio)
+        try:
+            return _Engine(accelerator, vm, [vm.create_vcpu(0, observer)])
+        except HostError:
+            vm.close()
+            raise
+    except HostError:
+        accelerator.close()
+        raise
+
+
+def _create_any(
+    accel: str, memory: GuestMemory, pio: Bus, mmio: Bus, observer: ExitObserver | None
+) -> tuple[_Engine, str]:
+    """`_create()` on the accelerator asked for, `auto` being the first possible; and why it is."""
+    if accel != "auto":
+        return _create(accel, memory, pio, mmio, observer), "asked for"
+    try:
+        return _create("kvm", memory, pio, mmio, observer), "KVM is usable"
+    except HostError as error:
+        no_kvm = str(error).partition(";")[0]
+    try:
+        return _create("soft", memory, pio, mmio, observer), no_kvm
+    except HostError as error:
+        raise HostError(f"no accelerator is usable: {no_kvm}, and {error}") from error
+
+
 def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | None) -> Parts:
     """Make all parts of a machine, its first vCPU where the guest begins.
 
@@ -72,16 +104,13 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         entry = _load(config, memory)
         pio, mmio = Bus("port"), Bus("MMIO")
         devices, where = _attach_devices(config, pio, request, stack.callback)
-        accelerator, why = open_accelerator(config.accel)
-        stack.callback(accelerator.close)
-        vm = accelerator.create_vm(memory, pio, mmio)
-        stack.callback(vm.close)
-        vcpu = vm.create_vcpu(0, observer)
-        vcpu.set_system_registers(entry.system)
-        vcpu.set_registers(entry.registers)
-        return Parts(
-            accelerator.name, why, memory, pio, mmio, [vcpu], devices, where, stack.pop_all()
-        )
+        engine, why = _create_any(config.accel, memory, pio, mmio, observer)
+        stack.callback(engine.close)
+        first = engine.vcpus[0]
+        first.set_system_registers(entry.system)
+        first.set_registers(entry.registers)
+        accel = engine.accelerator.name
+        return Parts(accel, why, memory, pio, mmio, engine.vcpus, devices, where, stack.pop_all())
 
 
 def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:

@@ -1,0 +1,257 @@
+"""What is wrong ends the command with one line: the thing, the remedy, the contract's status."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from command import GUESTS, assert_one_line, vmexit
+
+HELLO = GUESTS / "hello.bin"
+
+
+@pytest.fixture
+def image(tmp_path):
+    def image(data: bytes) -> Path:
+        path = tmp_path / "image"
+        path.write_bytes(data)
+        return path
+
+    return image
+
+
+# Images.
+
+
+def test_missing_image():
+    assert_one_line(vmexit("run", "/nonexistent/image"), 2, "/nonexistent/image", "check the path")
+    assert_one_line(vmexit("inspect", "/nonexistent/image"), 2, "check the path")
+
+
+def test_unreadable_image(image, tmp_path):
+    path = image(b"\xf4")
+    path.chmod(0)
+    if os.geteuid() == 0:
+        # root may read everything: become nobody, who may not even look into the folder
+        done = vmexit("run", path, prefix=["setpriv", "--reuid=65534", "--clear-groups"])
+    else:
+        done = vmexit("run", path)
+    assert_one_line(done, 2, str(path), "Permission denied", "make it readable")
+
+
+def test_empty_image(image):
+    assert_one_line(vmexit("run", image(b"")), 2, "is empty")
+
+
+def test_directory_as_image(tmp_path):
+    assert_one_line(vmexit("run", tmp_path), 2, str(tmp_path), "is a directory")
+
+
+def test_fifo_as_image(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    assert_one_line(vmexit("run", tmp_path / "fifo"), 2, "not a regular file")
+
+
+def test_too_large_image(tmp_path):
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        file.truncate(2 << 20)
+    assert_one_line(vmexit("run", path, "-m", "1M"), 2, str(path), "2097152", "more --memory")
+
+
+def test_image_that_does_not_fit_where_it_is_loaded(image):
+    done = vmexit(
+        "run", image(bytes(8192)), "-m", "64K", "--load-address", "0xf000", "--entry", "0xf000"
+    )
+    assert_one_line(done, 2, "8192 bytes at 0xf000", "more --memory or another --load-address")
+
+
+def test_image_that_does_not_reach_the_entry(image):
+    done = vmexit("run", image(bytes(12)))
+    message = "entry 0x1000 lies outside the image (12 bytes at 0x0); use --load-address 0x1000"
+    assert_one_line(done, 2, message)
+
+
+def test_elf_file_as_image():
+    assert_one_line(vmexit("run", "/bin/true"), 2, "64-bit ELF", "objcopy -O binary")
+
+
+def test_nothing_to_run():
+    assert_one_line(vmexit("run"), 2, "IMAGE or --firmware")
+
+
+def test_image_and_firmware():
+    assert_one_line(vmexit("run", HELLO, "--firmware", HELLO), 2, "give one of them")
+
+
+def test_firmware_of_an_odd_size(image):
+    assert_one_line(vmexit("run", "--firmware", image(bytes(5000))), 2, "5000 bytes", "4096")
+
+
+def test_firmware_with_too_little_memory(image):
+    done = vmexit("run", "--firmware", image(bytes(65536)), "-m", "512K")
+    assert_one_line(done, 2, "--memory 1M")
+
+
+# Memory.
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ("0", ["0 bytes", "--memory"]),
+        ("-1", ["--memory"]),
+        ("1", ["whole 4096-byte pages", "--memory 4096"]),
+        ("1000000", ["whole 4096-byte pages", "--memory 999424"]),
+        ("512T", ["more than this host has"]),
+        ("99999999999999999999", ["--memory"]),
+        ("lots", ["'lots'", "128M"]),
+        ("12X", ["'12X'"]),
+        ("", ["128M"]),
+    ],
+)
+def test_memory_sizes_that_cannot_be(size, words):
+    assert_one_line(vmexit("run", HELLO, f"--memory={size}"), 2, *words)
+
+
+def test_memory_too_small_for_the_tables_of_long_mode():
+    done = vmexit("run", HELLO, "-m", "8K", "--mode", "long")
+    assert_one_line(done, 2, "--memory")
+
+
+# Devices and options.
+
+
+def test_overlapping_devices():
+    done = vmexit("run", HELLO, "--debugcon", "0x3f8")
+    assert_one_line(done, 2, "port 0x3f8", "overlaps", "give one another address")
+    assert_one_line(vmexit("run", HELLO, "--debug-exit", "0x3ff"), 2, "overlaps")
+    assert_one_line(vmexit("run", HELLO, "--debugcon", "0xf4"), 2, "overlaps")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--accel", "xen"], ["'xen'", "kvm"]),
+        (["--mode", "virtual"], ["'virtual'"]),
+        (["--timeout", "0"], ["seconds"]),
+        (["--timeout", "soon"], ["'soon'"]),
+        (["--timeout", "nan"], ["'nan'"]),
+        (["--debug-exit", "70000"], ["'70000'", "0xffff"]),
+        (["--debugcon", "0x402="], ["PORT=FILE"]),
+        (["--debugcon", "x"], ["'x'"]),
+        (["--load-address", "-1"], ["'-1'"]),
+        (["--entry", "main"], ["'main'"]),
+        (["--load-address", "0x10000000000000000"], ["load address"]),
+        (["--serial", "printer"], ["'printer'", "stdio"]),
+        (["--serial", "tcp:localhost"], ["tcp:HOST:PORT"]),
+        (["--serial", "tcp:127.0.0.1:99999"], ["tcp:HOST:PORT"]),
+        (["--serial", "file:/nonexistent/log"], ["/nonexistent/log", "another path"]),
+        (["--serial", "unix:/nonexistent/socket"], ["/nonexistent/socket", "another address"]),
+        (["--trace", "/nonexistent/trace"], ["/nonexistent/trace", "another path"]),
+        (["--debugcon", "0xe9=/nonexistent/log"], ["/nonexistent/log", "another path"]),
+        (["--no-such-option"], ["--no-such-option", "--help"]),
+        (["--mode", "real", "--entry", "0x100000000", "--load-address", "0x100000000"], ["0x1000"]),
+    ],
+)
+def test_options_that_cannot_be(arguments, words):
+    assert_one_line(vmexit("run", HELLO, *arguments), 2, *words)
+
+
+def test_a_full_disk_ends_the_run_with_a_reason():
+    done = vmexit("run", HELLO, "--serial", "file:/dev/full")
+    assert_one_line(done, 4, "No space left on device")
+    done = vmexit("run", GUESTS / "counter.bin", "--trace", "/dev/full")
+    assert_one_line(done, 4, "/dev/full", "No space left on device", "another path")
+
+
+# KVM.
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    """The environment in which KVM fails in the way that is asked for."""
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    source = Path(__file__).with_name("kvm_shim.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return lambda how: {"SHIM": how, "LD_PRELOAD": str(library)}
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("version", ["KVM API version 11, not 12", "newer"]),
+        ("busy", ["another hypervisor", "--accel soft"]),
+        ("openbusy", ["busy", "--accel soft"]),
+        ("denied", ["may not be opened", "usermod -aG kvm", "--accel soft"]),
+        ("memory", ["not enough memory"]),
+        ("slot", ["memory slot", "use less --memory"]),
+        ("vcpu", ["create vCPU 0"]),
+        ("run", ["KVM_RUN failed on vCPU 0: Bad address"]),
+    ],
+)
+def test_kvm_that_fails(shim, how, words):
+    assert_one_line(vmexit("run", HELLO, "--accel", "kvm", env=shim(how)), 4, *words)
+    done = vmexit("doctor", env=shim(how))
+    if how not in ("slot", "run"):
+        assert "[--] kvm: " in done.out
+    assert done.status == 0  # soft is usable
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("how", ["version", "denied", "openbusy"])
+def test_auto_takes_soft_where_kvm_is_not_usable_and_says_why(shim, how):
+    done = vmexit("run", HELLO, env=shim(how))
+    assert done.status == 0
+    assert done.out == "Hello from real mode!\n"
+    assert done.err.startswith("vmexit: accelerator soft: /dev/kvm ")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("how", ["busy", "slot", "vcpu"])
+def test_auto_takes_soft_where_kvm_makes_no_vm(shim, how):
+    done = vmexit("run", HELLO, env=shim(how))
+    assert done.status == 0
+    assert done.out == "Hello from real mode!\n"
+    assert done.err.startswith("vmexit: accelerator soft: ")
+    assert "KVM refused" in done.err or "/dev/kvm cannot make a VM" in done.err
+
+
+@pytest.fixture
+def without_kvm():
+    """Run a command where /dev/kvm is not there: in a mount namespace with another /dev."""
+    if os.geteuid() != 0:
+        pytest.skip("hiding /dev/kvm needs root (CAP_SYS_ADMIN)")
+    script = (
+        "mount -t tmpfs none /mnt && touch /mnt/null /mnt/urandom && "
+        "mount --bind /dev/null /mnt/null && mount --bind /dev/urandom /mnt/urandom && "
+        'mount --move /mnt /dev && exec "$@"'
+    )
+    return ["unshare", "--mount", "sh", "-c", script, "sh"]
+
+
+def test_no_dev_kvm(without_kvm):
+    done = vmexit("run", HELLO, "--accel", "kvm", prefix=without_kvm)
+    assert_one_line(done, 4, "/dev/kvm does not exist", "load kvm_intel", "--accel soft")
+    done = vmexit("run", HELLO, prefix=without_kvm)
+    assert done.status == 0
+    assert done.out == "Hello from real mode!\n"
+    assert done.err == "vmexit: accelerator soft: /dev/kvm does not exist\n"
+
+
+def test_no_unicorn(tmp_path, without_kvm):
+    (tmp_path / "unicorn.py").write_text("raise ImportError('not installed')\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = vmexit("run", HELLO, "--accel", "soft", env=env)
+    assert_one_line(done, 4, "needs Unicorn", "pip install unicorn==2.1.4")
+    done = vmexit("run", HELLO, env=env, prefix=without_kvm)
+    assert_one_line(done, 4, "no accelerator is usable", "/dev/kvm", "pip install unicorn")
+    assert vmexit("doctor", env=env, prefix=without_kvm).status == 4
+
+
+def test_another_unicorn(tmp_path):
+    (tmp_path / "unicorn.py").write_text("__version__ = '2.0.0'\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = vmexit("run", HELLO, "--accel", "soft", env=env)
+    assert_one_line(done, 4, "Unicorn 2.0.0 is installed", "unicorn==2.1.4")
