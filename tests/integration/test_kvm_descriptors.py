@@ -210,7 +210,7 @@ def test_a_vcpu_that_kvm_has_reset_at_a_triple_fault_is_reported_so(make):
     kvm.vcpu.set_registers(registers)
     assert "registers are those after reset" in kvm.vcpu._exit(abi.KVM_EXIT_SHUTDOWN).detail
     kvm.vcpu.set_registers(general(0))
-    assert kvm.vcpu._exit(abi.KVM_EXIT_SHUTDOWN).detail == ""
+    assert kvm.vcpu._exit(abi.KVM_EXIT_SHUTDOWN).detail == "triple fault"
 
 
 def test_an_exit_that_is_not_known_raises_with_registers(make):

@@ -50,8 +50,8 @@ def explain(
     if reason == KVM_EXIT_SHUTDOWN:
         # AMD's KVM resets the vCPU before it reports a triple fault (the VMCB is undefined then).
         reset = registers()["rip"] == 0xFFF0 and system_registers().cs.base == 0xFFFF_0000
-        detail = "this KVM has reset the vCPU since, and its registers are those after reset"
-        return Exit(ExitReason.SHUTDOWN, detail if reset else "")
+        more = "; this KVM has reset the vCPU since, and its registers are those after reset"
+        return Exit(ExitReason.SHUTDOWN, "triple fault" + (more if reset else ""))
     if reason == KVM_EXIT_SYSTEM_EVENT:
         number = run.system_event.type
         try:
