@@ -203,15 +203,16 @@ def _seconds(text: str) -> float:
 def _run(arguments: argparse.Namespace) -> int:
     from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
     from vmexit.core.trace import ExitStats
+    from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 
     if arguments.image is None and arguments.firmware is None:
         raise ConfigError("nothing to run; give an IMAGE or --firmware F")
     with ExitStack() as stack:
         stats = ExitStats() if arguments.stats else None
-        vm = Machine(
-            arguments.memory,
-            arguments.accel,
+        config = MachineConfig(
+            memory=parse_size(arguments.memory),
+            accel=arguments.accel,
             image=arguments.image,
             load_address=_or(arguments.load_address, FLAT_LOAD_ADDRESS),
             entry=_or(arguments.entry, FLAT_ENTRY),
@@ -220,9 +221,8 @@ def _run(arguments: argparse.Namespace) -> int:
             serial=arguments.serial,
             debugcon=arguments.debugcon,
             debug_exit=arguments.debug_exit,
-            observer=_observer(arguments, stats, stack),
         )
-        stack.enter_context(vm)
+        vm = stack.enter_context(Machine.from_config(config, _observer(arguments, stats, stack)))
         if arguments.accel == "auto":
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:

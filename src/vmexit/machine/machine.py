@@ -154,7 +154,7 @@ class Machine:
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
         """
-        self.config = MachineConfig(
+        config = MachineConfig(
             memory=parse_size(memory),
             accel=accel,
             image=image,
@@ -166,12 +166,22 @@ class Machine:
             debugcon=debugcon,
             debug_exit=debug_exit,
         )
+        self._build(config, observer)
+
+    @classmethod
+    def from_config(cls, config: MachineConfig, observer: ExitObserver | None = None) -> "Machine":
+        """A machine as `config` describes it; raises what the constructor raises."""
+        machine = cls.__new__(cls)
+        machine._build(config, observer)
+        return machine
+
+    def _build(self, config: MachineConfig, observer: ExitObserver | None) -> None:
+        self.config = config
         self._closed = False
-        self._loaded = image is not None or firmware is not None
+        self._loaded = config.image is not None or config.firmware is not None
         self._request = StopRequest()
-        self._parts = parts = builder.build(self.config, self._request, observer)
+        self._parts = parts = builder.build(config, self._request, observer)
         self._runner = Runner(parts.vcpus, self._request)
-        self._observer = observer
         self.vcpus: Sequence[MachineVcpu] = [MachineVcpu(self, vcpu) for vcpu in parts.vcpus]
 
     @property
