@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    _open_standard_descriptors()
     arguments = _parser().parse_args(argv)
     # A reader that goes away (`vmexit run … | head`) ends the command, as it does any filter.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -52,6 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     return status
+
+
+def _open_standard_descriptors() -> None:
+    """Where a standard descriptor is closed, what is opened next would take its place."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _end(number: int, _frame: object) -> NoReturn:

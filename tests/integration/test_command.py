@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 
 import pytest
 from command import GUESTS, VMEXIT, vmexit
@@ -59,21 +58,39 @@ def test_the_timeout_is_status_124(accel):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_a_busy_guest(accel, number, tmp_path):
+def test_signals_end_a_busy_guest_even_if_nobody_reads_its_output(accel, number, tmp_path):
     trace = tmp_path / "trace"
     guest = GUESTS / "out-loop.bin"  # the count at 0x9000 is 0: it writes to a port for ever
+    command = ["run", "--accel", accel, guest, "--trace", trace, "--debugcon", "0x10"]
     with subprocess.Popen(
-        [*VMEXIT, "run", "--accel", accel, guest, "--trace", trace], stderr=subprocess.PIPE
+        [*VMEXIT, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     ) as process:
-        while not (trace.exists() and trace.stat().st_size):
-            assert process.poll() is None
-            time.sleep(0.01)  # nothing tells when a file grows
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1) == b"\0"  # it runs; from here on the pipe fills up
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        process.wait(60)
+        err = process.stderr.read()
     assert process.returncode == 128 + number
     assert err == (b"vmexit: interrupted\n" if number == signal.SIGINT else b"")
     # The trace is whole to its last line.
     assert {json.loads(line)["port"] for line in trace.read_text().splitlines()} == {0x10}
+
+
+def test_the_timeout_holds_even_if_nobody_reads_the_output(accel):
+    guest = GUESTS / "out-loop.bin"
+    command = ["run", "--accel", accel, guest, "--debugcon", "0x10", "--timeout", "2"]
+    with subprocess.Popen([*VMEXIT, *command], stdout=subprocess.PIPE) as process:
+        process.wait(60)
+    assert process.returncode == 124
+
+
+def test_closed_standard_descriptors_are_nothing_to_trip_over(accel):
+    for closed in ("<&-", ">&-", "<&- >&- 2>&-"):
+        command = " ".join(map(str, [*VMEXIT, "run", "--accel", accel, GUESTS / "hello.bin"]))
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {closed}"], capture_output=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_trace_has_one_object_an_exit(accel, tmp_path):

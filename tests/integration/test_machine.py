@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from io import StringIO
 
 import pytest
@@ -27,6 +26,17 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
 ENDLESS = b"\xeb\xfe"
 HALT = b"\xf4"
+
+
+def run_in_a_thread(vm: Machine) -> tuple[threading.Thread, list[Stop]]:
+    """An endless guest in a thread; returns once it runs."""
+    started, stops = threading.Event(), []
+    vm.on_pio(0x80, write=lambda a: started.set())
+    vm.load_bytes(b"\xe6\x80" + ENDLESS)
+    thread = threading.Thread(target=lambda: stops.append(vm.run(timeout=60)))
+    thread.start()
+    assert started.wait(60)
+    return thread, stops
 
 
 @pytest.fixture
@@ -206,13 +216,10 @@ def test_a_loop_is_left_between_two_instructions_wherever_it_is(machine):
 
 
 def test_stop_from_another_thread(machine):
-    machine.load_bytes(ENDLESS)
     assert machine.stop() is False  # nothing runs yet
-    stops = []
-    thread = threading.Thread(target=lambda: stops.append(machine.run(timeout=60)))
-    thread.start()
-    while not machine.stop():
-        time.sleep(0.001)
+    thread, stops = run_in_a_thread(machine)
+    assert machine.running
+    assert machine.stop() is True
     thread.join()
     assert stops[0].reason is StopReason.STOPPED
     assert not machine.running
@@ -240,11 +247,7 @@ def test_stops_from_many_threads_at_any_moment(machine):
 
 
 def test_a_machine_that_runs_may_be_neither_run_nor_looked_into(machine):
-    machine.load_bytes(ENDLESS)
-    thread = threading.Thread(target=machine.run, args=(60,))
-    thread.start()
-    while not machine.running:
-        time.sleep(0.001)
+    thread, _ = run_in_a_thread(machine)
     try:
         with pytest.raises(VmexitError, match="runs already"):
             machine.run(timeout=1)
@@ -255,26 +258,39 @@ def test_a_machine_that_runs_may_be_neither_run_nor_looked_into(machine):
         with pytest.raises(VmexitError, match="runs"):
             machine.on_pio(0x10)
     finally:
-        while not machine.stop():
-            time.sleep(0.001)
+        machine.stop()
         thread.join()
 
 
 def test_close_ends_a_run_in_another_thread(accel):
     vm = Machine("1M", accel)
-    vm.load_bytes(ENDLESS)
-    stops = []
-    thread = threading.Thread(target=lambda: stops.append(vm.run(timeout=60).reason))
-    thread.start()
-    while not vm.running:
-        time.sleep(0.001)
+    thread, stops = run_in_a_thread(vm)
     vm.close()
     thread.join()
-    assert stops == [StopReason.STOPPED]
+    assert [stop.reason for stop in stops] == [StopReason.STOPPED]
     vm.close()  # twice is fine
     for use in (vm.run, lambda: vm.load_bytes(HALT), vm.dump):
         with pytest.raises(VmexitError, match="closed"):
             use()
+
+
+def test_close_ends_a_run_that_just_begins(accel):
+    for _ in range(20):
+        vm = Machine("1M", accel)
+        vm.load_bytes(ENDLESS)
+        stops: list[Stop] = []
+
+        def run(vm: Machine = vm, stops: list[Stop] = stops) -> None:
+            try:
+                stops.append(vm.run(timeout=60))
+            except VmexitError as error:
+                assert "closed" in str(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        vm.close()
+        thread.join()
+        assert all(stop.reason is StopReason.STOPPED for stop in stops)
 
 
 def test_a_machine_cannot_be_closed_or_run_from_within(machine):

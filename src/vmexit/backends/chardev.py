@@ -1,19 +1,46 @@
 """Character backends: where the bytes of a serial port or a debug console go to and come from.
 
-Input is what is there now. Output to a socket or a pseudo-terminal that nobody takes is dropped,
-because a vCPU must stay interruptible; standard output waits for its reader, as any program does.
+Input is what is there now. Output to a socket or a pseudo-terminal that nobody takes is dropped;
+standard output waits for its reader, as any program does. No wait outlasts the end of a run:
+`ending` tells of that.
 """
 
+import math
 import os
 import select
 import socket
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from vmexit.core.errors import ConfigError, HostError
 
 _PATIENCE = 1.0  # seconds for a slow reader
+_SLICE = 0.02  # seconds between two looks at `ending`
+# So much goes into a pipe that has room at all, without waiting (POSIX: PIPE_BUF is at least this).
+_PIECE = 512
+
+Ending = Callable[[], bool]
+
+
+def _never() -> bool:
+    return False
+
+
+def _wait_writable(fd: int, patience: float, ending: Ending) -> bool:
+    """Wait until `fd` takes data; False after `patience` seconds, or when the run ends."""
+    until = time.monotonic() + patience
+    while not select.select([], [fd], [], _SLICE)[1]:
+        if ending() or time.monotonic() >= until:
+            return False
+    return True
+
+
+def _no_output(error: OSError) -> HostError:
+    return HostError(f"cannot write the guest's output: {error.strerror}; send it elsewhere")
 
 
 class Chardev(Protocol):
@@ -26,26 +53,27 @@ class Chardev(Protocol):
     def close(self) -> None: ...
 
 
-def open_chardev(spec: str) -> Chardev:
+def open_chardev(spec: str, ending: Ending = _never) -> Chardev:
     """`stdio`, `null`, `file:PATH`, `unix:PATH`, `tcp:HOST:PORT` or `pty`.
 
-    Raises ConfigError for anything else, HostError if the host refuses.
+    Output is not waited for once `ending()` is true. Raises ConfigError for anything else,
+    HostError if the host refuses.
     """
     kind, _, rest = spec.partition(":")
     if spec == "null":
         return Null()
     if spec == "stdio":
-        return Stdio()
+        return Stdio(ending)
     if spec == "pty":
         return Pty()
     if kind == "file" and rest:
         return File(rest)
     if kind == "unix" and rest:
-        return Listener(socket.AF_UNIX, rest)
+        return Listener(socket.AF_UNIX, rest, ending)
     if kind == "tcp":
         host, _, port = rest.rpartition(":")
         if host and port.isdecimal() and int(port) < 1 << 16:
-            return Listener(socket.AF_INET, (host, int(port)))
+            return Listener(socket.AF_INET, (host, int(port)), ending)
     raise ConfigError(
         f"{spec!r} is no place for a serial port; use stdio, null, file:PATH, unix:PATH, "
         "tcp:HOST:PORT or pty"
@@ -80,11 +108,8 @@ class _Descriptor:
         while data and self._out >= 0:
             try:
                 data = data[os.write(self._out, data) :]
-            except BlockingIOError:
-                if not select.select([], [self._out], [], _PATIENCE)[1]:
-                    return
             except OSError as error:
-                raise HostError(f"cannot write the guest's output: {error.strerror}") from error
+                raise _no_output(error) from error
 
     def read(self, size: int) -> bytes:
         if self._in < 0 or not select.select([self._in], [], [], 0)[0]:
@@ -101,9 +126,19 @@ class _Descriptor:
 class Stdio(_Descriptor):
     """The process's standard input and output."""
 
-    def __init__(self) -> None:
-        sys.stdout.flush()
+    def __init__(self, ending: Ending = _never) -> None:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        self._ending = ending
         super().__init__(1, 0)
+
+    def write(self, data: bytes) -> None:
+        try:
+            while data and _wait_writable(self._out, math.inf, self._ending):
+                with suppress(BlockingIOError):  # somebody made it non-blocking, and it is full
+                    data = data[os.write(self._out, data[:_PIECE]) :]
+        except OSError as error:
+            raise _no_output(error) from error
 
     def read(self, size: int) -> bytes:
         if self._in >= 0 and os.isatty(self._in) and os.tcgetpgrp(self._in) != os.getpgrp():
@@ -166,7 +201,13 @@ class Pty(_Descriptor):
 class Listener:
     """A listening socket. It serves one client at a time; output with no client is dropped."""
 
-    def __init__(self, family: socket.AddressFamily, address: str | tuple[str, int]) -> None:
+    def __init__(
+        self,
+        family: socket.AddressFamily,
+        address: str | tuple[str, int],
+        ending: Ending = _never,
+    ) -> None:
+        self._ending = ending
         self._client: socket.socket | None = None
         self._path = address if isinstance(address, str) else ""
         self._server = socket.socket(family, socket.SOCK_STREAM)
@@ -204,7 +245,7 @@ class Listener:
             try:
                 data = data[client.send(data, socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
-                if not select.select([], [client], [], _PATIENCE)[1]:
+                if not _wait_writable(client.fileno(), _PATIENCE, self._ending):
                     return
             except OSError:
                 self._drop()

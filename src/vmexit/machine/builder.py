@@ -149,7 +149,7 @@ def _attach_devices(
         from vmexit.backends.chardev import open_chardev
         from vmexit.devices.serial import Serial
 
-        backend = open_chardev(config.serial)
+        backend = open_chardev(config.serial, request.pending)
         on_close(backend.close)
         where = backend.where
         attach("serial", COM1_PORT, 8, Serial(backend))
@@ -158,7 +158,7 @@ def _attach_devices(
         from vmexit.devices.debugcon import Debugcon
 
         port, path = config.debugcon
-        log = File(path) if path else Stdio()
+        log = File(path) if path else Stdio(request.pending)
         on_close(log.close)
         attach("debugcon", port, 1, Debugcon(log.write))
     if config.debug_exit is not None:

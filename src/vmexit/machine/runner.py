@@ -44,6 +44,10 @@ class StopRequest:
             self.stop = None
             self._running = True
 
+    def pending(self) -> bool:
+        """Whether the run under way is to end: nothing should wait for long."""
+        return self.stop is not None
+
     def end(self) -> None:
         """The run is over."""
         with self._lock:
@@ -133,7 +137,8 @@ class Runner:
         self._reports: SimpleQueue[_Report] = SimpleQueue()
         self._threads: list[_VcpuThread] = []
         self._busy = threading.Lock()
-        self._run = 0
+        self._number = 0  # of the run
+        self._closed = False
         request.listen(vcpus)
 
     @property
@@ -155,22 +160,27 @@ class Runner:
         if not self._busy.acquire(blocking=False):
             raise VmexitError("this machine runs already; stop() it first")
         try:
-            if not self._threads:
-                self._threads = [
-                    _VcpuThread(vcpu, self._request, self._reports) for vcpu in self._vcpus
-                ]
-            self._settle()  # in case a run was left twice by exceptions
-            self._request.begin()
-            self._run += 1
-            for thread in self._threads:
-                thread.go(self._run)
-            return self._wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        except BaseException:
-            self._settle()
-            raise
+            if self._closed:
+                raise VmexitError("this machine is closed; make a new one")
+            return self._run(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         finally:
             self._request.end()
             self._busy.release()
+
+    def _run(self, timeout: float | None) -> Stop:
+        if not self._threads:
+            self._threads = [
+                _VcpuThread(vcpu, self._request, self._reports) for vcpu in self._vcpus
+            ]
+        self._settle()  # in case a run was left twice by exceptions
+        self._request.begin()
+        self._number += 1
+        try:
+            for thread in self._threads:
+                thread.go(self._number)
+            return self._wait(timeout)
+        finally:
+            self._settle()
 
     def _wait(self, timeout: float | None) -> Stop:
         reports: list[_Report] = []
@@ -181,7 +191,7 @@ class Runner:
                 self._request(Stop(StopReason.TIMEOUT))
                 timeout = None
                 continue
-            if report.run != self._run:
+            if report.run != self._number:
                 continue  # of an earlier run, which an exception has ended
             reports.append(report)
             if len(reports) < len(self._threads):
@@ -197,6 +207,7 @@ class Runner:
         A second exception from a signal ends this, too: nobody has to wait for a device that hangs.
         """
         while any(thread.running for thread in self._threads):
+            self._request.begin()
             self._request(Stop(StopReason.STOPPED))
             with suppress(Empty):
                 self._reports.get(timeout=_SETTLE_SECONDS)
@@ -219,11 +230,11 @@ class Runner:
         while not self._busy.acquire(timeout=_SETTLE_SECONDS):
             self._request(Stop(StopReason.STOPPED))
         try:
-            self._request.begin()
             self._settle()
             self._request.end()
             for thread in self._threads:
                 thread.end()
             self._threads.clear()
+            self._closed = True
         finally:
             self._busy.release()
