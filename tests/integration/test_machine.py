@@ -170,6 +170,56 @@ def test_a_stop_within_a_read_completes_the_read(machine):
     assert machine.vcpus[0].regs.rax == 0x225A
 
 
+def test_a_stop_at_mmio_keeps_every_flag_and_comes_before_what_is_behind(accel):
+    code = bytes.fromhex(
+        "b877000000" "83f878" "a300000020"  # mov eax, 0x77; cmp eax, 0x78; mov [mmio], eax
+        "0f92c3" "83f801" "a104000020"  # setb bl; cmp eax, 1; mov eax, [mmio + 4]
+        "0f97c7" "b90f000000" "010d08000020"  # seta bh; mov ecx, 15; add [mmio + 8], ecx
+        "0f9ac1" "870d0c000020" "41f4"  # setp cl; xchg [mmio + 12], ecx; inc ecx; hlt
+    )  # fmt: skip
+    seen: list[Access] = []
+    states = []
+
+    def access(access: Access) -> int:
+        seen.append(access)
+        vm.stop()
+        return 0x1234
+
+    with Machine("1M", accel, mode="protected") as vm:
+        vm.load_bytes(code)
+        vm.on_mmio(0x2000_0000, 16, read=access, write=access)
+        while vm.run(timeout=20).reason is StopReason.STOPPED:
+            regs = vm.vcpus[0].regs
+            states.append((len(seen), regs.rip, regs.rax, regs.rbx, regs.rcx, regs.rflags))
+        assert regs.rcx == 0x1235
+    assert states == [
+        (1, 0x100D, 0x77, 0, 0, 0x97),
+        (2, 0x1018, 0x1234, 1, 0, 0x02),
+        (4, 0x1026, 0x1234, 0x101, 15, 0x12),  # the instruction reads and writes
+        (6, 0x102F, 0x1234, 0x101, 0x1234, 0x12),
+    ]
+    assert [a.value for a in seen if a.is_write] == [0x77, 0x1243, 0]
+
+
+def test_an_exception_of_an_mmio_callback_ends_the_run_at_once(accel):
+    def fail(access: Access) -> int:
+        raise ZeroDivisionError("on purpose")
+
+    seen = []
+    with Machine("1M", accel, mode="protected") as vm:
+        # mov [mmio], eax; mov eax, [mmio]; out 0x10, al; hlt
+        vm.load_bytes(bytes.fromhex("a300000020a100000020e610f4"))
+        vm.on_mmio(0x2000_0000, 4, read=fail, write=fail)
+        vm.on_pio(0x10, write=seen.append)
+        for rip in (0x1005, 0x100A):
+            with pytest.raises(ZeroDivisionError):
+                vm.run(timeout=5)
+            assert seen == []
+            assert accel == "kvm" or vm.vcpus[0].regs.rip == rip
+        assert vm.run(timeout=5).reason is StopReason.HALT
+    assert len(seen) == 1
+
+
 def test_an_exception_of_a_callback_comes_out_of_run_and_the_machine_goes_on(machine):
     machine.load_bytes(b"\xe6\x10\xb0\x01\xe6\x11\xf4")
 

@@ -13,7 +13,7 @@ def load(memory: GuestMemory, data: bytes) -> BootEntry:
     The copy below 1 MiB is RAM, as on a PC whose chipset has shadowed its ROM there: firmware
     such as SeaBIOS keeps variables in it.
     """
-    if len(data) % PAGE_SIZE or len(data) > ROM_MAX_SIZE:
+    if not data or len(data) % PAGE_SIZE or len(data) > ROM_MAX_SIZE:
         raise ImageError(
             f"a firmware ROM of {len(data)} bytes cannot be; it must be a multiple of "
             f"{PAGE_SIZE} and at most {ROM_MAX_SIZE} bytes: pass the unpacked ROM file"

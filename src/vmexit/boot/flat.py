@@ -1,6 +1,6 @@
 """Flat images: bytes put into memory, and a CPU mode to start in."""
 
-from vmexit.arch.x86.layout import GDT_PAGES, IDENTITY_MAP_MIN, MMIO_HOLE_END
+from vmexit.arch.x86.layout import GDT_PAGES, IDENTITY_MAP_MAX, IDENTITY_MAP_MIN, MMIO_HOLE_END
 from vmexit.arch.x86.paging import identity_map, identity_map_pages
 from vmexit.arch.x86.registers import Table
 from vmexit.arch.x86.segments import boot_gdt, general, long_mode, protected_mode, real_mode
@@ -48,6 +48,11 @@ def start(memory: GuestMemory, entry: int, mode: str, image: range | None = None
         raise ConfigError(f"protected mode cannot start at {entry:#x}; use --mode long")
     ram_end = memory.regions[-1].end
     span = max(IDENTITY_MAP_MIN, ram_end) if ram_end > MMIO_HOLE_END else IDENTITY_MAP_MIN
+    if mode == "long" and span > IDENTITY_MAP_MAX:
+        raise ConfigError(
+            f"long mode starts with a map of at most {IDENTITY_MAP_MAX >> 30} GiB, and memory ends "
+            f"at {ram_end >> 30} GiB; use a smaller --memory"
+        )
     pages = GDT_PAGES + (identity_map_pages(span) if mode == "long" else 0)
     low = next(region for region in memory.regions if not region.readonly)
     gdt = low.end - pages * PAGE_SIZE

@@ -3,17 +3,16 @@
 import errno
 import os
 import stat
+import struct
 from typing import NamedTuple
 
-from vmexit.core.errors import ImageError
+from vmexit.core.errors import ImageError, shown
 
 # More than any flat image or firmware; a kernel with its initrd stays below it, too.
 _MAX_SIZE = 4 << 30
 
 _ELF = b"\x7fELF"
 _BZIMAGE_MAGIC = b"HdrS"  # at 0x202 (Linux x86 boot protocol, "The Real-Mode Kernel Header")
-_MULTIBOOT_MAGIC = 0x1BADB002
-_MULTIBOOT2_MAGIC = 0xE85250D6
 
 
 class ImageKind(NamedTuple):
@@ -25,18 +24,19 @@ class ImageKind(NamedTuple):
 
 def read_image(path: str | os.PathLike[str], *, limit: int = _MAX_SIZE) -> bytes:
     """The bytes of the file at `path`; ImageError if it cannot be an image of at most `limit`."""
-    name = os.fspath(path)
+    path = os.fspath(path)
+    name = shown(path)
     try:
         # Not blocking: a FIFO without a writer would hold us up for ever.
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         remedy = {
             errno.ENOENT: "check the path",
             errno.EACCES: "make it readable, or choose another",
         }.get(error.errno or 0, "choose another file")
         raise ImageError(f"cannot read image {name}: {error.strerror}; {remedy}") from error
-    except ValueError as error:  # a NUL byte in the path
-        raise ImageError(f"cannot read image {name!r}: {error}; check the path") from error
+    except ValueError as error:  # a zero byte in the path, or what cannot be encoded
+        raise ImageError(f"cannot read image {name}: {error}; check the path") from error
     try:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
@@ -53,7 +53,9 @@ def read_image(path: str | os.PathLike[str], *, limit: int = _MAX_SIZE) -> bytes
         with os.fdopen(fd, "rb", closefd=False) as file:
             return file.read(limit)
     except OSError as error:
-        raise ImageError(f"cannot read image {name}: {error.strerror}") from error
+        raise ImageError(
+            f"cannot read image {name}: {error.strerror}; choose another file"
+        ) from error
     finally:
         os.close(fd)
 
@@ -65,9 +67,9 @@ def detect(data: bytes) -> ImageKind:
         return ImageKind("elf", f"a {bits} ELF file")
     if data[0x202:0x206] == _BZIMAGE_MAGIC:
         return ImageKind("bzimage", "a Linux kernel (bzImage)")
-    if _has_multiboot(data, _MULTIBOOT_MAGIC, 8192):
+    if _has_multiboot(data, _MULTIBOOT):
         return ImageKind("multiboot", "a multiboot 1 kernel")
-    if _has_multiboot(data, _MULTIBOOT2_MAGIC, 32768):
+    if _has_multiboot(data, _MULTIBOOT2):
         return ImageKind("multiboot2", "a multiboot 2 kernel")
     if data[:2] == b"\x1f\x8b":
         return ImageKind("gzip", "a gzip file")
@@ -78,15 +80,27 @@ def detect(data: bytes) -> ImageKind:
     return ImageKind("flat", "a flat image: code without a header")
 
 
-def _has_multiboot(data: bytes, magic: int, within: int) -> bool:
-    at = -1
-    while True:
-        at = data.find(magic.to_bytes(4, "little"), at + 1, within)
-        if at < 0:
-            return False
-        if at % 4 == 0 and len(data) >= at + 12:
-            words = [int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4, 8, 12)]
-            # The checksum makes the fields before it 0 (multiboot 1: 3.1.2; multiboot 2: 3.1.1).
-            fields = words[:3] if magic == _MULTIBOOT_MAGIC else words
-            if sum(fields) & 0xFFFF_FFFF == 0:
-                return True
+class _Multiboot(NamedTuple):
+    """Where a multiboot header may be, and how many words its checksum makes 0 together."""
+
+    magic: int
+    within: int
+    alignment: int
+    words: int
+
+
+# Multiboot 0.6.96, 3.1 and 3.1.2; Multiboot2 2.0, 3.1.1.
+_MULTIBOOT = _Multiboot(0x1BADB002, 8192, 4, 3)
+_MULTIBOOT2 = _Multiboot(0xE85250D6, 32768, 8, 4)
+
+
+def _has_multiboot(data: bytes, kind: _Multiboot) -> bool:
+    size = 4 * kind.words
+    magic = kind.magic.to_bytes(4, "little")
+    at = data.find(magic, 0, kind.within)
+    while 0 <= at <= min(len(data), kind.within) - size:
+        words = struct.unpack_from(f"<{kind.words}I", data, at)
+        if at % kind.alignment == 0 and sum(words) & 0xFFFF_FFFF == 0:
+            return True
+        at = data.find(magic, at + 1, kind.within)
+    return False

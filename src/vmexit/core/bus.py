@@ -26,7 +26,7 @@ class Device(Protocol):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Access sizes in bytes that it implements; the bus makes the others from these."""
+        """Access sizes in bytes that it implements; the bus makes wider ones from these."""
         ...
 
     def read(self, offset: int, size: int) -> int:
@@ -54,15 +54,15 @@ class Bus:
     """An address space of devices.
 
     Devices are attached and detached while no vCPU runs, or from within an access; look-ups may
-    come from any thread.
+    come from any thread, and see the devices as they were before or as they are after.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.unclaimed_reads = 0
         self.unclaimed_writes = 0
-        self._starts: list[int] = []
-        self._ranges: list[tuple[int, int, Device, bool]] = []
+        # Both in one tuple that is replaced as a whole: a look-up never sees half a change.
+        self._table: tuple[list[int], list[_Range]] = ([], [])
         self._listeners: list[Callable[[], None]] = []
 
     def attach(self, base: int, size: int, device: Device, *, overhang: bool = False) -> None:
@@ -72,24 +72,28 @@ class Bus:
         as a whole; without, the bus splits it.
         """
         end = base + size
-        for start, stop, other, _ in self._ranges:
+        if size <= 0 or base < 0:
+            raise ConfigError(f"{self.name} {base:#x}+{size} is no range; use a size above 0")
+        _, ranges = self._table
+        for start, stop, other, _ in ranges:
             if base < stop and start < end:
                 raise ConfigError(
                     f"{self.name} {base:#x}..{end - 1:#x} ({type(device).__name__}) overlaps "
                     f"{start:#x}..{stop - 1:#x} ({type(other).__name__}); give one another address"
                 )
-        index = bisect_right(self._starts, base)
-        self._starts.insert(index, base)
-        self._ranges.insert(index, (base, end, device, overhang))
-        self._changed()
+        self._replace(sorted([*ranges, (base, end, device, overhang)], key=_base))
 
     def detach(self, base: int) -> None:
         """Take away the device attached at `base`. Raises ConfigError where there is none."""
-        if base not in self._starts:
-            raise ConfigError(f"nothing is attached to {self.name} {base:#x}")
-        index = self._starts.index(base)
-        del self._starts[index], self._ranges[index]
-        self._changed()
+        starts, ranges = self._table
+        if base not in starts:
+            raise ConfigError(f"nothing is attached to {self.name} {base:#x}; see devices()")
+        self._replace([entry for entry in ranges if entry[0] != base])
+
+    def _replace(self, ranges: list["_Range"]) -> None:
+        self._table = ([entry[0] for entry in ranges], ranges)
+        for listener in self._listeners:
+            listener()
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` whenever the answers of `route_read`/`route_write` may differ."""
@@ -97,7 +101,7 @@ class Bus:
 
     def devices(self) -> list[tuple[int, int, Device]]:
         """`(base, size, device)` for each, by address."""
-        return [(base, end - base, device) for base, end, device, _ in self._ranges]
+        return [(base, end - base, device) for base, end, device, _ in self._table[1]]
 
     def read(self, address: int, size: int) -> int:
         """What the guest reads at `address`."""
@@ -139,10 +143,11 @@ class Bus:
         return (self._split_write if self._touches(address, size) else self._no_write), address
 
     def _find(self, address: int, size: int) -> tuple[Device, int] | None:
-        index = bisect_right(self._starts, address) - 1
+        starts, ranges = self._table
+        index = bisect_right(starts, address) - 1
         if index < 0:
             return None
-        base, end, device, overhang = self._ranges[index]
+        base, end, device, overhang = ranges[index]
         if address + (1 if overhang else size) > end or size not in device.widths:
             return None
         return device, address - base
@@ -151,7 +156,7 @@ class Bus:
         """Whether a device would answer a part of the access, so that splitting it is worth it."""
         if size == 1:
             return False
-        return any(base < address + size and address < end for base, end, _, _ in self._ranges)
+        return any(base < address + size and address < end for base, end, _, _ in self._table[1])
 
     def _split_read(self, address: int, size: int) -> int:
         low = _half(size)
@@ -170,9 +175,13 @@ class Bus:
     def _no_write(self, address: int, size: int, value: int) -> None:
         self.unclaimed_writes += 1
 
-    def _changed(self) -> None:
-        for listener in self._listeners:
-            listener()
+
+# Base, end, device, whether it takes accesses that reach beyond the end.
+_Range = tuple[int, int, Device, bool]
+
+
+def _base(entry: _Range) -> int:
+    return entry[0]
 
 
 def _half(size: int) -> int:

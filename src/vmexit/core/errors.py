@@ -38,3 +38,8 @@ class GuestAddressError(VmexitError, IndexError):
     """A guest physical address (or a part of the range asked for) has no memory behind it."""
 
     exit_status = 2
+
+
+def shown(path: str) -> str:
+    """`path` as it is put into a message: quoted where it has line breaks and the like."""
+    return path if path.isprintable() else repr(path)

@@ -4,6 +4,7 @@ An observer is told of each exit once its access is known (reads after the answe
 the device sees them). While nobody observes, vCPUs do not call here at all.
 """
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -87,12 +88,14 @@ class ExitStats:
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
 
     def _count(self, reason: str, where: str) -> None:
         key = (reason, where)
-        if key not in self.counts and len(self.counts) >= self.MAX_ADDRESSES:
-            key = (reason, "elsewhere")
-        self.counts[key] += 1
+        with self._lock:
+            if key not in self.counts and len(self.counts) >= self.MAX_ADDRESSES:
+                key = (reason, "elsewhere")
+            self.counts[key] += 1
 
     def io(self, vcpu: int, write: bool, port: int, size: int, count: int, data: bytes) -> None:
         self._count("io out" if write else "io in", f"{port:#06x}/{size}")

@@ -40,14 +40,16 @@ class Serial:
     def __init__(self, backend: CharBackend) -> None:
         self._backend = backend
         self._lock = threading.Lock()
+        self._polling = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         """The state after master reset (data sheet, table 1); the divisor is that of 9600 baud."""
-        self._ier = self._fcr = self._lcr = self._mcr = self._scr = 0
-        self._divisor = 12
-        self._overrun = False
-        self._received = bytearray()
+        with self._lock:
+            self._ier = self._fcr = self._lcr = self._mcr = self._scr = 0
+            self._divisor = 12
+            self._overrun = False
+            self._received = bytearray()
 
     def read(self, offset: int, size: int) -> int:
         if offset == LSR:
@@ -122,20 +124,27 @@ class Serial:
     def _receive(self, data: bytes) -> None:
         room = self._room()
         self._overrun |= len(data) > room
-        self._received += data[:room]
+        if self._fcr & FCR_ENABLE:
+            self._received += data[:room]
+        else:
+            self._received[:] = data[-1:]  # the last one takes the place of what was not read
 
     def _room(self) -> int:
         return (FIFO_SIZE if self._fcr & FCR_ENABLE else 1) - len(self._received)
 
     def _poll(self) -> None:
         """Take what the backend has, as much as there is room for: nothing is lost."""
-        with self._lock:
-            room = 0 if self._mcr & MCR_LOOP else self._room()
-        if room > 0:
-            data = self._backend.read(room)
+        if not self._polling.acquire(blocking=False):
+            return  # another vCPU does it, and the room is for one
+        try:
+            with self._lock:
+                room = 0 if self._mcr & MCR_LOOP else self._room()
+            data = self._backend.read(room) if room > 0 else b""
             if data:
                 with self._lock:
                     self._receive(data)
+        finally:
+            self._polling.release()
 
     def state(self) -> State:
         with self._lock:

@@ -19,6 +19,9 @@ ACCELERATORS = ("auto", "kvm", "soft")
 DEFAULT_MEMORY = 128 << 20
 DEFAULT_DEBUG_EXIT = 0xF4
 
+# Any size that there can be is shorter, and Python refuses to print far longer numbers.
+_MAX_DIGITS = 64
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -26,12 +29,18 @@ def parse_size(text: str | int) -> int:
     """Bytes from `134217728`, `0x8000000`, `128M` or `1G`. Raises ConfigError."""
     if isinstance(text, int):
         return text
-    digits = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = digits[-1:] if digits[-1:] in _UNITS and not digits.startswith("0X") else ""
+    digits = text.strip().upper()
+    unit = ""
+    if not digits.startswith("0X"):  # there B is a digit
+        digits = digits.removesuffix("IB").removesuffix("B")
+        unit = digits[-1:] if digits[-1:] in _UNITS else ""
     try:
-        return int(digits.removesuffix(unit), 0) * _UNITS[unit]
+        if len(digits) <= _MAX_DIGITS:
+            return int(digits.removesuffix(unit), 0) * _UNITS[unit]
     except ValueError:
-        raise ConfigError(f"{text!r} is no size; use bytes, or 512K, 128M, 1G") from None
+        pass
+    short = text if len(text) <= _MAX_DIGITS else text[:_MAX_DIGITS] + "..."
+    raise ConfigError(f"{short!r} is no size; use bytes, or 512K, 128M, 1G")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +69,8 @@ class MachineConfig:
         for name, address in (("load address", self.load_address), ("entry", self.entry)):
             if not 0 <= address < PHYSICAL_END:
                 raise ConfigError(
-                    f"{name} {address:#x} is no guest physical address; use a lower one"
+                    f"{name} {address:#x} is no guest physical address; use one from 0x0 to "
+                    f"{PHYSICAL_END - 1:#x}"
                 )
         ports = [("serial", COM1_PORT)] if self.serial is not None else []
         if self.debugcon is not None:
@@ -81,8 +91,13 @@ class MachineConfig:
                 f"use --memory {max(1, round(size / PAGE_SIZE)) * PAGE_SIZE}"
             )
         host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size > host or size > PHYSICAL_END - MMIO_HOLE_END:
+        if size > host:
             raise ConfigError(
                 f"memory of {size} bytes is more than this host has ({host} bytes); "
+                "use a smaller --memory"
+            )
+        if size > PHYSICAL_END - MMIO_HOLE_END:
+            raise ConfigError(
+                f"memory of {size} bytes does not fit below {PHYSICAL_END:#x}; "
                 "use a smaller --memory"
             )

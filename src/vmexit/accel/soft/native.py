@@ -160,7 +160,7 @@ class StopWords:
 
     KICK = 0  # not zero: stop at the next block
     STOPPED = 1  # the block hook did stop
-    LEAVE = 2  # not zero after a port access: leave the block at once
+    LEAVE = 2  # not zero after an access: leave the block at once
 
 
 class Stubs:
@@ -203,12 +203,12 @@ class Stubs:
             + b"\xff\xe0"  # jmp rax
         )  # fmt: skip
 
-    def port_hook(self, callback: int) -> int:
+    def leaving_hook(self, callback: int) -> int:
         """Call `callback` with the arguments as they are; leave the block if it asked to."""
         return self._emit(
             b"\x48\x83\xec\x08"  # sub rsp, 8
             + b"\x48\xb8" + _quad(callback)  # mov rax, callback
-            + b"\xff\xd0"  # call rax
+            + b"\xff\xd0"  # call rax: what it returns stays in rax
             + b"\x48\xb9" + _quad(self._word(StopWords.LEAVE))  # mov rcx, &leave
             + b"\x83\x39\x00"  # cmp dword [rcx], 0
             + b"\x75\x05"  # jne +5

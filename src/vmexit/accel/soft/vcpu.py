@@ -93,7 +93,7 @@ class SoftVcpu:
         self._state = CpuState(engine, cpu, ids)
         self._stubs = Stubs(library, self._handle, cpu)
         self._words = self._stubs.view
-        self._mmio = Mmio(library, self._handle, index, mmio, observer, self._fail)
+        self._mmio = Mmio(library, self._handle, index, mmio, observer, self._words, self._fail)
         # What must outlive this call: C holds the addresses of these.
         self._callbacks: list[object] = []
         # The first thing that went wrong inside a callback, where no exception can pass.
@@ -102,6 +102,9 @@ class SoftVcpu:
         self._plain_in: set[int] = set()  # where an IN is known not to be a string one
         self._ahead: list[int] = []  # what an INS has read but not consumed yet, last first
         self._ahead_of = (0, 0, 0)  # and which: RIP, port, size
+        self._postponed = False  # a kick waits until all that is consumed
+        # What a string port access was answered that is executed again; None: there is none.
+        self._again: int | None = None
         self._install(holes)
 
     def _install(self, holes: list[tuple[int, int]]) -> None:
@@ -109,8 +112,8 @@ class SoftVcpu:
         from unicorn import x86_const
 
         hook, engine = self._library.hook, self._handle
-        out_stub = self._stubs.port_hook(self._c(OutCallback(self._on_out)))
-        in_stub = self._stubs.port_hook(self._c(InCallback(self._on_in)))
+        out_stub = self._stubs.leaving_hook(self._c(OutCallback(self._on_out)))
+        in_stub = self._stubs.leaving_hook(self._c(InCallback(self._on_in)))
         hook(engine, unicorn.UC_HOOK_INSN, out_stub, instruction=x86_const.UC_X86_INS_OUT)
         hook(engine, unicorn.UC_HOOK_INSN, in_stub, instruction=x86_const.UC_X86_INS_IN)
         hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.block_hook())
@@ -119,7 +122,7 @@ class SoftVcpu:
             self._mmio.add_hole(gpa, size, self._stubs)
         for region in self._memory.regions:
             if region.readonly:
-                self._mmio.add_rom(region)
+                self._mmio.add_rom(region, self._stubs)
         self._stubs.seal()
 
     def _c(self, callback: Callable[..., object]) -> int:
@@ -146,6 +149,8 @@ class SoftVcpu:
             words[StopWords.STOPPED] = 0
             self._exception = None
             error = self._library.emu_start(self._handle, self._state.rip, 0, 0, 0)
+            if self._mmio.unfinished or self._again is not None:
+                error = self._finish()
             if self._error is not None:
                 failure, self._error = self._error, None
                 words[StopWords.KICK] = 0
@@ -157,6 +162,20 @@ class SoftVcpu:
             if self._observer is not None:
                 self._observer.other(self.index, exit.reason.value, exit.detail)
             return exit
+
+    def _finish(self) -> int:
+        """Execute the instruction that was left, and no more; returns the engine's error."""
+        words = self._words
+        words[StopWords.KICK] = 0
+        self._mmio.repeat()
+        # The limit of one instruction holds for code that is translated with it only.
+        self._library.flush_translations(self._handle)
+        error: int = self._library.emu_start(self._handle, self._state.rip, 0, 0, 1)
+        self._library.flush_translations(self._handle)
+        self._mmio.finished()
+        self._again = None
+        words[StopWords.STOPPED] = 1
+        return error
 
     def _exit(self, error: int) -> Exit:
         import unicorn
@@ -238,6 +257,8 @@ class SoftVcpu:
 
     def _on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
         try:
+            if self._again is not None:
+                return
             if self._refused(port, size):
                 return
             if self._observer is not None:
@@ -251,6 +272,8 @@ class SoftVcpu:
 
     def _on_in(self, _uc: int, port: int, size: int, _data: int) -> int:
         try:
+            if self._again is not None:
+                return self._again
             if self._refused(port, size):
                 return 0
             rip = self._state.rip
@@ -291,7 +314,11 @@ class SoftVcpu:
 
     def _take_ahead(self, rip: int, port: int, size: int) -> int:
         if (rip, port, size) == self._ahead_of:
-            return self._ahead.pop()
+            value = self._ahead.pop()
+            if self._postponed and not self._ahead:
+                self._postponed = False
+                self._words[StopWords.KICK] = 1
+            return value
         # The INS was left in the middle, by an exception: what it had read is lost, as on KVM.
         self._ahead.clear()
         return self._first_in(rip, port, size)
@@ -318,6 +345,10 @@ class SoftVcpu:
         values = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
         self._ahead = values[:0:-1]
         self._ahead_of = (rip, port, size)
+        if self._ahead and self._words[StopWords.KICK]:
+            # What was read is consumed first, or the device would have lost it.
+            self._words[StopWords.KICK] = 0
+            self._postponed = True
         return values[0]
 
     def _port_access(self) -> PortAccess | None:
@@ -326,12 +357,13 @@ class SoftVcpu:
         return decode_port_access(code, code_bits(registers, system))
 
     def _leave(self, value: int | None, size: int) -> None:
-        """Finish the port access under way (`value` is what an IN read), and stop behind it.
-
-        String forms go on to the next element instead, which begins a block.
-        """
+        """Finish the port access under way (`value` is what an IN read), and stop behind it."""
         access = self._port_access()
-        if access is None or access.string:
+        if access is None or access.repeated:
+            return  # the next element begins a block
+        if access.string:
+            self._again = value or 0
+            self._words[StopWords.LEAVE] = 1
             return
         state = self._state
         state.rip += access.length

@@ -32,6 +32,8 @@ FLAT_ENTRY = 0x1000
 GDT_PAGES = 1
 # At least 4 GiB are identity-mapped, so that the MMIO hole and the ROM are within reach.
 IDENTITY_MAP_MIN = MMIO_HOLE_END
+# And as much as one page of page directory pointers reaches.
+IDENTITY_MAP_MAX = 512 << 30
 
 # COM1: the first serial port of a PC.
 COM1_PORT = 0x3F8
