@@ -65,6 +65,13 @@ def test_commands_print_what_is_shown(block):
         assert matches(shown, printed), f"$ {command}\n{printed}"
 
 
+def test_the_program_in_the_readme_runs():
+    programs = blocks(ROOT / "README.md", "python")
+    assert programs
+    for program in programs:
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
 def test_there_are_sessions_in_the_documentation():
     assert len(sessions()) >= 6
 
