@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vmexit", description=_DESCRIPTION)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.set_defaults(function=lambda arguments: _version_or_help(parser, arguments.version))
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    # Told the name, argparse has no need of a formatter, which takes long to load, at each start.
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="vmexit")
     _add_run(commands)
     doctor = commands.add_parser("doctor", help="tell whether this host can run guests, and how")
     doctor.set_defaults(function=_doctor)

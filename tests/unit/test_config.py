@@ -3,7 +3,6 @@
 Each message is one line that names the value and, after a semicolon, what to do instead.
 """
 
-import dataclasses
 import os
 
 import pytest
@@ -143,11 +142,11 @@ def test_values_up_to_their_limits_are_taken_as_they_are(options) -> None:
 
 def test_a_configuration_cannot_be_changed_and_a_replacement_is_checked_anew() -> None:
     config = MachineConfig()
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         config.memory = 1  # type: ignore[misc]
-    assert dataclasses.replace(config, memory=8192).memory == 8192
+    assert config._replace(memory=8192).memory == 8192
     with pytest.raises(ConfigError):
-        dataclasses.replace(config, memory=8193)
+        config._replace(memory=8193)
 
 
 def test_the_defaults_are_those_of_the_command_line() -> None:

@@ -1,0 +1,118 @@
+"""A socket that a client connects to, as the other end of a character device."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+from vmexit.backends.wait import PATIENCE, Ending, never, reason, wait_writable
+from vmexit.core.errors import ConfigError, shown
+
+
+class Listener:
+    """A listening socket. It serves one client at a time; output with no client is dropped.
+
+    `address` is the path of a Unix socket, or host and port. Raises ConfigError.
+    A client that has closed its sending side still gets output, until another one comes.
+    """
+
+    def __init__(
+        self,
+        address: str | tuple[str, int],
+        ending: Ending = never,
+    ) -> None:
+        self._ending = ending
+        self._client: socket.socket | None = None
+        self._silent = False  # the client has said that it sends no more
+        self._stuck = False  # it did not read what was there to read
+        self._path = address if isinstance(address, str) else ""
+        family = socket.AF_UNIX if self._path else socket.AF_INET
+        self._server = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if family == socket.AF_INET:
+                self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            else:
+                os.fchmod(self._server.fileno(), 0o600)  # whoever connects is at the console
+                _remove_stale(self._path)
+            self._server.bind(address)
+            self._server.listen(1)
+        except (OSError, OverflowError, ValueError) as error:
+            self._server.close()
+            where = shown(self._path or "{}:{}".format(*address))
+            raise ConfigError(
+                f"cannot listen at {where}: {reason(error)}; use another address"
+            ) from error
+        self._server.setblocking(False)
+        name = self._server.getsockname()
+        self.where = f"unix:{name}" if self._path else f"tcp:{name[0]}:{name[1]}"
+
+    def _connected(self) -> socket.socket | None:
+        if self._client is None or self._silent:
+            try:
+                client, _ = self._server.accept()
+            except OSError:  # nobody there yet, or gone again already
+                return self._client
+            self._drop()
+            client.setblocking(False)
+            self._client = client
+        return self._client
+
+    def _drop(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self._silent = self._stuck = False
+
+    def write(self, data: bytes) -> None:
+        client = self._connected()
+        while data and client is not None:
+            try:
+                data = data[client.send(data, socket.MSG_NOSIGNAL) :]
+                self._stuck = False
+            except BlockingIOError:
+                # Waited for once; from then on what does not go is dropped, until some does.
+                patience = 0 if self._stuck else PATIENCE
+                if not wait_writable(client.fileno(), patience, self._ending):
+                    self._stuck = True
+                    return
+            except OSError:
+                self._drop()
+                return
+
+    def read(self, size: int) -> bytes:
+        client = self._connected()
+        if client is None or self._silent:
+            return b""
+        try:
+            data = client.recv(size)
+        except BlockingIOError:
+            return b""
+        except OSError:
+            self._drop()
+            return b""
+        self._silent = not data
+        return data
+
+    def close(self) -> None:
+        """Stop listening; the path of a Unix socket is removed."""
+        self._drop()
+        if self._server.fileno() >= 0:
+            self._server.close()
+            if self._path:
+                Path(self._path).unlink(missing_ok=True)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens at any more: its owner was killed."""
+    if "\0" in path:
+        raise ValueError("a path has no zero byte")  # the rest of it would be passed over
+    try:
+        if not stat.S_ISSOCK(Path(path).lstat().st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        Path(path).unlink(missing_ok=True)
+    except OSError:
+        return  # not there, or in use: bind() tells

@@ -1,0 +1,39 @@
+"""Waiting for descriptors, never past the end of a run, and what went wrong with them in words."""
+
+import select
+import time
+from collections.abc import Callable
+
+from vmexit.core.errors import shown
+
+PATIENCE = 1.0  # seconds for a slow reader
+_SLICE = 0.02  # seconds between two looks at `ending`
+
+# Whether the run is to end: then nothing is waited for any more.
+Ending = Callable[[], bool]
+
+
+def never() -> bool:
+    """There is no run that could end."""
+    return False
+
+
+def ready(fd: int, event: int, seconds: float = 0) -> bool:
+    """Whether `fd` has the event (or an error to report) now, or within `seconds`."""
+    poll = select.poll()  # unlike select(), for any number of open descriptors
+    poll.register(fd, event)
+    return bool(poll.poll(seconds * 1000))
+
+
+def wait_writable(fd: int, patience: float, ending: Ending) -> bool:
+    """Wait until `fd` takes data; False after `patience` seconds, or when the run ends."""
+    until = time.monotonic() + patience
+    while not ready(fd, select.POLLOUT, _SLICE):
+        if ending() or time.monotonic() >= until:
+            return False
+    return True
+
+
+def reason(error: OSError | OverflowError | ValueError) -> str:
+    """What the system, or Python, says about it."""
+    return (isinstance(error, OSError) and error.strerror) or shown(str(error))
