@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmexit.core.errors import ConfigError, HostError, VmexitError
 
@@ -30,7 +30,21 @@ exit status:
 """
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Finds the width out by itself: argparse would load `shutil` for it at every start."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(1).columns
+        except (OSError, ValueError):
+            columns = 80
+        super().__init__(prog, width=max(columns, 20) - 2)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=_Formatter)
+
     def error(self, message: str) -> NoReturn:
         """One line, as for every other error."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -78,8 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vmexit", description=_DESCRIPTION)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.set_defaults(function=lambda arguments: _version_or_help(parser, arguments.version))
-    # Told the name, argparse has no need of a formatter, which takes long to load, at each start.
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="vmexit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_run(commands)
     doctor = commands.add_parser("doctor", help="tell whether this host can run guests, and how")
     doctor.set_defaults(function=_doctor)
@@ -125,7 +138,6 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="run a guest",
         description="Run a flat image or a firmware ROM until it halts.",
         epilog=_RUN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("image", metavar="IMAGE", nargs="?", help="a flat image: code, no header")
     run.add_argument(

@@ -10,6 +10,9 @@ _TYPE_SHIFT = _NUMBER_BITS
 _SIZE_SHIFT = _TYPE_SHIFT + _TYPE_BITS
 _DIRECTION_SHIFT = _SIZE_SHIFT + _SIZE_BITS
 
+# The type of all of KVM's ioctls.
+KVMIO = 0xAE
+
 WRITE, READ = 1, 2  # as seen by the program: it writes the argument, or reads it
 
 Argument = type[Structure] | type[c_uint64]

@@ -1,50 +1,18 @@
-"""KVM's ioctls, exit reasons and flags on x86 (include/uapi/linux/kvm.h, asm/kvm.h)."""
+"""What every VM on KVM needs: ioctls, exit reasons, flags (include/uapi/linux/kvm.h, asm/kvm.h)."""
 
 from vmexit.abi import kvm_caps as caps
-from vmexit.abi.ioctl import READ, WRITE, encode
+from vmexit.abi.ioctl import KVMIO, READ, WRITE, encode
 from vmexit.abi.kvm_structs import (
-    kvm_clear_dirty_log,
-    kvm_clock_data,
-    kvm_coalesced_mmio_zone,
     kvm_cpuid2,
-    kvm_create_device,
-    kvm_debugregs,
-    kvm_device_attr,
     kvm_dirty_log,
-    kvm_enable_cap,
-    kvm_enc_region,
-    kvm_fpu,
-    kvm_guest_debug,
-    kvm_hyperv_eventfd,
-    kvm_interrupt,
-    kvm_ioeventfd,
-    kvm_irq_level,
-    kvm_irq_routing,
-    kvm_irqchip,
-    kvm_irqfd,
-    kvm_lapic_state,
-    kvm_mp_state,
-    kvm_msi,
-    kvm_msr_filter,
     kvm_msr_list,
     kvm_msrs,
-    kvm_nested_state,
-    kvm_one_reg,
-    kvm_pit_config,
-    kvm_pit_state2,
-    kvm_pmu_event_filter,
     kvm_regs,
     kvm_signal_mask,
     kvm_sregs,
-    kvm_sregs2,
-    kvm_tpr_access_ctl,
     kvm_translation,
     kvm_userspace_memory_region,
-    kvm_vapic_addr,
     kvm_vcpu_events,
-    kvm_x86_mce,
-    kvm_xcrs,
-    kvm_xsave,
     u64,
 )
 
@@ -109,36 +77,9 @@ KVM_SYNC_X86_REGS = 1 << 0
 KVM_SYNC_X86_SREGS = 1 << 1
 KVM_SYNC_X86_EVENTS = 1 << 2
 
-# Memory slots and dirty tracking
+# Memory slots.
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
-KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
-KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
-KVM_DIRTY_GFN_F_DIRTY = 1 << 0
-KVM_DIRTY_GFN_F_RESET = 1 << 1
-KVM_DIRTY_GFN_F_MASK = 0x3
-
-# In pages: where the dirty ring is in the mapping of a vCPU (KVM API 8.29).
-KVM_DIRTY_LOG_PAGE_OFFSET = 64
-
-# vCPU run states
-KVM_MP_STATE_RUNNABLE = 0
-KVM_MP_STATE_UNINITIALIZED = 1
-KVM_MP_STATE_INIT_RECEIVED = 2
-KVM_MP_STATE_HALTED = 3
-KVM_MP_STATE_SIPI_RECEIVED = 4
-KVM_MP_STATE_STOPPED = 5
-KVM_MP_STATE_AP_RESET_HOLD = 9
-KVM_MP_STATE_SUSPENDED = 10
-
-# Debugging
-KVM_GUESTDBG_ENABLE = 0x1
-KVM_GUESTDBG_SINGLESTEP = 0x2
-KVM_GUESTDBG_USE_SW_BP = 0x10000
-KVM_GUESTDBG_USE_HW_BP = 0x20000
-KVM_GUESTDBG_INJECT_DB = 0x40000
-KVM_GUESTDBG_INJECT_BP = 0x80000
-KVM_GUESTDBG_BLOCKIRQ = 0x100000
 
 # Pending events
 KVM_VCPUEVENT_VALID_NMI_PENDING = 0x1
@@ -150,84 +91,12 @@ KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20
 KVM_X86_SHADOW_INT_MOV_SS = 0x01
 KVM_X86_SHADOW_INT_STI = 0x02
 
-# ioeventfd, irqfd, routing.
-KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
-KVM_IOEVENTFD_FLAG_PIO = 1 << 1
-KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
-KVM_IRQFD_FLAG_DEASSIGN = 1 << 0
-KVM_IRQFD_FLAG_RESAMPLE = 1 << 1
-KVM_IRQ_ROUTING_IRQCHIP = 1
-KVM_IRQ_ROUTING_MSI = 2
-KVM_IRQ_ROUTING_HV_SINT = 4
-KVM_IRQ_ROUTING_XEN_EVTCHN = 5
-KVM_MSI_VALID_DEVID = 1 << 0
-
-# In-kernel interrupt controllers and timer
-KVM_PIT_SPEAKER_DUMMY = 1
-KVM_IRQCHIP_PIC_MASTER = 0
-KVM_IRQCHIP_PIC_SLAVE = 1
-KVM_IRQCHIP_IOAPIC = 2
-KVM_NR_IRQCHIPS = 3
-KVM_PIT_FLAGS_HPET_LEGACY = 0x1
-KVM_PIT_FLAGS_SPEAKER_DATA_ON = 0x2
-
-# Clock
-KVM_CLOCK_TSC_STABLE = 2
-KVM_CLOCK_REALTIME = 1 << 2
-KVM_CLOCK_HOST_TSC = 1 << 3
-
 # CPUID
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
 KVM_CPUID_FLAG_STATEFUL_FUNC = 1 << 1
 KVM_CPUID_FLAG_STATE_READ_NEXT = 1 << 2
 
-# MSR filter
-KVM_MSR_FILTER_MAX_BITMAP_SIZE = 0x600
-KVM_MSR_FILTER_READ = 1 << 0
-KVM_MSR_FILTER_WRITE = 1 << 1
-KVM_MSR_FILTER_DEFAULT_ALLOW = 0 << 0
-KVM_MSR_FILTER_DEFAULT_DENY = 1 << 0
-
-# KVM_CAP_X86_DISABLE_EXITS.
-KVM_X86_DISABLE_EXITS_MWAIT = 1 << 0
-KVM_X86_DISABLE_EXITS_HLT = 1 << 1
-KVM_X86_DISABLE_EXITS_PAUSE = 1 << 2
-KVM_X86_DISABLE_EXITS_CSTATE = 1 << 3
-
-# KVM_CAP_DISABLE_QUIRKS.
-KVM_X86_QUIRK_LINT0_REENABLED = 1 << 0
-KVM_X86_QUIRK_CD_NW_CLEARED = 1 << 1
-KVM_X86_QUIRK_LAPIC_MMIO_HOLE = 1 << 2
-KVM_X86_QUIRK_OUT_7E_INC_RIP = 1 << 3
-KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT = 1 << 4
-KVM_X86_QUIRK_FIX_HYPERCALL_INSN = 1 << 5
-KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS = 1 << 6
-
-# KVM_CAP_X86_BUS_LOCK_EXIT and KVM_CAP_X86_NOTIFY_VMEXIT.
-KVM_BUS_LOCK_DETECTION_OFF = 1 << 0
-KVM_BUS_LOCK_DETECTION_EXIT = 1 << 1
-KVM_X86_NOTIFY_VMEXIT_ENABLED = 1 << 0
-KVM_X86_NOTIFY_VMEXIT_USER = 1 << 1
-
-# Nested state
-KVM_STATE_NESTED_FORMAT_VMX = 0
-KVM_STATE_NESTED_FORMAT_SVM = 1
-KVM_STATE_NESTED_GUEST_MODE = 0x1
-KVM_STATE_NESTED_RUN_PENDING = 0x2
-KVM_STATE_NESTED_EVMCS = 0x4
-KVM_STATE_NESTED_MTF_PENDING = 0x8
-KVM_STATE_NESTED_GIF_SET = 0x100
-KVM_STATE_NESTED_SMM_GUEST_MODE = 0x1
-KVM_STATE_NESTED_SMM_VMXON = 0x2
-KVM_STATE_NESTED_VMX_VMCS_SIZE = 0x1000
-KVM_STATE_NESTED_SVM_VMCB_SIZE = 0x1000
-
-# sregs2
-KVM_SREGS2_FLAGS_PDPTRS_VALID = 1
-
-KVMIO = 0xAE
-
-# The ioctls of /dev/kvm, of a VM, of a vCPU.
+# Ioctls of /dev/kvm, of a VM, of a vCPU.
 KVM_GET_API_VERSION = encode(KVMIO, 0x00)
 KVM_CREATE_VM = encode(KVMIO, 0x01)
 KVM_GET_MSR_INDEX_LIST = encode(KVMIO, 0x02, READ | WRITE, kvm_msr_list)
@@ -238,160 +107,34 @@ KVM_GET_EMULATED_CPUID = encode(KVMIO, 0x09, READ | WRITE, kvm_cpuid2)
 KVM_GET_MSR_FEATURE_INDEX_LIST = encode(KVMIO, 0x0A, READ | WRITE, kvm_msr_list)
 KVM_CREATE_VCPU = encode(KVMIO, 0x41)
 KVM_GET_DIRTY_LOG = encode(KVMIO, 0x42, WRITE, kvm_dirty_log)
-KVM_SET_NR_MMU_PAGES = encode(KVMIO, 0x44)
-KVM_GET_NR_MMU_PAGES = encode(KVMIO, 0x45)
 KVM_SET_USER_MEMORY_REGION = encode(KVMIO, 0x46, WRITE, kvm_userspace_memory_region)
 KVM_SET_TSS_ADDR = encode(KVMIO, 0x47)
 KVM_SET_IDENTITY_MAP_ADDR = encode(KVMIO, 0x48, WRITE, u64)
-KVM_CREATE_IRQCHIP = encode(KVMIO, 0x60)
-KVM_IRQ_LINE = encode(KVMIO, 0x61, WRITE, kvm_irq_level)
-KVM_GET_IRQCHIP = encode(KVMIO, 0x62, READ | WRITE, kvm_irqchip)
-KVM_SET_IRQCHIP = encode(KVMIO, 0x63, READ, kvm_irqchip)
-KVM_IRQ_LINE_STATUS = encode(KVMIO, 0x67, READ | WRITE, kvm_irq_level)
-KVM_REGISTER_COALESCED_MMIO = encode(KVMIO, 0x67, WRITE, kvm_coalesced_mmio_zone)
-KVM_UNREGISTER_COALESCED_MMIO = encode(KVMIO, 0x68, WRITE, kvm_coalesced_mmio_zone)
-KVM_SET_GSI_ROUTING = encode(KVMIO, 0x6A, WRITE, kvm_irq_routing)
-KVM_REINJECT_CONTROL = encode(KVMIO, 0x71)
-KVM_IRQFD = encode(KVMIO, 0x76, WRITE, kvm_irqfd)
-KVM_CREATE_PIT2 = encode(KVMIO, 0x77, WRITE, kvm_pit_config)
-KVM_SET_BOOT_CPU_ID = encode(KVMIO, 0x78)
-KVM_IOEVENTFD = encode(KVMIO, 0x79, WRITE, kvm_ioeventfd)
-KVM_SET_CLOCK = encode(KVMIO, 0x7B, WRITE, kvm_clock_data)
-KVM_GET_CLOCK = encode(KVMIO, 0x7C, READ, kvm_clock_data)
-KVM_GET_PIT2 = encode(KVMIO, 0x9F, READ, kvm_pit_state2)
-KVM_SET_PIT2 = encode(KVMIO, 0xA0, WRITE, kvm_pit_state2)
-KVM_SET_TSC_KHZ = encode(KVMIO, 0xA2)
-KVM_GET_TSC_KHZ = encode(KVMIO, 0xA3)
-KVM_SIGNAL_MSI = encode(KVMIO, 0xA5, WRITE, kvm_msi)
-KVM_SET_PMU_EVENT_FILTER = encode(KVMIO, 0xB2, WRITE, kvm_pmu_event_filter)
-KVM_CREATE_DEVICE = encode(KVMIO, 0xE0, READ | WRITE, kvm_create_device)
-KVM_SET_DEVICE_ATTR = encode(KVMIO, 0xE1, WRITE, kvm_device_attr)
-KVM_GET_DEVICE_ATTR = encode(KVMIO, 0xE2, WRITE, kvm_device_attr)
-KVM_HAS_DEVICE_ATTR = encode(KVMIO, 0xE3, WRITE, kvm_device_attr)
 KVM_RUN = encode(KVMIO, 0x80)
 KVM_GET_REGS = encode(KVMIO, 0x81, READ, kvm_regs)
 KVM_SET_REGS = encode(KVMIO, 0x82, WRITE, kvm_regs)
 KVM_GET_SREGS = encode(KVMIO, 0x83, READ, kvm_sregs)
 KVM_SET_SREGS = encode(KVMIO, 0x84, WRITE, kvm_sregs)
 KVM_TRANSLATE = encode(KVMIO, 0x85, READ | WRITE, kvm_translation)
-KVM_INTERRUPT = encode(KVMIO, 0x86, WRITE, kvm_interrupt)
 KVM_GET_MSRS = encode(KVMIO, 0x88, READ | WRITE, kvm_msrs)
 KVM_SET_MSRS = encode(KVMIO, 0x89, WRITE, kvm_msrs)
 KVM_SET_SIGNAL_MASK = encode(KVMIO, 0x8B, WRITE, kvm_signal_mask)
-KVM_GET_FPU = encode(KVMIO, 0x8C, READ, kvm_fpu)
-KVM_SET_FPU = encode(KVMIO, 0x8D, WRITE, kvm_fpu)
-KVM_GET_LAPIC = encode(KVMIO, 0x8E, READ, kvm_lapic_state)
-KVM_SET_LAPIC = encode(KVMIO, 0x8F, WRITE, kvm_lapic_state)
 KVM_SET_CPUID2 = encode(KVMIO, 0x90, WRITE, kvm_cpuid2)
 KVM_GET_CPUID2 = encode(KVMIO, 0x91, READ | WRITE, kvm_cpuid2)
-KVM_TPR_ACCESS_REPORTING = encode(KVMIO, 0x92, READ | WRITE, kvm_tpr_access_ctl)
-KVM_SET_VAPIC_ADDR = encode(KVMIO, 0x93, WRITE, kvm_vapic_addr)
-KVM_GET_MP_STATE = encode(KVMIO, 0x98, READ, kvm_mp_state)
-KVM_SET_MP_STATE = encode(KVMIO, 0x99, WRITE, kvm_mp_state)
-KVM_NMI = encode(KVMIO, 0x9A)
-KVM_SET_GUEST_DEBUG = encode(KVMIO, 0x9B, WRITE, kvm_guest_debug)
-KVM_X86_SETUP_MCE = encode(KVMIO, 0x9C, WRITE, u64)
-KVM_X86_GET_MCE_CAP_SUPPORTED = encode(KVMIO, 0x9D, READ, u64)
-KVM_X86_SET_MCE = encode(KVMIO, 0x9E, WRITE, kvm_x86_mce)
 KVM_GET_VCPU_EVENTS = encode(KVMIO, 0x9F, READ, kvm_vcpu_events)
 KVM_SET_VCPU_EVENTS = encode(KVMIO, 0xA0, WRITE, kvm_vcpu_events)
-KVM_GET_DEBUGREGS = encode(KVMIO, 0xA1, READ, kvm_debugregs)
-KVM_SET_DEBUGREGS = encode(KVMIO, 0xA2, WRITE, kvm_debugregs)
-KVM_ENABLE_CAP = encode(KVMIO, 0xA3, WRITE, kvm_enable_cap)
-KVM_GET_XSAVE = encode(KVMIO, 0xA4, READ, kvm_xsave)
-KVM_SET_XSAVE = encode(KVMIO, 0xA5, WRITE, kvm_xsave)
-KVM_GET_XCRS = encode(KVMIO, 0xA6, READ, kvm_xcrs)
-KVM_SET_XCRS = encode(KVMIO, 0xA7, WRITE, kvm_xcrs)
-KVM_GET_ONE_REG = encode(KVMIO, 0xAB, WRITE, kvm_one_reg)
-KVM_SET_ONE_REG = encode(KVMIO, 0xAC, WRITE, kvm_one_reg)
-KVM_KVMCLOCK_CTRL = encode(KVMIO, 0xAD)
-KVM_SMI = encode(KVMIO, 0xB7)
-KVM_MEMORY_ENCRYPT_OP = encode(KVMIO, 0xBA, READ | WRITE, u64)
-KVM_MEMORY_ENCRYPT_REG_REGION = encode(KVMIO, 0xBB, READ, kvm_enc_region)
-KVM_MEMORY_ENCRYPT_UNREG_REGION = encode(KVMIO, 0xBC, READ, kvm_enc_region)
-KVM_HYPERV_EVENTFD = encode(KVMIO, 0xBD, WRITE, kvm_hyperv_eventfd)
-KVM_GET_NESTED_STATE = encode(KVMIO, 0xBE, READ | WRITE, kvm_nested_state)
-KVM_SET_NESTED_STATE = encode(KVMIO, 0xBF, WRITE, kvm_nested_state)
-KVM_CLEAR_DIRTY_LOG = encode(KVMIO, 0xC0, READ | WRITE, kvm_clear_dirty_log)
-KVM_GET_SUPPORTED_HV_CPUID = encode(KVMIO, 0xC1, READ | WRITE, kvm_cpuid2)
-KVM_X86_SET_MSR_FILTER = encode(KVMIO, 0xC6, WRITE, kvm_msr_filter)
-KVM_RESET_DIRTY_RINGS = encode(KVMIO, 0xC7)
-KVM_GET_SREGS2 = encode(KVMIO, 0xCC, READ, kvm_sregs2)
-KVM_SET_SREGS2 = encode(KVMIO, 0xCD, WRITE, kvm_sregs2)
-KVM_GET_STATS_FD = encode(KVMIO, 0xCE)
-KVM_GET_XSAVE2 = encode(KVMIO, 0xCF, READ, kvm_xsave)
 
 # What KVM_CHECK_EXTENSION must report before an ioctl may be used (KVM API 4, "Capability"). An
 # ioctl that is not here has been in KVM from the beginning of this API version.
 REQUIRED_CAPABILITY = {
-    KVM_GET_EMULATED_CPUID: caps.KVM_CAP_EXT_EMUL_CPUID,
     KVM_GET_SUPPORTED_CPUID: caps.KVM_CAP_EXT_CPUID,
+    KVM_GET_EMULATED_CPUID: caps.KVM_CAP_EXT_EMUL_CPUID,
     KVM_GET_MSR_FEATURE_INDEX_LIST: caps.KVM_CAP_GET_MSR_FEATURES,
-    KVM_SET_NR_MMU_PAGES: caps.KVM_CAP_MMU_SHADOW_CACHE_CONTROL,
-    KVM_GET_NR_MMU_PAGES: caps.KVM_CAP_MMU_SHADOW_CACHE_CONTROL,
     KVM_SET_USER_MEMORY_REGION: caps.KVM_CAP_USER_MEMORY,
     KVM_SET_TSS_ADDR: caps.KVM_CAP_SET_TSS_ADDR,
     KVM_SET_IDENTITY_MAP_ADDR: caps.KVM_CAP_SET_IDENTITY_MAP_ADDR,
-    KVM_CREATE_IRQCHIP: caps.KVM_CAP_IRQCHIP,
-    KVM_IRQ_LINE: caps.KVM_CAP_IRQCHIP,
-    KVM_GET_IRQCHIP: caps.KVM_CAP_IRQCHIP,
-    KVM_SET_IRQCHIP: caps.KVM_CAP_IRQCHIP,
-    KVM_IRQ_LINE_STATUS: caps.KVM_CAP_IRQ_INJECT_STATUS,
-    KVM_REGISTER_COALESCED_MMIO: caps.KVM_CAP_COALESCED_MMIO,
-    KVM_UNREGISTER_COALESCED_MMIO: caps.KVM_CAP_COALESCED_MMIO,
-    KVM_SET_GSI_ROUTING: caps.KVM_CAP_IRQ_ROUTING,
-    KVM_REINJECT_CONTROL: caps.KVM_CAP_REINJECT_CONTROL,
-    KVM_IRQFD: caps.KVM_CAP_IRQFD,
-    KVM_CREATE_PIT2: caps.KVM_CAP_PIT2,
-    KVM_GET_PIT2: caps.KVM_CAP_PIT_STATE2,
-    KVM_SET_PIT2: caps.KVM_CAP_PIT_STATE2,
-    KVM_SET_BOOT_CPU_ID: caps.KVM_CAP_SET_BOOT_CPU_ID,
-    KVM_IOEVENTFD: caps.KVM_CAP_IOEVENTFD,
-    KVM_SET_CLOCK: caps.KVM_CAP_ADJUST_CLOCK,
-    KVM_GET_CLOCK: caps.KVM_CAP_ADJUST_CLOCK,
-    KVM_SET_TSC_KHZ: caps.KVM_CAP_TSC_CONTROL,
-    KVM_GET_TSC_KHZ: caps.KVM_CAP_GET_TSC_KHZ,
-    KVM_SIGNAL_MSI: caps.KVM_CAP_SIGNAL_MSI,
-    KVM_SET_PMU_EVENT_FILTER: caps.KVM_CAP_PMU_EVENT_FILTER,
-    KVM_CREATE_DEVICE: caps.KVM_CAP_DEVICE_CTRL,
-    KVM_SET_DEVICE_ATTR: caps.KVM_CAP_DEVICE_CTRL,
-    KVM_GET_DEVICE_ATTR: caps.KVM_CAP_DEVICE_CTRL,
-    KVM_HAS_DEVICE_ATTR: caps.KVM_CAP_DEVICE_CTRL,
-    KVM_GET_LAPIC: caps.KVM_CAP_IRQCHIP,
-    KVM_SET_LAPIC: caps.KVM_CAP_IRQCHIP,
     KVM_SET_CPUID2: caps.KVM_CAP_EXT_CPUID,
     KVM_GET_CPUID2: caps.KVM_CAP_EXT_CPUID,
-    KVM_TPR_ACCESS_REPORTING: caps.KVM_CAP_VAPIC,
-    KVM_SET_VAPIC_ADDR: caps.KVM_CAP_VAPIC,
-    KVM_GET_MP_STATE: caps.KVM_CAP_MP_STATE,
-    KVM_SET_MP_STATE: caps.KVM_CAP_MP_STATE,
-    KVM_NMI: caps.KVM_CAP_USER_NMI,
-    KVM_SET_GUEST_DEBUG: caps.KVM_CAP_SET_GUEST_DEBUG,
-    KVM_X86_SETUP_MCE: caps.KVM_CAP_MCE,
-    KVM_X86_GET_MCE_CAP_SUPPORTED: caps.KVM_CAP_MCE,
-    KVM_X86_SET_MCE: caps.KVM_CAP_MCE,
     KVM_GET_VCPU_EVENTS: caps.KVM_CAP_VCPU_EVENTS,
     KVM_SET_VCPU_EVENTS: caps.KVM_CAP_VCPU_EVENTS,
-    KVM_GET_DEBUGREGS: caps.KVM_CAP_DEBUGREGS,
-    KVM_SET_DEBUGREGS: caps.KVM_CAP_DEBUGREGS,
-    KVM_ENABLE_CAP: caps.KVM_CAP_ENABLE_CAP_VM,
-    KVM_GET_XSAVE: caps.KVM_CAP_XSAVE,
-    KVM_SET_XSAVE: caps.KVM_CAP_XSAVE,
-    KVM_GET_XSAVE2: caps.KVM_CAP_XSAVE2,
-    KVM_GET_XCRS: caps.KVM_CAP_XCRS,
-    KVM_SET_XCRS: caps.KVM_CAP_XCRS,
-    KVM_GET_ONE_REG: caps.KVM_CAP_ONE_REG,
-    KVM_SET_ONE_REG: caps.KVM_CAP_ONE_REG,
-    KVM_KVMCLOCK_CTRL: caps.KVM_CAP_KVMCLOCK_CTRL,
-    KVM_SMI: caps.KVM_CAP_X86_SMM,
-    KVM_HYPERV_EVENTFD: caps.KVM_CAP_HYPERV_EVENTFD,
-    KVM_GET_NESTED_STATE: caps.KVM_CAP_NESTED_STATE,
-    KVM_SET_NESTED_STATE: caps.KVM_CAP_NESTED_STATE,
-    KVM_CLEAR_DIRTY_LOG: caps.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_GET_SUPPORTED_HV_CPUID: caps.KVM_CAP_HYPERV_CPUID,
-    KVM_X86_SET_MSR_FILTER: caps.KVM_CAP_X86_MSR_FILTER,
-    KVM_RESET_DIRTY_RINGS: caps.KVM_CAP_DIRTY_LOG_RING,
-    KVM_GET_SREGS2: caps.KVM_CAP_SREGS2,
-    KVM_SET_SREGS2: caps.KVM_CAP_SREGS2,
-    KVM_GET_STATS_FD: caps.KVM_CAP_BINARY_STATS_FD,
 }
