@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from ctypes import sizeof
 from fcntl import ioctl
+from itertools import islice
 
 from vmexit.abi.kvm import (
     KVM_EXIT_DEBUG,
@@ -28,11 +29,9 @@ from vmexit.abi.kvm import (
 )
 from vmexit.abi.kvm_run import kvm_run
 from vmexit.abi.kvm_structs import (
-    kvm_dtable,
     kvm_msr_entry,
     kvm_msrs,
     kvm_regs,
-    kvm_segment,
     kvm_sregs,
 )
 from vmexit.accel.base import Exit, ExitReason
@@ -74,6 +73,12 @@ _Route = tuple[Read | Write, int, int, memoryview, int]
 _MAX_ROUTES = 4096
 
 _GENERAL_FORMAT = struct.Struct(f"={len(GENERAL)}Q")
+# The beginning of `struct kvm_sregs`, which a ctypes structure takes five times as long to fill in.
+# Of a segment: base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable.
+_SEGMENT_FIELDS = 12
+_SYSTEM_FORMAT = struct.Struct(
+    "=" + "QIH9Bx" * len(SEGMENTS) + "QH6x" * len(TABLES) + f"{len(CONTROL)}Q"
+)
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
 
 _PLAIN_EXITS = {
@@ -273,7 +278,8 @@ class KvmVcpu:
 
     def set_cpuid(self, cpuid: bytes) -> None:
         """KVM_SET_CPUID2 (KVM API 4.20); `cpuid` is a `struct kvm_cpuid2` with its entries."""
-        self._set("CPUID", KVM_SET_CPUID2, cpuid)
+        # fcntl takes more than 1 KiB only if it may be written to.
+        self._set("CPUID", KVM_SET_CPUID2, bytearray(cpuid))
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))
@@ -281,32 +287,33 @@ class KvmVcpu:
         return dict(zip(GENERAL, _GENERAL_FORMAT.unpack(buffer), strict=True))
 
     def set_registers(self, registers: Registers) -> None:
-        packed = _GENERAL_FORMAT.pack(*(registers[name] for name in GENERAL))
+        packed = _GENERAL_FORMAT.pack(*[registers[name] for name in GENERAL])
         self._set("general registers", KVM_SET_REGS, packed)
 
-    def _sregs(self) -> kvm_sregs:
-        sregs = kvm_sregs()
-        ioctl(self.fd, KVM_GET_SREGS, sregs, True)
-        return sregs
+    def _sregs(self) -> bytearray:
+        buffer = bytearray(sizeof(kvm_sregs))
+        ioctl(self.fd, KVM_GET_SREGS, buffer, True)
+        return buffer
 
     def system_registers(self) -> SystemRegisters:
-        sregs = self._sregs()
-        segments = [_from_segment(getattr(sregs, name)) for name in SEGMENTS]
-        tables = [_from_table(getattr(sregs, name)) for name in TABLES]
-        control = [getattr(sregs, name) for name in CONTROL]
-        return SystemRegisters._make([*segments, *tables, *control])
+        values = iter(_SYSTEM_FORMAT.unpack_from(self._sregs()))
+        segments = [_to_segment(list(islice(values, _SEGMENT_FIELDS))) for _ in SEGMENTS]
+        tables = [Table(next(values), next(values)) for _ in TABLES]
+        return SystemRegisters._make([*segments, *tables, *values])
 
     def set_system_registers(self, system: SystemRegisters) -> None:
         # APIC base and the pending interrupt are in the same structure, and stay as they are.
-        sregs = self._sregs()
+        buffer = self._sregs()
+        values: list[int] = []
         for name in SEGMENTS:
-            setattr(sregs, name, _to_segment(getattr(system, name)))
+            s: Segment = getattr(system, name)
+            values += (s.base, s.limit, s.selector, s.type, s.present, s.dpl, s.db, s.s, s.l, s.g)
+            values += (s.avl, not s.present)
         for name in TABLES:
-            table: Table = getattr(system, name)
-            setattr(sregs, name, kvm_dtable(base=table.base, limit=table.limit))
-        for name in CONTROL:
-            setattr(sregs, name, getattr(system, name))
-        self._set("system registers", KVM_SET_SREGS, bytes(sregs))
+            values += getattr(system, name)
+        values += [getattr(system, name) for name in CONTROL]
+        _SYSTEM_FORMAT.pack_into(buffer, 0, *values)
+        self._set("system registers", KVM_SET_SREGS, buffer)
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
         entries = dict.fromkeys(indices, 0)
@@ -330,9 +337,9 @@ class KvmVcpu:
             todo = todo[done + 1 :]
         return refused
 
-    def _set(self, what: str, request: int, data: bytes) -> None:
+    def _set(self, what: str, request: int, data: bytes | bytearray) -> None:
         try:
-            ioctl(self.fd, request, bytearray(data))  # fcntl takes at most 1 KiB of plain bytes
+            ioctl(self.fd, request, data)
         except OSError as error:
             raise HostError(
                 f"KVM refused the {what} of vCPU {self.index}: {error.strerror}"
@@ -352,21 +359,9 @@ class KvmVcpu:
 _IMMEDIATE_EXIT: int = kvm_run.immediate_exit.offset
 
 
-def _from_segment(s: kvm_segment) -> Segment:
-    return Segment(
-        s.selector, s.base, s.limit, s.type, s.s, s.dpl, s.present, s.l, s.db, s.g, s.avl
-    )
-
-
-def _to_segment(s: Segment) -> kvm_segment:
-    return kvm_segment(
-        **s._asdict(),
-        unusable=0 if s.present else 1,
-    )
-
-
-def _from_table(table: kvm_dtable) -> Table:
-    return Table(table.base, table.limit)
+def _to_segment(values: list[int]) -> Segment:
+    base, limit, selector, type, present, dpl, db, s, l, g, avl, _ = values  # noqa: E741
+    return Segment(selector, base, limit, type, s, dpl, present, l, db, g, avl)
 
 
 def _pack_msrs(values: Mapping[int, int]) -> bytearray:

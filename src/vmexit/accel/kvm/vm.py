@@ -5,6 +5,7 @@ import errno
 import os
 import struct
 from fcntl import ioctl
+from functools import cache
 from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
@@ -135,9 +136,13 @@ class KvmVm:
         self.close()
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _ioctl_value(fd: int, request: int, value: int) -> None:
     """An ioctl whose argument is a number, not a pointer, above what fcntl.ioctl takes."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.ioctl(fd, ctypes.c_ulong(request), ctypes.c_ulong(value)) < 0:
+    if _libc().ioctl(fd, ctypes.c_ulong(request), ctypes.c_ulong(value)) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
