@@ -47,4 +47,4 @@ bench: setup     ## measure against C and QEMU, side by side
 	@$(BIN)/python benchmarks/run.py $(BENCH)
 
 clean:           ## remove what the targets made
-	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/build
+	rm -rf $(VENV) .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/build

@@ -74,7 +74,10 @@ def run_vcpu(vcpu: int, run: kvm_run, pages: mmap.mmap) -> str:
 def main(image: bytes) -> None:
     """Steps 1 to 9."""
     # 1. Open KVM.
-    system = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        system = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        sys.exit(f"cannot open /dev/kvm: {error.strerror}; `vmexit doctor` says what to do")
     # 2. Is it the one version of the interface that there is?
     assert ioctl(system, kvm.KVM_GET_API_VERSION) == kvm.KVM_API_VERSION
     # 3. Create a VM: a file descriptor that has no memory and no processor yet.

@@ -20,14 +20,14 @@ _DESCRIPTION = "A virtual machine monitor for x86-64: on KVM, or on an embedded 
 _RUN_EPILOG = """\
 examples:
   vmexit run guests/hello.bin                        a flat image: loaded at 0, started at 0x1000
-  vmexit run boot.bin --load-address 0x7c00 --entry 0x7c00          a boot sector
+  vmexit run boot.bin --load-address 0x7c00 --entry 0:0x7c00        a boot sector
   vmexit run kernel.bin --mode long --log-exits      start in 64-bit mode, one line an exit
   vmexit run --firmware bios-microvm.bin --debugcon 0x402 --timeout 10
 
 exit status:
   0 the guest halted, powered off or reset; (value << 1) | 1 for a value written to the
-  debug-exit port; 2 bad arguments, configuration or image; 3 the guest crashed; 4 this host
-  cannot run it; 124 --timeout ran out; 130 interrupted
+  debug-exit port; 2 bad arguments, configuration or image; 3 the guest crashed (as for the
+  value 1, so use others); 4 this host cannot run it; 124 --timeout ran out; 130 interrupted
 """
 
 
@@ -64,6 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, _end)
     try:
         status: int = arguments.function(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # All others are turned into errors of ours where they happen.
+        _say(f"cannot write standard output: {error.strerror}; send it elsewhere")
+        os.close(1)  # or Python would complain once more as it flushes
+        os.open(os.devnull, os.O_WRONLY)
+        return HostError.exit_status
     except VmexitError as error:
         _say(str(error))
         return error.exit_status
@@ -126,9 +134,9 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         help="guest physical address that a flat image is loaded at (default 0x0)",
     )  # fmt: skip
     parser.add_argument(
-        "--entry", metavar="A", type=_number, default=None,
+        "--entry", metavar="[CS:]A", type=_entry, default=(None, None),
         help="address of a flat image's first instruction (default 0x1000); in real mode it is "
-        "the CS base, with IP 0",
+        "the CS base, with IP 0, or give both: 0:0x7c00",
     )  # fmt: skip
     parser.add_argument(
         "--mode", choices=("real", "protected", "long"), default="real",
@@ -198,6 +206,15 @@ def _number(text: str) -> int:
     return value
 
 
+def _entry(text: str) -> tuple[int | None, int | None]:
+    """The address, and CS if it is given."""
+    segment, colon, offset = text.rpartition(":")
+    if not colon:
+        return _number(text), None
+    cs = _number(segment)
+    return (cs << 4) + _number(offset), cs
+
+
 def _port(text: str) -> int:
     try:
         value = int(text, 0)
@@ -237,6 +254,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.image is None and arguments.firmware is None:
         raise ConfigError("nothing to run; give an IMAGE or --firmware F")
+    entry, segment = arguments.entry
+    if arguments.firmware is not None and (
+        arguments.load_address is not None or entry is not None or arguments.mode != "real"
+    ):
+        raise ConfigError(
+            "firmware starts at the reset vector; leave out --load-address, --entry and --mode"
+        )
     with ExitStack() as stack:
         stats = ExitStats() if arguments.stats else None
         config = MachineConfig(
@@ -244,7 +268,8 @@ def _run(arguments: argparse.Namespace) -> int:
             accel=arguments.accel,
             image=arguments.image,
             load_address=_or(arguments.load_address, FLAT_LOAD_ADDRESS),
-            entry=_or(arguments.entry, FLAT_ENTRY),
+            entry=_or(entry, FLAT_ENTRY),
+            segment=segment,
             mode=arguments.mode,
             firmware=arguments.firmware,
             serial=arguments.serial,
@@ -332,5 +357,6 @@ def _doctor(_: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from vmexit.inspect import describe
 
-    print(describe(arguments.image, arguments.load_address, arguments.entry, arguments.mode))
+    address, segment = arguments.entry
+    print(describe(arguments.image, arguments.load_address, address, segment, arguments.mode))
     return 0

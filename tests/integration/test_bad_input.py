@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import GUESTS, assert_one_line, vmexit
+from command import GUESTS, VMEXIT, assert_one_line, vmexit
 
 HELLO = GUESTS / "hello.bin"
 
@@ -73,7 +73,22 @@ def test_image_that_does_not_reach_the_entry(image):
 
 
 def test_elf_file_as_image():
-    assert_one_line(vmexit("run", "/bin/true"), 2, "64-bit ELF", "objcopy -O binary")
+    assert_one_line(vmexit("run", "/bin/true"), 2, "64-bit ELF", "`vmexit inspect /bin/true`")
+
+
+def test_other_files_that_are_not_flat_images(image):
+    assert_one_line(vmexit("run", image(b"\x1f\x8b\x08" + bytes(9999))), 2, "gunzip")
+    kernel = bytes(0x202) + b"HdrS" + bytes(9999)
+    assert_one_line(vmexit("run", image(kernel)), 2, "a Linux kernel", "does not boot Linux yet")
+    sector = bytes(510) + b"\x55\xaa"
+    remedy = "--load-address 0x7c00 --entry 0:0x7c00"
+    assert_one_line(vmexit("run", image(sector)), 2, "a boot sector", remedy)
+
+
+def test_an_image_that_is_loaded_elsewhere_but_started_where_it_is_not(image):
+    done = vmexit("run", image(bytes(34)), "--load-address", "0x7c00")
+    assert_one_line(done, 2, "entry 0x1000 lies outside the image (34 bytes at 0x7c00)", "0x7c00")
+    assert "use --entry 0x7c00" in done.err
 
 
 def test_nothing_to_run():
@@ -82,6 +97,7 @@ def test_nothing_to_run():
 
 def test_image_and_firmware():
     assert_one_line(vmexit("run", HELLO, "--firmware", HELLO), 2, "give one of them")
+    assert_one_line(vmexit("run", "--firmware", HELLO, "--mode", "long"), 2, "leave out")
 
 
 def test_firmware_of_an_odd_size(image):
@@ -101,7 +117,8 @@ def test_firmware_with_too_little_memory(image):
     [
         ("0", ["0 bytes", "--memory"]),
         ("-1", ["--memory"]),
-        ("1", ["whole 4096-byte pages", "--memory 4096"]),
+        ("1", ["whole 4096-byte pages", "--memory 1M"]),
+        ("128", ["128 bytes", "--memory 128M"]),
         ("1000000", ["whole 4096-byte pages", "--memory 999424"]),
         ("512T", ["more than this host has"]),
         ("99999999999999999999", ["--memory"]),
@@ -142,6 +159,9 @@ def test_overlapping_devices():
         (["--debugcon", "x"], ["'x'"]),
         (["--load-address", "-1"], ["'-1'"]),
         (["--entry", "main"], ["'main'"]),
+        (["--entry", "0:0x10000", "--load-address", "0x10000"], ["--entry 0x1000:0x0"]),
+        (["--entry", "0x10000:0", "--load-address", "0x100000"], ["16 bits"]),
+        (["--entry", "0:0x1000", "--mode", "long"], ["--mode real"]),
         (["--load-address", "0x10000000000000000"], ["load address"]),
         (["--serial", "printer"], ["'printer'", "stdio"]),
         (["--serial", "tcp:localhost"], ["tcp:HOST:PORT"]),
@@ -159,6 +179,12 @@ def test_options_that_cannot_be(arguments, words):
 
 
 def test_a_full_disk_ends_the_run_with_a_reason():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*VMEXIT, "doctor"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    message = "vmexit: cannot write standard output: No space left on device; send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (4, message)
     done = vmexit("run", HELLO, "--serial", "file:/dev/full")
     assert_one_line(done, 4, "No space left on device")
     done = vmexit("run", GUESTS / "counter.bin", "--trace", "/dev/full")

@@ -169,6 +169,20 @@ def test_the_debug_console_to_standard_output_and_to_a_file(accel, tmp_path):
     assert (tmp_path / "log").read_bytes() == b"\xe9"
 
 
+def test_a_boot_sector_as_a_bios_starts_it(accel, tmp_path):
+    image = tmp_path / "boot"
+    # push cs; pop ax; out 0x10, ax; call next (whose return address is linked for 0x7c00)
+    code = bytes.fromhex("0e58e710e8000058e710b001e6f4")
+    image.write_bytes(code.ljust(510, b"\x90") + b"\x55\xaa")
+    done = vmexit(
+        "run", image, "--load-address", "0x7c00", "--entry", "0:0x7c00", "--accel", accel,
+        "--log-exits",
+    )  # fmt: skip
+    assert done.status == 3
+    assert done.err.count("data 0000") == 1  # CS
+    assert done.err.count("data 077c") == 1  # 0x7c07
+
+
 def test_a_boot_sector_at_0x7c00(accel, tmp_path):
     image = tmp_path / "boot"
     image.write_bytes(b"\xb0\x2a\xe6\xf4".ljust(510, b"\x90") + b"\x55\xaa")
@@ -235,12 +249,25 @@ def test_inspect_names_what_it_sees_and_how_to_run_it(tmp_path):
     boot.write_bytes(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")
     done = vmexit("inspect", boot)
     assert "boot sector" in done.out
-    assert "--load-address 0x7c00 --entry 0x7c00" in done.out
+    assert "--load-address 0x7c00 --entry 0x0:0x7c00" in done.out
     assert "jmp 0x7c00" in done.out
 
 
-def test_inspect_of_an_elf_file_says_what_to_do():
+def test_what_inspect_says_about_an_elf_file_can_be_done(tmp_path):
     done = vmexit("inspect", "/bin/true")
-    assert done.status == 0
-    assert "a 64-bit ELF file" in done.out
-    assert "objcopy" in done.out
+    assert (done.status, "a 64-bit ELF file" in done.out) == (0, True)
+    assert "a program for an operating system" in done.out
+    source, loose, linked = tmp_path / "k.S", tmp_path / "k.o", tmp_path / "k.elf"
+    source.write_text(".globl _start\n_start: movb $0x21, %al\noutb %al, $0xf4\n")
+    subprocess.run(["as", "-o", loose, source], check=True)
+    subprocess.run(["ld", "-Ttext=0x100000", "-o", linked, loose], check=True)
+    assert "link it first" in vmexit("inspect", loose).out
+    commands = [
+        line.partition("with: ")[2].split()
+        for line in vmexit("inspect", linked).out.splitlines()
+        if " with: " in line
+    ]
+    assert len(commands) == 2
+    subprocess.run(commands[0], check=True)
+    assert commands[1][0] == "vmexit"
+    assert vmexit(*commands[1][1:]).status == 0x21 << 1 | 1

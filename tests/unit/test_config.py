@@ -79,7 +79,7 @@ BAD = [
     ({"image": "a.bin", "firmware": "b.bin"}, "--firmware", "give one of them"),
     ({"memory": 0}, "0 bytes", "use --memory 128M"),
     ({"memory": -4096}, "-4096 bytes", "use --memory 128M"),
-    ({"memory": 1}, "1 bytes", "use --memory 4096"),
+    ({"memory": 1}, "1 bytes", "use --memory 1M"),
     ({"memory": 5000}, "5000 bytes", "use --memory 4096"),
     ({"memory": 8191}, "8191 bytes", "use --memory 8192"),
     ({"memory": (1 << 30) + 1}, "1073741825 bytes", "use --memory 1073741824"),

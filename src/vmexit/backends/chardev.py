@@ -50,7 +50,7 @@ def open_chardev(spec: str, ending: Ending = never) -> Chardev:
     if kind == "tcp":
         host, _, port = rest.rpartition(":")
         if host and port.isdecimal() and len(port) <= 5 and int(port) < 1 << 16:
-            return _listen((host, int(port)), ending)
+            return _listen((host.removeprefix("[").removesuffix("]"), int(port)), ending)
     raise ConfigError(
         f"{spec!r} is no place for a serial port; use stdio, null, file:PATH, unix:PATH, "
         "tcp:HOST:PORT or pty"

@@ -26,19 +26,24 @@ class Listener:
         self._silent = False  # the client has said that it sends no more
         self._stuck = False  # it did not read what was there to read
         self._path = address if isinstance(address, str) else ""
-        family = socket.AF_UNIX if self._path else socket.AF_INET
+        where = shown(address if isinstance(address, str) else "{}:{}".format(*address))
+        try:
+            family, place = _resolve(address)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(
+                f"cannot listen at {where}: {reason(error)}; use another address"
+            ) from error
         self._server = socket.socket(family, socket.SOCK_STREAM)
         try:
-            if family == socket.AF_INET:
+            if not self._path:
                 self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             else:
                 os.fchmod(self._server.fileno(), 0o600)  # whoever connects is at the console
                 _remove_stale(self._path)
-            self._server.bind(address)
+            self._server.bind(place)
             self._server.listen(1)
         except (OSError, OverflowError, ValueError) as error:
             self._server.close()
-            where = shown(self._path or "{}:{}".format(*address))
             raise ConfigError(
                 f"cannot listen at {where}: {reason(error)}; use another address"
             ) from error
@@ -100,6 +105,16 @@ class Listener:
             self._server.close()
             if self._path:
                 Path(self._path).unlink(missing_ok=True)
+
+
+def _resolve(
+    address: str | tuple[str, int],
+) -> tuple[socket.AddressFamily, str | tuple[str | int | bytes, ...]]:
+    if isinstance(address, str):
+        return socket.AF_UNIX, address
+    host, port = address
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return found[0], found[4]
 
 
 def _remove_stale(path: str) -> None:

@@ -27,14 +27,22 @@ def load(memory: GuestMemory, data: bytes, at: int) -> None:
 def check_entry(entry: int, size: int, at: int) -> None:
     """Raises ImageError unless the image, `size` bytes at `at`, reaches the entry point."""
     if not at <= entry < at + size:
+        remedy = f"--entry {at:#x}" if at else f"--load-address {entry:#x}"
         raise ImageError(
-            f"entry {entry:#x} lies outside the image ({size} bytes at {at:#x}); "
-            f"use --load-address {entry:#x}"
+            f"entry {entry:#x} lies outside the image ({size} bytes at {at:#x}); use {remedy}"
         )
 
 
-def start(memory: GuestMemory, entry: int, mode: str, image: range | None = None) -> BootEntry:
+def start(
+    memory: GuestMemory,
+    entry: int,
+    mode: str,
+    image: range | None = None,
+    segment: int | None = None,
+) -> BootEntry:
     """Registers to start at `entry` in `mode`; protected and long get tables in memory.
+
+    In real mode the base of CS is `entry`, and IP 0, unless `segment` gives CS its value.
 
     General registers are 0. The tables take the last pages of low RAM: a GDT (code 0x08, data
     0x10, 64-bit code 0x18), and in long mode page tables that map at least the first 4 GiB to
@@ -43,7 +51,13 @@ def start(memory: GuestMemory, entry: int, mode: str, image: range | None = None
     if mode == "real":
         if entry >> 32:
             raise ConfigError(f"real mode cannot start at {entry:#x}; use --mode long")
-        return BootEntry(general(0), real_mode(entry))
+        base = entry if segment is None else segment << 4
+        if not 0 <= entry - base <= 0xFFFF:
+            raise ConfigError(
+                f"real mode cannot reach {entry:#x} from segment {segment:#x}; "
+                f"use --entry {entry >> 4:#x}:{entry & 0xF:#x}"
+            )
+        return BootEntry(general(entry - base), real_mode(base))
     if mode == "protected" and entry >> 32:
         raise ConfigError(f"protected mode cannot start at {entry:#x}; use --mode long")
     ram_end = memory.regions[-1].end

@@ -22,7 +22,9 @@ class ImageKind(NamedTuple):
     description: str
 
 
-def read_image(path: str | os.PathLike[str], *, limit: int = _MAX_SIZE) -> bytes:
+def read_image(
+    path: str | os.PathLike[str], *, limit: int = _MAX_SIZE, what: str = "image"
+) -> bytes:
     """The bytes of the file at `path`; ImageError if it cannot be an image of at most `limit`."""
     path = os.fspath(path)
     name = shown(path)
@@ -34,27 +36,27 @@ def read_image(path: str | os.PathLike[str], *, limit: int = _MAX_SIZE) -> bytes
             errno.ENOENT: "check the path",
             errno.EACCES: "make it readable, or choose another",
         }.get(error.errno or 0, "choose another file")
-        raise ImageError(f"cannot read image {name}: {error.strerror}; {remedy}") from error
+        raise ImageError(f"cannot read {what} {name}: {error.strerror}; {remedy}") from error
     except ValueError as error:  # a zero byte in the path, or what cannot be encoded
-        raise ImageError(f"cannot read image {name}: {error}; check the path") from error
+        raise ImageError(f"cannot read {what} {name}: {error}; check the path") from error
     try:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
-            raise ImageError(f"image {name} is a directory; name a file in it")
+            raise ImageError(f"{what} {name} is a directory; name a file in it")
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"image {name} is not a regular file; copy it to one")
+            raise ImageError(f"{what} {name} is not a regular file; copy it to one")
         if status.st_size == 0:
-            raise ImageError(f"image {name} is empty; build it again")
+            raise ImageError(f"{what} {name} is empty; build it again")
         if status.st_size > limit:
             raise ImageError(
-                f"image {name} has {status.st_size} bytes, which is more than {limit}; "
+                f"{what} {name} has {status.st_size} bytes, which is more than {limit}; "
                 "use a smaller one, or more --memory"
             )
         with os.fdopen(fd, "rb", closefd=False) as file:
             return file.read(limit)
     except OSError as error:
         raise ImageError(
-            f"cannot read image {name}: {error.strerror}; choose another file"
+            f"cannot read {what} {name}: {error.strerror}; choose another file"
         ) from error
     finally:
         os.close(fd)
@@ -74,7 +76,7 @@ def detect(data: bytes) -> ImageKind:
     if data[:2] == b"\x1f\x8b":
         return ImageKind("gzip", "a gzip file")
     if len(data) == 512 and data[510:512] == b"\x55\xaa":
-        return ImageKind("boot-sector", "a boot sector; a BIOS loads it at 0x7c00")
+        return ImageKind("boot-sector", "a boot sector, which a BIOS loads at 0x7c00")
     if len(data) >= 0x10000 and len(data) % 4096 == 0 and data[-16] in (0xE9, 0xEA, 0xEB):
         return ImageKind("firmware", "a firmware ROM: it has a jump at the reset vector")
     return ImageKind("flat", "a flat image: code without a header")

@@ -42,4 +42,4 @@ class GuestAddressError(VmexitError, IndexError):
 
 def shown(path: str) -> str:
     """`path` as it is put into a message: quoted where it has line breaks and the like."""
-    return path if path.isprintable() else repr(path)
+    return path if path and path.isprintable() else repr(path)

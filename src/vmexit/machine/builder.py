@@ -8,9 +8,9 @@ from vmexit.accel.base import Accelerator, Vcpu, Vm
 from vmexit.arch.x86.layout import COM1_PORT, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
-from vmexit.boot.image import detect, read_image
+from vmexit.boot.image import ImageKind, detect, read_image
 from vmexit.core.bus import Bus, Device
-from vmexit.core.errors import HostError, ImageError
+from vmexit.core.errors import HostError, ImageError, shown
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.config import MachineConfig
@@ -115,21 +115,29 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
 
 def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:
     if config.firmware is not None:
-        return firmware.load(memory, read_image(config.firmware))
+        return firmware.load(memory, read_image(config.firmware, what="firmware"))
     image = None
     if config.image is not None:
         at = config.load_address
         data = read_image(config.image, limit=config.memory)
-        kind = detect(data)
-        if kind.name == "elf":
-            raise ImageError(
-                f"{config.image} is {kind.description}, not a flat image; "
-                "convert it with objcopy -O binary"
-            )
+        _require_flat(str(config.image), detect(data), config.entry, at)
         flat.check_entry(config.entry, len(data), at)
         flat.load(memory, data, at)
         image = range(at, at + len(data))
-    return flat.start(memory, config.entry, config.mode, image)
+    return flat.start(memory, config.entry, config.mode, image, config.segment)
+
+
+def _require_flat(path: str, kind: ImageKind, entry: int, at: int) -> None:
+    """Raises ImageError for what cannot run as it is, or not from there."""
+    remedy = {
+        "elf": f"`vmexit inspect {shown(path)}` shows how to convert it",
+        "gzip": "unpack it with gunzip",
+        "bzimage": "vmexit does not boot Linux yet",
+    }.get(kind.name, "")
+    if kind.name == "boot-sector" and not at <= entry < at + 512:
+        remedy = "use --load-address 0x7c00 --entry 0:0x7c00"
+    if remedy:
+        raise ImageError(f"{shown(path)} is {kind.description}, not a flat image; {remedy}")
 
 
 def _attach_devices(

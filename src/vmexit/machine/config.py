@@ -29,6 +29,8 @@ def parse_size(text: str | int) -> int:
     """Bytes from `134217728`, `0x8000000`, `128M` or `1G`. Raises ConfigError."""
     if isinstance(text, int):
         return text
+    if not isinstance(text, str):
+        raise ConfigError(f"{text!r} is no size; use bytes, or 512K, 128M, 1G")
     digits = text.strip().upper()
     unit = ""
     if not digits.startswith("0X"):  # there B is a digit
@@ -54,6 +56,7 @@ class _Options(NamedTuple):
     serial: str | None = None
     debugcon: tuple[int, str] | None = None
     debug_exit: int | None = DEFAULT_DEBUG_EXIT
+    segment: int | None = None
 
 
 class MachineConfig(_Options):
@@ -88,6 +91,10 @@ class MachineConfig(_Options):
                     f"{name} {address:#x} is no guest physical address; use one from 0x0 to "
                     f"{PHYSICAL_END - 1:#x}"
                 )
+        if self.segment is not None and not 0 <= self.segment <= 0xFFFF:
+            raise ConfigError(f"segment {self.segment:#x} has more than 16 bits; use 0 to 0xffff")
+        if self.segment is not None and self.mode != "real":
+            raise ConfigError(f"{self.mode} mode has no segment {self.segment:#x}; use --mode real")
         ports = [("serial", COM1_PORT)] if self.serial is not None else []
         if self.debugcon is not None:
             ports.append(("--debugcon", self.debugcon[0]))
@@ -104,7 +111,8 @@ class MachineConfig(_Options):
         if size % PAGE_SIZE:
             raise ConfigError(
                 f"memory of {size} bytes is not made of whole {PAGE_SIZE}-byte pages; "
-                f"use --memory {max(1, round(size / PAGE_SIZE)) * PAGE_SIZE}"
+                "use --memory "
+                + (f"{size}M" if size < PAGE_SIZE else f"{round(size / PAGE_SIZE) * PAGE_SIZE}")
             )
         host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if size > host:

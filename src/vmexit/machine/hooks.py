@@ -39,7 +39,12 @@ class Hook:
         ones = (1 << 8 * size) - 1
         if self._read is None:
             return ones
-        return self._read(Access(self._base + offset, size, 0, False)) & ones
+        value = self._read(Access(self._base + offset, size, 0, False))
+        if not isinstance(value, int):
+            raise TypeError(
+                f"the read function of {self._base:#x} returned {value!r}; it must return a number"
+            )
+        return value & ones
 
     def write(self, offset: int, size: int, value: int) -> None:
         if self._write is not None:

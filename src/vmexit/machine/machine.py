@@ -8,10 +8,17 @@ from vmexit.accel.base import Vcpu
 from vmexit.arch.x86.code import dump, next_instruction
 from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
 from vmexit.arch.x86.paging import translate
-from vmexit.arch.x86.registers import GENERAL, Segment, SystemRegisters, Table
+from vmexit.arch.x86.registers import (
+    GENERAL,
+    SEGMENTS,
+    TABLES,
+    Segment,
+    SystemRegisters,
+    Table,
+)
 from vmexit.boot import flat
 from vmexit.boot.image import read_image
-from vmexit.core.errors import ConfigError, VmexitError
+from vmexit.core.errors import ConfigError, ImageError, VmexitError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
 from vmexit.machine import builder
@@ -30,7 +37,9 @@ class RegisterView:
     """The registers of a vCPU by name: read and write `rax`, `rip`, `cr3`, `cs`, `gdt`, …
 
     64-bit values; a segment is a `Segment`, a descriptor table a `Table`. Only while the vCPU
-    does not run, or from within one of its own accesses; VmexitError otherwise.
+    does not run, or from within one of its own accesses; VmexitError otherwise. Within an access,
+    RIP is that of its instruction or of the next one; general registers may be written there, but
+    for the one that a read is to fill, and RIP, RFLAGS and system registers may not.
     """
 
     __slots__ = ("_machine", "_vcpu")
@@ -87,17 +96,40 @@ class RegisterView:
         raise AttributeError(f"there is no register {name!r}")
 
     def __setattr__(self, name: str, value: int | Segment | Table) -> None:
+        self.update(**{name: value})
+
+    def update(self, **values: int | Segment | Table) -> None:
+        """Write several registers at once: `update(cr0=…, efer=…)`, where none alone is valid.
+
+        Raises AttributeError for a name that is no register, TypeError or ValueError for a value
+        that it cannot have, HostError if the accelerator refuses it.
+        """
         self._machine._require_still()
-        if name in GENERAL and isinstance(value, int):
-            self._vcpu.set_registers(self._vcpu.registers() | {name: value & 0xFFFF_FFFF_FFFF_FFFF})
-        elif name in SystemRegisters._fields:
-            system = self._vcpu.system_registers()
-            fields = system._asdict()
-            if type(value) is not type(fields[name]):
-                raise TypeError(f"{name} takes a {type(fields[name]).__name__}")
-            self._vcpu.set_system_registers(SystemRegisters(**(fields | {name: value})))
-        else:
-            raise AttributeError(f"there is no register {name!r} for {value!r}")
+        general: dict[str, int] = {}
+        system: dict[str, int | Segment | Table] = {}
+        for name, value in values.items():
+            if name in GENERAL:
+                general[name] = _number(name, value) & _MASK
+            elif name in SystemRegisters._fields:
+                kind = Segment if name in SEGMENTS else Table if name in TABLES else int
+                if kind is int:
+                    value = _number(name, value) & _MASK
+                elif not isinstance(value, kind):
+                    raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
+                system[name] = value
+            else:
+                raise AttributeError(f"there is no register {name!r}")
+        if self._machine.running and (system or general.keys() & {"rip", "rflags"}):
+            names = ", ".join(values)
+            raise VmexitError(f"{names} cannot be written within an access; stop() first")
+        if system:
+            fields = self._vcpu.system_registers()._asdict()
+            self._vcpu.set_system_registers(SystemRegisters(**(fields | system)))
+        if general:
+            self._vcpu.set_registers(self._vcpu.registers() | general)
+
+    def __repr__(self) -> str:
+        return self._machine.dump(self._vcpu.index)
 
     def __dir__(self) -> list[str]:
         return [*GENERAL, *SystemRegisters._fields]
@@ -108,12 +140,26 @@ class RegisterView:
         return {**self._vcpu.registers(), **self._vcpu.system_registers()._asdict()}
 
 
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def _number(name: str, value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} takes a number, not {value!r}")
+    if not -(1 << 63) <= value <= _MASK:
+        raise ValueError(f"{name} has 64 bits; {value:#x} has more")
+    return value
+
+
 class MachineVcpu:
-    """One vCPU of a machine."""
+    """One vCPU of a machine: its number, and its registers in `regs`."""
 
     def __init__(self, machine: "Machine", vcpu: Vcpu) -> None:
         self.index = vcpu.index
         self.regs = RegisterView(machine, vcpu)
+
+    def __repr__(self) -> str:
+        return f"<vCPU {self.index}>"
 
 
 class Machine:
@@ -134,19 +180,21 @@ class Machine:
         *,
         image: str | os.PathLike[str] | None = None,
         load_address: int = FLAT_LOAD_ADDRESS,
-        entry: int = FLAT_ENTRY,
+        entry: int | None = None,
         mode: str = "real",
         firmware: str | os.PathLike[str] | None = None,
         serial: str | None = None,
         debugcon: tuple[int, str] | None = None,
         debug_exit: int | None = DEFAULT_DEBUG_EXIT,
+        segment: int | None = None,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
 
         `memory` is a size (`"128M"`, bytes); `accel` is `auto`, `kvm` or `soft`. A flat `image`
-        is loaded at `load_address`, and vCPU 0 starts at `entry` in CPU mode `mode` (`real`,
-        `protected`, `long`); `firmware` is a ROM that starts at the reset vector instead.
+        is loaded at `load_address`, and vCPU 0 starts at `entry` (default 0x1000) in CPU mode
+        `mode` (`real`, `protected`, `long`); in real mode CS is `segment`, or such that IP is 0;
+        `firmware` is a ROM that starts at the reset vector instead.
         `serial` puts a UART at port 0x3f8 (`stdio`, `null`, `file:PATH`, `unix:PATH`,
         `tcp:HOST:PORT`, `pty`), `debugcon` a debug console (port, and the path of a file or ""
         for standard output); `debug_exit` is the port that ends a run, None for no such port.
@@ -159,14 +207,16 @@ class Machine:
             accel=accel,
             image=image,
             load_address=load_address,
-            entry=entry,
+            entry=FLAT_ENTRY if entry is None else entry,
             mode=mode,
             firmware=firmware,
             serial=serial,
             debugcon=debugcon,
             debug_exit=debug_exit,
+            segment=segment,
         )
         self._build(config, observer)
+        self._entry = entry  # None: not asked for
 
     @classmethod
     def from_config(cls, config: MachineConfig, observer: ExitObserver | None = None) -> "Machine":
@@ -177,6 +227,7 @@ class Machine:
 
     def _build(self, config: MachineConfig, observer: ExitObserver | None) -> None:
         self.config = config
+        self._entry = config.entry if config.image is not None else None
         self._closed = False
         self._loaded = config.image is not None or config.firmware is not None
         self._request = StopRequest()
@@ -236,19 +287,23 @@ class Machine:
     ) -> None:
         """Put `data` into memory at GPA `at`.
 
-        vCPU 0 starts at the first thing loaded, at its first byte; `entry` or `mode` say
-        otherwise, then or later. Raises ImageError if it does not fit.
+        vCPU 0 starts at the first thing loaded: where the machine was told to, else at its first
+        byte. `entry` or `mode` say otherwise, then or later. Raises ImageError if it does not fit.
         """
         self._require_still()
         raw = bytes(data)
+        if not raw:
+            raise ImageError("there is nothing to load: 0 bytes; give some")
         flat.load(self.memory, raw, at)
         if self._loaded and entry is None and mode is None:
             return
         mode = self.config.mode if mode is None else mode
         if mode not in flat.MODES:
             raise ConfigError(f"there is no CPU mode {mode!r}; use real, protected or long")
-        start = at if entry is None else entry
-        first = flat.start(self.memory, start, mode, range(at, at + len(raw)))
+        if entry is None:
+            entry = at if self._entry is None or self._loaded else self._entry
+        segment = self.config.segment if mode == "real" else None
+        first = flat.start(self.memory, entry, mode, range(at, at + len(raw)), segment)
         vcpu = self._parts.vcpus[0]
         vcpu.set_system_registers(first.system)
         vcpu.set_registers(first.registers)
@@ -268,6 +323,7 @@ class Machine:
         reads. Raises ConfigError where another device has the port.
         """
         self._require_still()
+        _check_hooks(read, write)
         if not 0 <= port <= port + count - 1 <= 0xFFFF:
             raise ConfigError(f"ports {port:#x}+{count} are not within 0 to 0xffff")
         self._parts.pio.attach(port, count, Hook(port, read, write), overhang=True)
@@ -282,6 +338,7 @@ class Machine:
     ) -> None:
         """Call back when the guest accesses `[gpa, gpa + size)`, where there is no RAM."""
         self._require_still()
+        _check_hooks(read, write)
         for region in self.memory.regions:
             if gpa < region.end and region.gpa < gpa + size and not region.readonly:
                 raise ConfigError(
@@ -328,6 +385,10 @@ class Machine:
             self._closed = True
             self._parts.closer.close()
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "running" if self.running else "paused"
+        return f"<Machine on {self.accel}, {self.config.memory >> 20} MiB, {state}>"
+
     def __enter__(self) -> "Machine":
         return self
 
@@ -342,3 +403,9 @@ class Machine:
         self._require_open()
         if self._runner.busy and not self._runner.in_vcpu_thread():
             raise VmexitError("this machine runs; stop() it first, or do it in a callback")
+
+
+def _check_hooks(read: ReadHook | None, write: WriteHook | None) -> None:
+    for name, function in (("read", read), ("write", write)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} takes a function, not {function!r}")

@@ -166,6 +166,7 @@ class KvmVcpu:
                         break
             except OSError as error:
                 if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                    self._complete()
                     raise  # not KVM_RUN's error but one from a device, some frames below
                 if error.errno != errno.EINTR:
                     raise HostError(
@@ -175,9 +176,20 @@ class KvmVcpu:
                 if self._take_kick():
                     return Exit(ExitReason.INTERRUPTED)
                 continue
+            except BaseException:
+                self._complete()
+                raise
             if reason == KVM_EXIT_INTR:
                 continue
             return self._exit(reason)
+
+    def _complete(self) -> None:
+        """Finish the access whose device has failed, and execute nothing more (KVM API 5, io)."""
+        self._u8[_IMMEDIATE_EXIT] = 1
+        with suppress(OSError):  # EINTR, that is: whatever else it is, the device's error counts
+            ioctl(self.fd, KVM_RUN)
+        if not self._kicked:
+            self._u8[_IMMEDIATE_EXIT] = 0
 
     def run_once(self) -> kvm_run:
         """KVM_RUN once, for learners: the raw exit, with nothing done about it.
@@ -272,7 +284,7 @@ class KvmVcpu:
 
     def _set_signal_mask(self, blocked: set[int]) -> None:
         bits = sum(1 << number - 1 for number in blocked)
-        ioctl(self.fd, KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, bits))
+        self._set("signal mask", KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, bits))
 
     # Registers.
 
@@ -283,7 +295,7 @@ class KvmVcpu:
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))
-        ioctl(self.fd, KVM_GET_REGS, buffer, True)
+        self._get("general registers", KVM_GET_REGS, buffer)
         return dict(zip(GENERAL, _GENERAL_FORMAT.unpack(buffer), strict=True))
 
     def set_registers(self, registers: Registers) -> None:
@@ -292,7 +304,7 @@ class KvmVcpu:
 
     def _sregs(self) -> bytearray:
         buffer = bytearray(sizeof(kvm_sregs))
-        ioctl(self.fd, KVM_GET_SREGS, buffer, True)
+        self._get("system registers", KVM_GET_SREGS, buffer)
         return buffer
 
     def system_registers(self) -> SystemRegisters:
@@ -341,9 +353,20 @@ class KvmVcpu:
         try:
             ioctl(self.fd, request, data)
         except OSError as error:
-            raise HostError(
-                f"KVM refused the {what} of vCPU {self.index}: {error.strerror}"
-            ) from error
+            raise self._refusal(what, error) from error
+
+    def _get(self, what: str, request: int, buffer: bytearray) -> None:
+        try:
+            ioctl(self.fd, request, buffer, True)
+        except OSError as error:
+            raise self._refusal(what, error) from error
+
+    def _refusal(self, what: str, error: OSError) -> HostError:
+        remedy = {
+            errno.EINVAL: "set those that belong together at once, with regs.update()",
+            errno.EIO: "a machine belongs to the process that made it: make one after the fork",
+        }.get(error.errno or 0, "try --accel soft")
+        return HostError(f"KVM refused the {what} of vCPU {self.index}: {error.strerror}; {remedy}")
 
     def close(self) -> None:
         if self.fd < 0:

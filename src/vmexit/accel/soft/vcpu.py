@@ -265,10 +265,10 @@ class SoftVcpu:
                 data = value.to_bytes(4, "little")[:size]
                 self._observer.io(self.index, True, port, size, 1, data)
             self._pio.write(port, size, value)
-            if self._words[StopWords.KICK]:
-                self._leave(None, size)
         except BaseException as error:
             self._fail(error)
+        if self._words[StopWords.KICK]:
+            self._leave(None, size)
 
     def _on_in(self, _uc: int, port: int, size: int, _data: int) -> int:
         try:
@@ -283,12 +283,12 @@ class SoftVcpu:
                 value = self._read_port(port, size)
             else:
                 value = self._first_in(rip, port, size)
-            if self._words[StopWords.KICK]:
-                self._leave(value, size)
-            return value
         except BaseException as error:
             self._fail(error)
-            return 0
+            value = 0
+        if self._words[StopWords.KICK]:
+            self._leave(value, size)
+        return value
 
     def _refused(self, port: int, size: int) -> bool:
         """Whether the code may not use the port: the engine leaves that check to us.
