@@ -63,10 +63,11 @@ def _row(name: str, compared: str, target: bool, ours: list[Taken], theirs: list
         len(ours),
         f"{mine.median:.3f} µs",
         f"{other.median:.3f} µs",
-        f"{wall.text(' µs', 3, '+')}, CPU {cpu.median:+.3f} µs",
+        f"CPU {cpu.text(' µs', 3, '+')}, by the clock {wall.median:+.3f} µs",
         f"<= {TARGET} µs more" if target else "-",
-        wall.median <= TARGET if target else None,
-        target and wall.around(TARGET),
+        # By CPU time: both sides never wait, so the clock adds only what others do meanwhile.
+        cpu.median <= TARGET if target else None,
+        target and cpu.around(TARGET),
         figures={"vmexit_us": mine, "c_us": other, "extra_us": wall, "extra_cpu_us": cpu},
     )
 

@@ -7,16 +7,13 @@ An aligned access goes on to the range's callbacks, as one piece. An unaligned o
 hook; what the engine then does in pieces is answered from that, and reaches no device. Only an
 unaligned access across two pages, each of which may be anything, stays in pieces.
 
-When a run is to end, it must not go on to the end of the translated block. So the callback leaves
-the instruction where it began, and `SoftVcpu` executes that once more by itself; what had been
-accessed already is then answered from a log.
+The page walk and the fetching of code come to the callbacks as well, but not to the hooks. They are
+no accesses of an instruction that could be left and executed again.
 """
 
 import ctypes
 import struct
-from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from vmexit.accel.soft.native import (
     Library,
@@ -27,6 +24,7 @@ from vmexit.accel.soft.native import (
     Stubs,
     address_of,
 )
+from vmexit.accel.soft.replay import Replay
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
 from vmexit.core.memory import PAGE_SIZE, Region
@@ -35,19 +33,6 @@ from vmexit.core.trace import ExitObserver
 # Byte offsets in QEMU's MemoryRegion, and in the structure with callbacks that an MMIO range owns.
 _REGION_OPS, _REGION_OPAQUE, _REGION_PERMS = 16, 24, 136
 _CALLBACK_READ, _CALLBACK_WRITE, _CALLBACK_OPS, _CALLBACK_MAX_SIZE = 0, 16, 32, 100
-
-
-# More accesses than any one instruction makes.
-_LOGGED = 64
-
-
-class _Done(NamedTuple):
-    """An access that was made."""
-
-    write: bool
-    gpa: int
-    size: int
-    value: int
 
 
 class Mmio:
@@ -61,9 +46,14 @@ class Mmio:
         bus: Bus,
         observer: ExitObserver | None,
         words: memoryview,
+        replay: Replay,
+        rip: Callable[[], int],
         fail: Callable[[BaseException], None],
     ) -> None:
-        """`words` are the stubs'. `fail` takes what a device raises: it cannot pass through C."""
+        """`words` are the stubs', `rip()` is that of the instruction that accesses something.
+
+        `fail` takes what a device raises: it cannot pass through C.
+        """
         self._library = library
         self._engine = engine
         self._index = index
@@ -71,11 +61,8 @@ class Mmio:
         self._observer = observer
         self._words = words
         self._fail = fail
-        # The last accesses, for an instruction that is executed again, and whether one is to be.
-        self._log: deque[_Done] = deque(maxlen=_LOGGED)
-        self._again: list[_Done] = []
-        self._repeating = False
-        self.unfinished = False
+        self._replay = replay
+        self._rip = rip
         # C holds the addresses of these.
         self._callbacks: list[object] = []
         # The unaligned access under way: its pieces still to come, and for a read the bytes.
@@ -130,47 +117,28 @@ class Mmio:
         ctypes.c_uint32.from_address(callbacks + _CALLBACK_MAX_SIZE).value = 8
         ctypes.c_uint32.from_address(region + _REGION_PERMS).value = 0
 
-    def repeat(self) -> None:
-        """The instruction that was left is executed again: do not repeat what it has accessed."""
-        self.unfinished = False
-        self._repeating = True
-        self._again = []
-
-    def finished(self) -> None:
-        """It is done."""
-        self._repeating = False
-
-    def _logged(self, write: bool, gpa: int, size: int) -> _Done | None:
-        """What this access gave before, if it is one of the instruction that is executed again."""
-        if not self._again:
-            # Its accesses are the last ones of the log, from one like this on.
-            log = list(self._log)
-            for at in range(len(log) - 1, -1, -1):
-                if log[at][:3] == (write, gpa, size):
-                    self._again = log[at:]
-                    break
-            self._log.clear()
-        if self._again and self._again[0][:3] == (write, gpa, size):
-            return self._again.pop(0)
-        return None
-
     # Called from C: none may let an exception out.
 
-    def _read(self, gpa: int, size: int) -> int:
-        if self._repeating and (done := self._logged(False, gpa, size)) is not None:
-            return done.value
-        value = 0
+    def _read(self, gpa: int, size: int, *, load: bool = True) -> int:
+        """`load`: an instruction does it."""
+        if load and self._replay.repeating:
+            answer = self._replay.answer("read", gpa, size)
+            if answer is not None:
+                return answer
+        value = (1 << 8 * size) - 1
         try:
             value = self._bus.read(gpa, size)
             if self._observer is not None:
                 self._observer.mmio(self._index, False, gpa, value.to_bytes(size, "little"))
         except BaseException as error:
             self._fail(error)
-        self._made(_Done(False, gpa, size, value))
+        if load:
+            self._replay.made(self._rip(), "read", gpa, size, value)
         return value
 
-    def _write(self, gpa: int, size: int, value: int) -> None:
-        if self._repeating and self._logged(True, gpa, size) is not None:
+    def _write(self, gpa: int, size: int, value: int, *, store: bool = True) -> None:
+        """`store`: an instruction does it."""
+        if store and self._replay.repeating and self._replay.answer("write", gpa, size) is not None:
             return
         value &= (1 << 8 * size) - 1
         try:
@@ -179,32 +147,34 @@ class Mmio:
             self._bus.write(gpa, size, value)
         except BaseException as error:
             self._fail(error)
-        self._made(_Done(True, gpa, size, value))
+        if store:
+            self._replay.made(self._rip(), "write", gpa, size, value)
 
-    def _made(self, done: _Done) -> None:
-        self._log.append(done)
-        if self._words[StopWords.KICK] and not self._repeating:
-            self.unfinished = True
-            self._words[StopWords.LEAVE] = 1
+    def _by_instruction(self) -> bool:
+        words = self._words
+        by_instruction = bool(words[StopWords.LOADS])
+        words[StopWords.LOADS] = 0
+        return by_instruction
 
     def _reader(self, base: int) -> Callable[[int, int, int, int], int]:
         def read(_uc: int, offset: int, size: int, _data: int) -> int:
-            gpa = base + offset
+            gpa, load = base + offset, self._by_instruction()
             if self._pieces:
                 self._pieces -= 1
                 at = gpa - self._gpa
                 piece = self._data[max(at, 0) : at + size].rjust(size, b"\0")
                 return int.from_bytes(piece, "little")
-            return self._read(gpa, size)
+            return self._read(gpa, size, load=load)
 
         return read
 
     def _writer(self, base: int) -> Callable[[int, int, int, int, int], None]:
         def write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
+            store = self._by_instruction()
             if self._pieces:
                 self._pieces -= 1
             else:
-                self._write(base + offset, size, value)
+                self._write(base + offset, size, value, store=store)
 
         return write
 
@@ -215,7 +185,7 @@ class Mmio:
             data = self._read(gpa, size).to_bytes(size, "little")
             # The lower piece begins before the access, the upper one ends behind it.
             self._gpa, self._data = gpa, data.ljust(2 * size, b"\0")
-            self._pieces = 0 if self.unfinished else 2
+            self._pieces = 0 if self._replay.unfinished else 2
         return True
 
     def _on_unaligned_write(
@@ -223,7 +193,7 @@ class Mmio:
     ) -> bool:
         if gpa % PAGE_SIZE + size <= PAGE_SIZE:
             self._write(gpa, size, value)
-            self._pieces = 0 if self.unfinished else size
+            self._pieces = 0 if self._replay.unfinished else size
         return True
 
     def _on_rom_write(
@@ -233,7 +203,7 @@ class Mmio:
             self._pieces -= 1
             return True
         self._write(gpa, size, value)
-        if gpa % size and gpa % PAGE_SIZE + size <= PAGE_SIZE and not self.unfinished:
+        if gpa % size and gpa % PAGE_SIZE + size <= PAGE_SIZE and not self._replay.unfinished:
             self._pieces = size
         return True
 

@@ -161,6 +161,9 @@ class StopWords:
     KICK = 0  # not zero: stop at the next block
     STOPPED = 1  # the block hook did stop
     LEAVE = 2  # not zero after an access: leave the block at once
+    HOLD = 3  # not zero: do not stop at a block, KICK or not
+    BLOCKS = 4  # counts blocks: with RIP it names one execution of one instruction
+    LOADS = 5  # not zero: an instruction is about to access MMIO, rather than the page walk
 
 
 class Stubs:
@@ -195,8 +198,12 @@ class Stubs:
         """The hook at the beginning of each block; rdi is the engine already."""
         return self._emit(
             b"\x48\xb8" + _quad(self._word(StopWords.KICK))  # mov rax, &kick
+            + b"\xff\x40\x10"  # inc dword [rax + 16]: blocks
             + b"\x83\x38\x00"  # cmp dword [rax], 0
             + b"\x75\x01"  # jne +1
+            + b"\xc3"  # ret
+            + b"\x83\x78\x0c\x00"  # cmp dword [rax + 12], 0: hold
+            + b"\x74\x01"  # je +1
             + b"\xc3"  # ret
             + b"\xc7\x40\x04\x01\x00\x00\x00"  # mov dword [rax + 4], 1: stopped
             + b"\x48\xb8" + _quad(self._emu_stop)  # mov rax, uc_emu_stop
@@ -228,7 +235,9 @@ class Stubs:
         return self._emit(
             b"\x8d\x41\xff"  # lea eax, [rcx - 1]: the size is in ecx
             + b"\x85\xc2"  # test edx, eax: the address is in rdx
-            + b"\x75\x03"  # jne +3
+            + b"\x75\x13"  # jne +19
+            + b"\x48\xb8" + _quad(self._word(StopWords.LOADS))  # mov rax, &loads
+            + b"\xc7\x00\x01\x00\x00\x00"  # mov dword [rax], 1
             + b"\xb0\x01"  # mov al, 1
             + b"\xc3"  # ret
             + b"\x48\xb8" + _quad(callback)  # mov rax, callback

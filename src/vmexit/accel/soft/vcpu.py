@@ -25,6 +25,7 @@ from vmexit.accel.soft.native import (
     address_of,
 )
 from vmexit.accel.soft.ports import PortAccess, bitmap_allows, decode_port_access
+from vmexit.accel.soft.replay import Replay
 from vmexit.arch.x86.code import (
     MAX_INSTRUCTION,
     code_bits,
@@ -55,7 +56,7 @@ _EXCEPTION_NAMES = {
 }  # fmt: skip
 _DEBUG, _UNDEFINED_OPCODE, _GENERAL_PROTECTION = 1, 6, 13
 
-_MAX_PLAIN_IN = 4096
+_MAX_PLAIN = 4096
 
 
 class SoftVcpu:
@@ -93,18 +94,27 @@ class SoftVcpu:
         self._state = CpuState(engine, cpu, ids)
         self._stubs = Stubs(library, self._handle, cpu)
         self._words = self._stubs.view
-        self._mmio = Mmio(library, self._handle, index, mmio, observer, self._words, self._fail)
+        self._replay = Replay(self._words)
+        self._mmio = Mmio(
+            library,
+            self._handle,
+            index,
+            mmio,
+            observer,
+            self._words,
+            self._replay,
+            lambda: self._state.rip,
+            self._fail,
+        )
         # What must outlive this call: C holds the addresses of these.
         self._callbacks: list[object] = []
         # The first thing that went wrong inside a callback, where no exception can pass.
         self._error: BaseException | None = None
         self._exception: tuple[int, int, bool] | None = None  # vector, error code, is `int n`
-        self._plain_in: set[int] = set()  # where an IN is known not to be a string one
+        self._plain: set[int] = set()  # where an IN or OUT is known not to be a string one
         self._ahead: list[int] = []  # what an INS has read but not consumed yet, last first
         self._ahead_of = (0, 0, 0)  # and which: RIP, port, size
         self._postponed = False  # a kick waits until all that is consumed
-        # What a string port access was answered that is executed again; None: there is none.
-        self._again: int | None = None
         self._install(holes)
 
     def _install(self, holes: list[tuple[int, int]]) -> None:
@@ -144,12 +154,12 @@ class SoftVcpu:
         words = self._words
         # The host may have written code since: translations of it would be stale.
         self._library.flush_translations(self._handle)
-        self._plain_in.clear()
+        self._plain.clear()
         while True:
             words[StopWords.STOPPED] = 0
             self._exception = None
             error = self._library.emu_start(self._handle, self._state.rip, 0, 0, 0)
-            if self._mmio.unfinished or self._again is not None:
+            if self._replay.unfinished:
                 error = self._finish()
             if self._error is not None:
                 failure, self._error = self._error, None
@@ -166,14 +176,14 @@ class SoftVcpu:
     def _finish(self) -> int:
         """Execute the instruction that was left, and no more; returns the engine's error."""
         words = self._words
-        words[StopWords.KICK] = 0
-        self._mmio.repeat()
+        words[StopWords.HOLD] = 1
+        self._replay.repeat()
         # The limit of one instruction holds for code that is translated with it only.
         self._library.flush_translations(self._handle)
         error: int = self._library.emu_start(self._handle, self._state.rip, 0, 0, 1)
         self._library.flush_translations(self._handle)
-        self._mmio.finished()
-        self._again = None
+        self._replay.finished()
+        words[StopWords.HOLD] = 0
         words[StopWords.STOPPED] = 1
         return error
 
@@ -257,7 +267,7 @@ class SoftVcpu:
 
     def _on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
         try:
-            if self._again is not None:
+            if self._replay.repeating and self._replay.answer("out", port, size) is not None:
                 return
             if self._refused(port, size):
                 return
@@ -267,28 +277,51 @@ class SoftVcpu:
             self._pio.write(port, size, value)
         except BaseException as error:
             self._fail(error)
-        if self._words[StopWords.KICK]:
-            self._leave(None, size)
+        self._made("out", port, size, value)
 
     def _on_in(self, _uc: int, port: int, size: int, _data: int) -> int:
         try:
-            if self._again is not None:
-                return self._again
+            if self._replay.repeating:
+                answer = self._replay.answer("in", port, size)
+                if answer is not None:
+                    return answer
             if self._refused(port, size):
                 return 0
             rip = self._state.rip
             if self._ahead:
                 value = self._take_ahead(rip, port, size)
-            elif rip in self._plain_in:
+            elif rip in self._plain:
                 value = self._read_port(port, size)
             else:
                 value = self._first_in(rip, port, size)
         except BaseException as error:
             self._fail(error)
-            value = 0
-        if self._words[StopWords.KICK]:
-            self._leave(value, size)
+            value = (1 << 8 * size) - 1
+        self._made("in", port, size, value)
         return value
+
+    def _made(self, kind: str, port: int, size: int, value: int) -> None:
+        """A port access was made, and perhaps it was the last one of the run."""
+        rip = self._state.rip
+        kicked = self._words[StopWords.KICK] and not self._replay.repeating
+        if rip in self._plain and not kicked:
+            return
+        access = self._port_access()
+        if access is None or not access.string:
+            self._note_plain(rip)
+            if kicked and access is not None:
+                self._leave(access, value if kind == "in" else None, size)
+        elif access.repeated:
+            # The next element begins a block; but the memory side may be MMIO, and leave this one.
+            self._replay.note(rip, kind, port, size, value)
+        else:
+            self._replay.made(rip, kind, port, size, value)
+
+    def _note_plain(self, rip: int) -> None:
+        """No string access is at `rip`: no need to look at it again in this run."""
+        if len(self._plain) >= _MAX_PLAIN:
+            self._plain.clear()
+        self._plain.add(rip)
 
     def _refused(self, port: int, size: int) -> bool:
         """Whether the code may not use the port: the engine leaves that check to us.
@@ -327,9 +360,7 @@ class SoftVcpu:
         """An IN not seen before: the start of a REP INS reads ahead, as KVM does."""
         access = self._port_access()
         if access is None or not access.string:
-            if len(self._plain_in) >= _MAX_PLAIN_IN:
-                self._plain_in.clear()
-            self._plain_in.add(rip)
+            self._note_plain(rip)
             return self._read_port(port, size)
         if not access.repeated:
             return self._read_port(port, size)
@@ -356,15 +387,8 @@ class SoftVcpu:
         code = read_linear(self._memory, system, linear_ip(registers, system), MAX_INSTRUCTION)
         return decode_port_access(code, code_bits(registers, system))
 
-    def _leave(self, value: int | None, size: int) -> None:
+    def _leave(self, access: PortAccess, value: int | None, size: int) -> None:
         """Finish the port access under way (`value` is what an IN read), and stop behind it."""
-        access = self._port_access()
-        if access is None or access.repeated:
-            return  # the next element begins a block
-        if access.string:
-            self._again = value or 0
-            self._words[StopWords.LEAVE] = 1
-            return
         state = self._state
         state.rip += access.length
         state.u32[HFLAGS // 4] &= ~HF_INHIBIT_IRQ & 0xFFFF_FFFF
@@ -374,18 +398,26 @@ class SoftVcpu:
         self._words[StopWords.STOPPED] = 1
         self._words[StopWords.LEAVE] = 1
 
+    def _forget_ahead(self) -> None:
+        """The vCPU goes on elsewhere: what a REP INS has read for later is lost, as on KVM."""
+        self._ahead.clear()
+        self._postponed = False
+
     # Registers.
 
     def registers(self) -> Registers:
         return self._state.read_general()
 
     def set_registers(self, registers: Registers) -> None:
+        if registers["rip"] != self._state.rip:
+            self._forget_ahead()
         self._state.write_general(registers)
 
     def system_registers(self) -> SystemRegisters:
         return self._state.read_system()
 
     def set_system_registers(self, system: SystemRegisters) -> None:
+        self._forget_ahead()
         self._state.write_system(system)
         self._library.flush_tlb(self._handle)
 
