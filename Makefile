@@ -17,7 +17,9 @@ $(VENV)/.ready: pyproject.toml
 	@echo "== setting up $(VENV) (Python packages from PyPI)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "vmexit needs Python 3.11 or newer; use make PYTHON=python3.12"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } \
+	  || { rm -rf $(VENV); echo "cannot make $(VENV); on Debian: apt install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 

@@ -2,15 +2,17 @@
 
 import argparse
 import gc
+import io
 import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vmexit.core.errors import ConfigError, HostError, VmexitError
+from vmexit.backends.wait import PATIENCE, never, reason, wait_writable
+from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
     from vmexit.core.trace import ExitObserver, ExitStats
@@ -54,33 +56,41 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     # Until the guest runs, what is made stays: looking for garbage costs, and finds none.
+    collects = gc.isenabled()
     gc.disable()
     _open_standard_descriptors()
     arguments = _parser().parse_args(argv)
-    # A reader that goes away (`vmexit run … | head`) ends the command, as it does any filter.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
             signal.signal(number, _end)
     try:
         status: int = arguments.function(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        # All others are turned into errors of ours where they happen.
-        _say(f"cannot write standard output: {error.strerror}; send it elsewhere")
-        os.close(1)  # or Python would complain once more as it flushes
-        os.open(os.devnull, os.O_WRONLY)
-        return HostError.exit_status
     except VmexitError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return 128 + signal.SIGPIPE  # `vmexit run … | head`: quietly, as any filter
         _say(str(error))
         return error.exit_status
+    except OSError as error:
+        _say(f"{error}; this was not foreseen")
+        return HostError.exit_status
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
     return status
+
+
+def _print(text: str) -> None:
+    """For standard output. Raises HostError if it cannot be written."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain as it ends
+        raise HostError(
+            f"cannot write standard output: {error.strerror}; send it elsewhere"
+        ) from error
 
 
 def _open_standard_descriptors() -> None:
@@ -90,6 +100,10 @@ def _open_standard_descriptors() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - print() would take stdout instead
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
 
 
 def _end(number: int, _frame: object) -> NoReturn:
@@ -98,7 +112,8 @@ def _end(number: int, _frame: object) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    print(f"vmexit: {text}", file=sys.stderr)
+    with suppress(OSError):  # the status tells, at least
+        print(f"vmexit: {text}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,7 +137,7 @@ def _version_or_help(parser: argparse.ArgumentParser, version: bool) -> int:
     if version:
         from vmexit import __version__
 
-        print(f"vmexit {__version__}")
+        _print(f"vmexit {__version__}")
         return 0
     parser.print_help()
     return 2
@@ -201,8 +216,8 @@ def _number(text: str) -> int:
         value = int(text, 0)
     except ValueError:
         value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address; use 4096 or 0x1000")
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no address; use 4096 or 0x1000")
     return value
 
 
@@ -276,7 +291,10 @@ def _run(arguments: argparse.Namespace) -> int:
             debugcon=arguments.debugcon,
             debug_exit=arguments.debug_exit,
         )
-        vm = stack.enter_context(Machine.from_config(config, _observer(arguments, stats, stack)))
+        observer, outputs = _observer(arguments, stats, stack)
+        vm = stack.enter_context(Machine.from_config(config, observer))
+        for output in outputs:
+            output.start(lambda: vm.stopping)
         if arguments.accel == "auto":
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
@@ -300,48 +318,97 @@ def _or(value: int | None, default: int) -> int:
 
 def _observer(
     arguments: argparse.Namespace, stats: "ExitStats | None", stack: ExitStack
-) -> "ExitObserver | None":
+) -> "tuple[ExitObserver | None, list[_Output]]":
+    """Who is told of exits, and where they write."""
     from vmexit.core.trace import JsonTrace, Tee, TextLog
 
     observers: list[ExitObserver] = []
+    outputs: list[_Output] = []
     if arguments.trace is not None:
-        observers.append(JsonTrace(stack.enter_context(_TraceFile(arguments.trace))))
+        for path in (arguments.image, arguments.firmware):
+            if path is not None and _same(path, arguments.trace):
+                raise ConfigError(f"--trace {shown(path)} is what is to run; use another file")
+        outputs.append(stack.enter_context(_Output.to_file(arguments.trace)))
+        observers.append(JsonTrace(outputs[-1]))
     if arguments.log_exits:
-        observers.append(TextLog(sys.stderr))
+        outputs.append(stack.enter_context(_Output(2, "standard error", 1)))
+        observers.append(TextLog(outputs[-1]))
     if stats is not None:
         observers.append(stats)
     if len(observers) == 1:
-        return observers[0]
-    return Tee(observers) if observers else None
+        return observers[0], outputs
+    return (Tee(observers) if observers else None), outputs
 
 
-class _TraceFile:
-    """A file for a trace. Raises ConfigError if it cannot be made, HostError if not written."""
+def _same(one: str, other: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(one), os.stat(other))  # noqa: PTH116
+    except (OSError, ValueError):
+        return False
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+
+class _Output:
+    """Where exits are written: a trace, or standard error. Text waits until there is a lot of it.
+
+    A reader that does not read is waited for, but not beyond the end of the run: `ending()`.
+    """
+
+    def __init__(self, fd: int, name: str, piece: int) -> None:
+        self._fd = fd
+        self._name = name
+        self._piece = piece  # so many characters are written at once
+        self._text: list[str] = []
+        self._size = 0
+        self.ending: Callable[[], bool] = never
+
+    @classmethod
+    def to_file(cls, path: str) -> "_Output":
+        """Raises ConfigError if it cannot be made."""
         try:
-            self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 - closed by __exit__
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; use another path") from error
+            # Not blocking: a FIFO without a reader would hold us up for ever.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            return cls(os.open(path, flags, 0o666), path, 1 << 15)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"cannot write {shown(path)}: {reason(error)}; use another path"
+            ) from error
+
+    def start(self, ending: Callable[[], bool]) -> None:
+        """The run begins: only now is what the file had before given up."""
+        self.ending = ending
+        with suppress(OSError):  # EINVAL: a pipe has no length
+            os.ftruncate(self._fd, 0)
 
     def write(self, text: str) -> None:
+        self._text.append(text)
+        self._size += len(text)
+        if self._size >= self._piece:
+            self.flush(math.inf)
+
+    def flush(self, patience: float) -> None:
+        """Write what there is. Raises HostError if that fails."""
+        data = "".join(self._text).encode("utf-8", "backslashreplace")
+        self._text.clear()
+        self._size = 0
         try:
-            self._file.write(text)
+            while data and wait_writable(self._fd, patience, self.ending):
+                with suppress(BlockingIOError):
+                    data = data[os.write(self._fd, data[:512]) :]
         except OSError as error:
-            raise self._failure(error) from error
+            raise HostError(
+                f"cannot write {shown(self._name)}: {error.strerror}; use another path"
+            ) from error
 
-    def _failure(self, error: OSError) -> HostError:
-        return HostError(f"cannot write {self._path}: {error.strerror}; use another path")
-
-    def __enter__(self) -> "_TraceFile":
+    def __enter__(self) -> "_Output":
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.ending = never
         try:
-            self._file.close()
-        except OSError as error:
-            raise self._failure(error) from error
+            self.flush(PATIENCE)
+        finally:
+            if self._fd > 2:  # not a standard one
+                os.close(self._fd)
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -349,7 +416,7 @@ def _doctor(_: argparse.Namespace) -> int:
 
     usable = False
     for finding in examine():
-        print(finding.line())
+        _print(finding.line())
         usable |= finding.accelerator and finding.ok
     return 0 if usable else 4
 
@@ -358,5 +425,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from vmexit.inspect import describe
 
     address, segment = arguments.entry
-    print(describe(arguments.image, arguments.load_address, address, segment, arguments.mode))
+    _print(describe(arguments.image, arguments.load_address, address, segment, arguments.mode))
     return 0

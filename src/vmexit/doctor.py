@@ -48,6 +48,7 @@ def examine() -> Iterator[Finding]:
 
 def _examine_kvm() -> Iterator[Finding]:
     from vmexit.abi import kvm_caps
+    from vmexit.abi.kvm import KVM_API_VERSION
     from vmexit.accel.kvm.system import System
 
     try:
@@ -64,9 +65,10 @@ def _examine_kvm() -> Iterator[Finding]:
             yield Finding(False, f"kvm: {what}", remedy, accelerator=True)
             return
         yield Finding(
-            True, f"kvm: {system.path} opens, speaks API version 12 and makes VMs", "",
+            True,
+            f"kvm: {system.path} opens, speaks API version {KVM_API_VERSION} and makes VMs",
             accelerator=True,
-        )  # fmt: skip
+        )
         modules = [
             m for m in ("kvm_intel", "kvm_amd", "kvm_pvm") if Path("/sys/module", m).exists()
         ]
@@ -108,6 +110,7 @@ def _in_a_vm() -> bool:
 
 def _examine_soft() -> Iterator[Finding]:
     from vmexit.accel.soft.engine import SoftAccelerator
+    from vmexit.accel.soft.native import UNICORN_VERSION
     from vmexit.core.bus import Bus
     from vmexit.core.memory import PAGE_SIZE, GuestMemory
 
@@ -133,5 +136,7 @@ def _examine_soft() -> Iterator[Finding]:
     finally:
         memory.close()
     yield Finding(
-        True, "soft: Unicorn 2.1.4 is there and its CPU state is as expected", accelerator=True
+        True,
+        f"soft: Unicorn {UNICORN_VERSION} is there and its CPU state is as expected",
+        accelerator=True,
     )

@@ -162,7 +162,9 @@ def test_overlapping_devices():
         (["--entry", "0:0x10000", "--load-address", "0x10000"], ["--entry 0x1000:0x0"]),
         (["--entry", "0x10000:0", "--load-address", "0x100000"], ["16 bits"]),
         (["--entry", "0:0x1000", "--mode", "long"], ["--mode real"]),
-        (["--load-address", "0x10000000000000000"], ["load address"]),
+        (["--load-address", "0x10000000000000000"], ["is no address"]),
+        (["--load-address", "0xfffffffff000"], ["load address", "use one from 0x0 to"]),
+        (["--serial", "tcp:a\xff:5"], ["cannot listen", "another address"]),
         (["--serial", "printer"], ["'printer'", "stdio"]),
         (["--serial", "tcp:localhost"], ["tcp:HOST:PORT"]),
         (["--serial", "tcp:127.0.0.1:99999"], ["tcp:HOST:PORT"]),
@@ -189,6 +191,58 @@ def test_a_full_disk_ends_the_run_with_a_reason():
     assert_one_line(done, 4, "No space left on device")
     done = vmexit("run", GUESTS / "counter.bin", "--trace", "/dev/full")
     assert_one_line(done, 4, "/dev/full", "No space left on device", "another path")
+
+
+def test_standard_error_that_is_closed_or_full_changes_no_status():
+    for redirection in ("2>&-", "2>/dev/full"):
+        command = " ".join(map(str, [*VMEXIT, "run", "/nonexistent/image"]))
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {redirection}"], stdout=subprocess.PIPE, check=False
+        )
+        assert (done.returncode, done.stdout) == (2, b""), redirection
+
+
+def test_names_that_standard_output_cannot_show(tmp_path):
+    path = tmp_path / "h\u00e9.bin"
+    path.write_bytes(b"\xf4")
+    done = vmexit("inspect", path, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.status, "h\\xe9.bin: a flat image" in done.out) == (0, True)
+
+
+def limited(limit: str, *arguments: object):
+    return vmexit(*arguments, prefix=["sh", "-c", f'ulimit {limit}; exec "$@"', "sh"])
+
+
+@pytest.mark.kvm
+def test_too_few_descriptors():
+    for number in range(5, 12):
+        done = limited(f"-n {number}", "run", HELLO, "--accel", "kvm")
+        if done.status != 0 and "vmexit: " in done.err:  # Python itself needs some
+            assert_one_line(done, done.status, "; ")
+            assert done.status in (2, 4)
+
+
+def test_too_little_address_space_for_the_software_cpu():
+    done = limited("-v 1000000", "run", HELLO, "--accel", "soft")
+    assert_one_line(done, 4, "1024 MiB for translated code", "ulimit -v")
+
+
+def test_a_small_image_needs_little_memory(image):
+    assert limited("-v 500000", "inspect", image(b"\xf4")).status == 0
+
+
+@pytest.mark.parametrize("option", ["--trace", "--debugcon"])
+def test_a_fifo_that_nobody_reads(accel, tmp_path, option):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    where = fifo if option == "--trace" else f"0x10={fifo}"
+    command = ["run", GUESTS / "out-loop.bin", "--accel", accel, "--timeout", "1", option, where]
+    assert_one_line(vmexit(*command), 2, "nobody reads it" if option != "--trace" else str(fifo))
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # and never reads
+    try:
+        assert vmexit(*command).status == 124
+    finally:
+        os.close(reader)
 
 
 # KVM.

@@ -383,6 +383,18 @@ def test_a_program_may_have_more_than_1024_descriptors_open(tmp_path, monkeypatc
 
 # Standard input and output, in a process of their own.
 
+
+def test_close_leaves_the_socket_of_another_alone(tmp_path) -> None:
+    path = tmp_path / "socket"
+    first = open_chardev(f"unix:{path}")
+    path.unlink()
+    second = open_chardev(f"unix:{path}")
+    first.close()
+    assert path.is_socket()
+    second.close()
+    assert not path.exists()
+
+
 IMPORT = "import os, sys\nfrom vmexit.backends.chardev import open_chardev\n"
 ECHO = """
 c = open_chardev("stdio")

@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 
 from vmexit.backends.wait import PATIENCE, Ending, never, reason, wait_writable
@@ -22,6 +23,7 @@ class Listener:
         ending: Ending = never,
     ) -> None:
         self._ending = ending
+        self._lock = threading.Lock()  # vCPUs may come at once; not held while waiting
         self._client: socket.socket | None = None
         self._silent = False  # the client has said that it sends no more
         self._stuck = False  # it did not read what was there to read
@@ -29,7 +31,7 @@ class Listener:
         where = shown(address if isinstance(address, str) else "{}:{}".format(*address))
         try:
             family, place = _resolve(address)
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"cannot listen at {where}: {reason(error)}; use another address"
             ) from error
@@ -47,9 +49,10 @@ class Listener:
             raise ConfigError(
                 f"cannot listen at {where}: {reason(error)}; use another address"
             ) from error
+        self._inode = _inode(self._path)
         self._server.setblocking(False)
         name = self._server.getsockname()
-        self.where = f"unix:{name}" if self._path else f"tcp:{name[0]}:{name[1]}"
+        self.where = f"unix:{shown(self._path)}" if self._path else f"tcp:{name[0]}:{name[1]}"
 
     def _connected(self) -> socket.socket | None:
         if self._client is None or self._silent:
@@ -69,42 +72,57 @@ class Listener:
         self._silent = self._stuck = False
 
     def write(self, data: bytes) -> None:
-        client = self._connected()
-        while data and client is not None:
-            try:
-                data = data[client.send(data, socket.MSG_NOSIGNAL) :]
-                self._stuck = False
-            except BlockingIOError:
-                # Waited for once; from then on what does not go is dropped, until some does.
-                patience = 0 if self._stuck else PATIENCE
-                if not wait_writable(client.fileno(), patience, self._ending):
-                    self._stuck = True
+        while data:
+            with self._lock:
+                client = self._connected()
+                if client is None:
                     return
-            except OSError:
-                self._drop()
+                try:
+                    data = data[client.send(data, socket.MSG_NOSIGNAL) :]
+                    self._stuck = False
+                    continue
+                except BlockingIOError:
+                    # Waited for once; from then on what does not go is dropped, until some does.
+                    fd, patience = client.fileno(), 0 if self._stuck else PATIENCE
+                except OSError:
+                    self._drop()
+                    return
+            if not wait_writable(fd, patience, self._ending):
+                self._stuck = True
                 return
 
     def read(self, size: int) -> bytes:
-        client = self._connected()
-        if client is None or self._silent:
-            return b""
-        try:
-            data = client.recv(size)
-        except BlockingIOError:
-            return b""
-        except OSError:
-            self._drop()
-            return b""
-        self._silent = not data
-        return data
+        with self._lock:
+            client = self._connected()
+            if client is None or self._silent:
+                return b""
+            try:
+                data = client.recv(size)
+            except BlockingIOError:
+                return b""
+            except OSError:
+                self._drop()
+                return b""
+            self._silent = not data
+            return data
 
     def close(self) -> None:
         """Stop listening; the path of a Unix socket is removed."""
         self._drop()
         if self._server.fileno() >= 0:
             self._server.close()
-            if self._path:
+            # Unless it is another one's by now.
+            if self._inode is not None and _inode(self._path) == self._inode:
                 Path(self._path).unlink(missing_ok=True)
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    """What is at `path` now; None if nothing is, or for no path."""
+    try:
+        status = Path(path).lstat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if path else None
 
 
 def _resolve(

@@ -34,6 +34,6 @@ def wait_writable(fd: int, patience: float, ending: Ending) -> bool:
     return True
 
 
-def reason(error: OSError | OverflowError | ValueError) -> str:
+def reason(error: OSError | OverflowError | ValueError | TypeError) -> str:
     """What the system, or Python, says about it."""
     return (isinstance(error, OSError) and error.strerror) or shown(str(error))

@@ -26,7 +26,7 @@ def read_image(
     path: str | os.PathLike[str], *, limit: int = _MAX_SIZE, what: str = "image"
 ) -> bytes:
     """The bytes of the file at `path`; ImageError if it cannot be an image of at most `limit`."""
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     name = shown(path)
     try:
         # Not blocking: a FIFO without a writer would hold us up for ever.
@@ -53,7 +53,11 @@ def read_image(
                 "use a smaller one, or more --memory"
             )
         with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(limit)
+            return file.read(status.st_size)
+    except MemoryError:
+        raise ImageError(
+            f"{what} {name} has {status.st_size} bytes, for which there is no memory; free some"
+        ) from None
     except OSError as error:
         raise ImageError(
             f"cannot read {what} {name}: {error.strerror}; choose another file"

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vmexit.core.errors import ConfigError, GuestAddressError
+from vmexit.core.errors import ConfigError, GuestAddressError, HostError
 
 PAGE_SIZE = 4096
 
@@ -61,7 +61,10 @@ class GuestMemory:
         self._starts: list[int] = []
         self._maps: list[mmap.mmap] = []
         self._closed = False
-        self.fd = os.memfd_create("vmexit-ram", os.MFD_CLOEXEC)
+        try:
+            self.fd = os.memfd_create("vmexit-ram", os.MFD_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"cannot make guest memory: {error.strerror}; close files") from error
         try:
             os.ftruncate(self.fd, sum(size for _, size in ranges))
             offset = 0

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmexit.accel.base import Accelerator, Vcpu, Vm
-from vmexit.arch.x86.layout import COM1_PORT, ram_ranges
+from vmexit.arch.x86.layout import COM1_PORT, ROM_MAX_SIZE, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
 from vmexit.boot.image import ImageKind, detect, read_image
@@ -63,17 +63,14 @@ def _create(
     accel: str, memory: GuestMemory, pio: Bus, mmio: Bus, observer: ExitObserver | None
 ) -> _Engine:
     """A VM with one vCPU on accelerator `kvm` or `soft`. Raises HostError."""
-    accelerator = _OPEN[accel]()
-    try:
+    with ExitStack() as stack:
+        accelerator = _OPEN[accel]()
+        stack.callback(accelerator.close)
         vm = accelerator.create_vm(memory, pio, mmio)
-        try:
-            return _Engine(accelerator, vm, [vm.create_vcpu(0, observer)])
-        except HostError:
-            vm.close()
-            raise
-    except HostError:
-        accelerator.close()
-        raise
+        stack.callback(vm.close)
+        engine = _Engine(accelerator, vm, [vm.create_vcpu(0, observer)])
+        stack.pop_all()
+        return engine
 
 
 def _create_any(
@@ -115,7 +112,9 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
 
 def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:
     if config.firmware is not None:
-        return firmware.load(memory, read_image(config.firmware, what="firmware"))
+        return firmware.load(
+            memory, read_image(config.firmware, limit=ROM_MAX_SIZE, what="firmware")
+        )
     image = None
     if config.image is not None:
         at = config.load_address
@@ -166,7 +165,7 @@ def _attach_devices(
         from vmexit.devices.debugcon import Debugcon
 
         port, path = config.debugcon
-        log = File(path) if path else Stdio(request.pending)
+        log = File(path, request.pending) if path else Stdio(request.pending)
         on_close(log.close)
         attach("debugcon", port, 1, Debugcon(log.write))
     if config.debug_exit is not None:

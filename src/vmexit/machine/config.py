@@ -1,6 +1,7 @@
 """The configuration of a machine: frozen data, valid once it exists."""
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.arch.x86.layout import (
@@ -45,6 +46,9 @@ def parse_size(text: str | int) -> int:
     raise ConfigError(f"{short!r} is no size; use bytes, or 512K, 128M, 1G")
 
 
+_REQUIRED = frozenset(("memory", "load_address", "entry"))
+
+
 class _Options(NamedTuple):
     memory: int = DEFAULT_MEMORY
     accel: str = "auto"
@@ -74,10 +78,23 @@ class MachineConfig(_Options):
             config._check()
             return config
 
+        def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]:
+            return (), self._asdict()  # copies and pickles are made by name, too
+
+        @classmethod
+        def _make(cls, values: Iterable[object]) -> "MachineConfig":
+            return cls(**dict(zip(cls._fields, values, strict=True)))
+
         def _replace(self, **options: object) -> "MachineConfig":
             return MachineConfig(**{**self._asdict(), **options})
 
     def _check(self) -> None:
+        for name in ("memory", "load_address", "entry", "segment", "debug_exit"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name in _REQUIRED):
+                raise ConfigError(f"{name} takes a number, not {value!r}")
+        if self.debugcon is not None and not isinstance(self.debugcon, tuple):
+            raise ConfigError(f'debugcon takes (port, path), not {self.debugcon!r}; path may be ""')
         if self.accel not in ACCELERATORS:
             raise ConfigError(f"there is no accelerator {self.accel!r}; use auto, kvm or soft")
         if self.mode not in MODES:

@@ -1,5 +1,6 @@
 """A Python function in the place of a device."""
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,12 @@ ReadHook = Callable[[Access], int]
 WriteHook = Callable[[Access], object]
 
 
+class Within(threading.local):
+    """Whether this thread is in a read function: its vCPU waits for the answer."""
+
+    read = False
+
+
 class Hook:
     """Calls back on each access; answers all ones where no read function was given.
 
@@ -30,7 +37,15 @@ class Hook:
 
     widths = (1, 2, 3, 4, 5, 6, 7, 8)
 
-    def __init__(self, base: int, read: ReadHook | None, write: WriteHook | None) -> None:
+    def __init__(
+        self,
+        base: int,
+        read: ReadHook | None,
+        write: WriteHook | None,
+        within: Within | None = None,
+    ) -> None:
+        """`within`, if given, tells the others that the function is called."""
+        self._within = Within() if within is None else within
         self._base = base
         self._read = read
         self._write = write
@@ -39,7 +54,11 @@ class Hook:
         ones = (1 << 8 * size) - 1
         if self._read is None:
             return ones
-        value = self._read(Access(self._base + offset, size, 0, False))
+        self._within.read = True
+        try:
+            value = self._read(Access(self._base + offset, size, 0, False))
+        finally:
+            self._within.read = False
         if not isinstance(value, int):
             raise TypeError(
                 f"the read function of {self._base:#x} returned {value!r}; it must return a number"

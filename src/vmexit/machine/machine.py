@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmexit.accel.base import Vcpu
 from vmexit.arch.x86.code import dump, next_instruction
-from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
+from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS, PHYSICAL_END
 from vmexit.arch.x86.paging import translate
 from vmexit.arch.x86.registers import (
     GENERAL,
@@ -28,7 +28,7 @@ from vmexit.machine.config import (
     MachineConfig,
     parse_size,
 )
-from vmexit.machine.hooks import Hook, ReadHook, WriteHook
+from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
 from vmexit.machine.runner import Runner, StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
@@ -38,8 +38,8 @@ class RegisterView:
 
     64-bit values; a segment is a `Segment`, a descriptor table a `Table`. Only while the vCPU
     does not run, or from within one of its own accesses; VmexitError otherwise. Within an access,
-    RIP is that of its instruction or of the next one; general registers may be written there, but
-    for the one that a read is to fill, and RIP, RFLAGS and system registers may not.
+    RIP is that of its instruction or of the next one; within a write, general registers may be
+    written, and within a read none, nor RIP, RFLAGS or system registers ever.
     """
 
     __slots__ = ("_machine", "_vcpu")
@@ -87,6 +87,8 @@ class RegisterView:
         object.__setattr__(self, "_vcpu", vcpu)
 
     def __getattr__(self, name: str) -> int | Segment | Table:
+        if name.startswith("_"):  # copy, pickle and the like ask for these
+            raise AttributeError(name)
         self._machine._require_still()
         if name in GENERAL:
             return self._vcpu.registers()[name]
@@ -114,14 +116,18 @@ class RegisterView:
                 kind = Segment if name in SEGMENTS else Table if name in TABLES else int
                 if kind is int:
                     value = _number(name, value) & _MASK
-                elif not isinstance(value, kind):
+                elif isinstance(value, Segment | Table) and isinstance(value, kind):
+                    _check_fields(name, value)
+                else:
                     raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
                 system[name] = value
             else:
                 raise AttributeError(f"there is no register {name!r}")
-        if self._machine.running and (system or general.keys() & {"rip", "rflags"}):
+        if self._machine.running and (
+            self._machine._within.read or system or general.keys() & {"rip", "rflags"}
+        ):
             names = ", ".join(values)
-            raise VmexitError(f"{names} cannot be written within an access; stop() first")
+            raise VmexitError(f"{names} cannot be written within this access; stop() first")
         if system:
             fields = self._vcpu.system_registers()._asdict()
             self._vcpu.set_system_registers(SystemRegisters(**(fields | system)))
@@ -151,6 +157,18 @@ def _number(name: str, value: object) -> int:
     return value
 
 
+# Bits of the fields of a segment and of a table.
+_WIDTHS = {"selector": 16, "base": 64, "type": 4, "dpl": 2}
+
+
+def _check_fields(name: str, value: Segment | Table) -> None:
+    limit = 32 if isinstance(value, Segment) else 16
+    for field, number in value._asdict().items():
+        bits = limit if field == "limit" else _WIDTHS.get(field, 1)
+        if not isinstance(number, int) or not 0 <= number < 1 << bits:
+            raise ValueError(f"{name}: {field} has {bits} bits; {number!r} does not fit")
+
+
 class MachineVcpu:
     """One vCPU of a machine: its number, and its registers in `regs`."""
 
@@ -164,6 +182,8 @@ class MachineVcpu:
 
 class Machine:
     """A virtual machine: guest memory, vCPUs, devices. Paused until `run()`.
+
+    It holds descriptors, memory and a thread until `close()`, which `with` calls.
 
     >>> with Machine(memory="1M", accel="auto") as vm:
     ...     vm.load_bytes(b"\\xb0\\x2a\\xe6\\x10\\xf4", at=0x1000)  # mov al, 42; out 0x10, al; hlt
@@ -229,6 +249,7 @@ class Machine:
         self.config = config
         self._entry = config.entry if config.image is not None else None
         self._closed = False
+        self._within = Within()
         self._loaded = config.image is not None or config.firmware is not None
         self._request = StopRequest()
         self._parts = parts = builder.build(config, self._request, observer)
@@ -302,6 +323,8 @@ class Machine:
             raise ConfigError(f"there is no CPU mode {mode!r}; use real, protected or long")
         if entry is None:
             entry = at if self._entry is None or self._loaded else self._entry
+        if not 0 <= entry < PHYSICAL_END:
+            raise ConfigError(f"entry {entry:#x} is no guest physical address; use a valid one")
         segment = self.config.segment if mode == "real" else None
         first = flat.start(self.memory, entry, mode, range(at, at + len(raw)), segment)
         vcpu = self._parts.vcpus[0]
@@ -326,7 +349,7 @@ class Machine:
         _check_hooks(read, write)
         if not 0 <= port <= port + count - 1 <= 0xFFFF:
             raise ConfigError(f"ports {port:#x}+{count} are not within 0 to 0xffff")
-        self._parts.pio.attach(port, count, Hook(port, read, write), overhang=True)
+        self._parts.pio.attach(port, count, Hook(port, read, write, self._within), overhang=True)
 
     def on_mmio(
         self,
@@ -339,13 +362,17 @@ class Machine:
         """Call back when the guest accesses `[gpa, gpa + size)`, where there is no RAM."""
         self._require_still()
         _check_hooks(read, write)
+        if not 0 <= gpa < gpa + size <= PHYSICAL_END:
+            raise ConfigError(
+                f"MMIO {gpa:#x}+{size:#x} is not within 0 to {PHYSICAL_END - 1:#x}; use another"
+            )
         for region in self.memory.regions:
             if gpa < region.end and region.gpa < gpa + size and not region.readonly:
                 raise ConfigError(
                     f"MMIO {gpa:#x}..{gpa + size - 1:#x} lies in RAM, which answers first; use an "
                     f"address from {region.end:#x} on, or less memory"
                 )
-        self._parts.mmio.attach(gpa, size, Hook(gpa, read, write), overhang=True)
+        self._parts.mmio.attach(gpa, size, Hook(gpa, read, write, self._within), overhang=True)
 
     def run(self, timeout: float | None = None) -> Stop:
         """Run the guest until it stops, `stop()` is called, or `timeout` seconds have passed.
@@ -354,10 +381,17 @@ class Machine:
         the machine is paused afterwards, at the end of an instruction, and can go on.
         """
         self._require_open()
+        if timeout is not None and not timeout >= 0:
+            raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
         stop = self._runner.run(timeout)
         if stop.crashed:
             stop = stop._replace(dump=self.dump(stop.vcpu))
         return stop
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a run under way is to end: what writes for it should not wait any more."""
+        return self._request.pending()
 
     def stop(self) -> bool:
         """Make the `run()` under way return, from any thread or callback; False without one."""

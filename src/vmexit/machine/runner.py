@@ -1,13 +1,17 @@
 """Running vCPUs: a host thread for each, and one caller who waits for the first to stop."""
 
+import atexit
+import os
 import signal
 import threading
+import weakref
 from contextlib import suppress
+from functools import cache
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from vmexit.accel.base import Exit, ExitReason, Vcpu
-from vmexit.core.errors import VmexitError
+from vmexit.core.errors import HostError, VmexitError
 from vmexit.machine.stop import Stop, StopReason, stop_from_exit
 
 # What a thread does to itself must not be blocked: its faults, and writing to a closed pipe.
@@ -25,11 +29,32 @@ _NEVER_BLOCKED = {
 _SETTLE_SECONDS = 0.05
 
 
+_runners: "weakref.WeakSet[Runner]" = weakref.WeakSet()
+
+
+def _close_at_exit(runner: "Runner") -> None:
+    """Stop the vCPUs before the interpreter goes away under them."""
+    _register()
+    _runners.add(runner)
+
+
+@cache
+def _register() -> None:
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for runner in list(_runners):
+        with suppress(VmexitError):
+            runner.close()
+
+
 class StopRequest:
     """Asks a run to end. Devices and other threads hold this; the runner listens."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A signal's handler may ask for a stop while its thread is in here already.
+        self._lock = threading.RLock()
         self._vcpus: list[Vcpu] = []
         self._running = False
         self.stop: Stop | None = None
@@ -139,6 +164,8 @@ class Runner:
         self._busy = threading.Lock()
         self._number = 0  # of the run
         self._closed = False
+        self._process = os.getpid()
+        self._caller = 0  # the thread in run()
         request.listen(vcpus)
 
     @property
@@ -157,21 +184,23 @@ class Runner:
         Whatever a device raises is raised here, once all vCPUs have stopped. So is what a signal's
         handler raises meanwhile (KeyboardInterrupt, …); the machine can go on after it.
         """
+        if os.getpid() != self._process:
+            raise VmexitError("a fork has no threads to run this machine; make a new one in it")
         if not self._busy.acquire(blocking=False):
             raise VmexitError("this machine runs already; stop() it first")
         try:
+            self._caller = threading.get_ident()
             if self._closed:
                 raise VmexitError("this machine is closed; make a new one")
             return self._run(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         finally:
+            self._caller = 0
             self._request.end()
             self._busy.release()
 
     def _run(self, timeout: float | None) -> Stop:
         if not self._threads:
-            self._threads = [
-                _VcpuThread(vcpu, self._request, self._reports) for vcpu in self._vcpus
-            ]
+            self._start_threads()
         self._settle()  # in case a run was left twice by exceptions
         self._request.begin()
         self._number += 1
@@ -181,6 +210,17 @@ class Runner:
             return self._wait(timeout)
         finally:
             self._settle()
+
+    def _start_threads(self) -> None:
+        _close_at_exit(self)
+        try:
+            for vcpu in self._vcpus:
+                self._threads.append(_VcpuThread(vcpu, self._request, self._reports))
+        except RuntimeError as error:
+            for thread in self._threads:
+                thread.end()
+            self._threads.clear()
+            raise HostError(f"cannot start a thread for a vCPU: {error}; free memory") from error
 
     def _wait(self, timeout: float | None) -> Stop:
         reports: list[_Report] = []
@@ -223,9 +263,13 @@ class Runner:
         return request
 
     def close(self) -> None:
-        """End the threads. Raises VmexitError from within a device or a callback."""
+        """End the threads. Raises VmexitError from within a device, a callback, or run()."""
+        if os.getpid() != self._process:
+            return  # a fork has none of them
         if self.in_vcpu_thread():
             raise VmexitError("a machine cannot be closed from within its own access; stop() it")
+        if self._caller == threading.get_ident():  # in the handler of a signal
+            raise VmexitError("a machine cannot be closed from within its own run(); stop() it")
         # Again and again: a run may just begin, and not listen yet.
         while not self._busy.acquire(timeout=_SETTLE_SECONDS):
             self._request(Stop(StopReason.STOPPED))

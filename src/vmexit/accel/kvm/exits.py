@@ -57,7 +57,7 @@ def explain(
         try:
             event = SystemEvent(number)
         except ValueError:
-            return Exit(ExitReason.UNKNOWN, f"system event {number}, which has no meaning on x86")
+            return Exit(ExitReason.UNKNOWN, f"system event {number}, which vmexit does not know")
         return Exit(ExitReason.SYSTEM_EVENT, event.name.lower(), event)
     if reason == KVM_EXIT_UNKNOWN:
         hardware = run.hw.hardware_exit_reason

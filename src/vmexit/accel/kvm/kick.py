@@ -18,7 +18,7 @@ class KickTarget:
     def __init__(self, set_signal_mask: Callable[[set[int]], None]) -> None:
         """`set_signal_mask` gives KVM the signals that KVM_RUN keeps blocked."""
         self._set_signal_mask = set_signal_mask
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may kick while we are in here
         self._before: set[int] = set()
         self._mask: set[int] | None = None
         self.thread: int | None = None

@@ -17,6 +17,7 @@ from vmexit.abi.kvm import (
     KVM_EXIT_IO,
     KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_MMIO,
+    KVM_EXIT_SET_TPR,
     KVM_GET_MSRS,
     KVM_GET_REGS,
     KVM_GET_SREGS,
@@ -58,6 +59,7 @@ _EXIT_REASON = 2  # u32 at 8
 _IO_KEY = 8  # u32 at 32: direction (u8), size (u8) and port (u16) in one number
 _IO_COUNT = 9  # u32 at 36
 _IO_DATA_OFFSET = 5  # u64 at 40
+_CR8 = 2  # u64 at 16
 _MMIO_GPA = 4  # u64 at 32
 _MMIO_DATA = 40  # bytes
 _MMIO_LEN = 12  # u32 at 48
@@ -179,17 +181,30 @@ class KvmVcpu:
             except BaseException:
                 self._complete()
                 raise
-            if reason == KVM_EXIT_INTR:
-                continue
+            if reason in (KVM_EXIT_INTR, KVM_EXIT_SET_TPR):
+                continue  # CR8 was written, and there is no interrupt controller to tell
             return self._exit(reason)
 
     def _complete(self) -> None:
-        """Finish the access whose device has failed, and execute nothing more (KVM API 5, io)."""
+        """Finish the access whose device has failed, and execute nothing more (KVM API 5, io).
+
+        A read gives all ones then, and what is still to come of the access goes nowhere.
+        """
         self._u8[_IMMEDIATE_EXIT] = 1
-        with suppress(OSError):  # EINTR, that is: whatever else it is, the device's error counts
-            ioctl(self.fd, KVM_RUN)
+        with suppress(OSError):  # EINTR, once it is finished; the device's error is what counts
+            while True:
+                self._answer_ones()
+                ioctl(self.fd, KVM_RUN)
         if not self._kicked:
             self._u8[_IMMEDIATE_EXIT] = 0
+
+    def _answer_ones(self) -> None:
+        reason = self._u32[_EXIT_REASON]
+        if reason == KVM_EXIT_IO and not self._u32[_IO_KEY] & _IO_OUT:
+            with self.io_data() as data:
+                data[:] = b"\xff" * len(data)
+        elif reason == KVM_EXIT_MMIO and not self._u8[_MMIO_IS_WRITE]:
+            self._u64[_MMIO_DATA // 8] = (1 << 64) - 1
 
     def run_once(self) -> kvm_run:
         """KVM_RUN once, for learners: the raw exit, with nothing done about it.
@@ -222,11 +237,10 @@ class KvmVcpu:
 
     def _take_kick(self) -> bool:
         self._kick_target.take()
-        if not self._kicked:
-            return False
-        self._kicked = False
+        # In this order: a kick that comes in between is seen now, or ends the next KVM_RUN.
         self._u8[_IMMEDIATE_EXIT] = 0
-        return True
+        kicked, self._kicked = self._kicked, False
+        return kicked
 
     def _exit(self, reason: int) -> Exit:
         plain = _PLAIN_EXITS.get(reason)
@@ -325,6 +339,7 @@ class KvmVcpu:
             values += getattr(system, name)
         values += [getattr(system, name) for name in CONTROL]
         _SYSTEM_FORMAT.pack_into(buffer, 0, *values)
+        self._u64[_CR8] = system.cr8  # without a LAPIC in the kernel, KVM_RUN takes it from here
         self._set("system registers", KVM_SET_SREGS, buffer)
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:

@@ -46,7 +46,7 @@ class KvmVm:
         self._slots: dict[int, int] = {}  # GPA of a region → slot number
         self._vcpus: list[KvmVcpu] = []
         try:
-            # On Intel without unrestricted guest, real mode needs both (KVM API 4.43, 4.62); they
+            # On Intel without unrestricted guest, real mode needs both (KVM API 4.36, 4.40); they
             # must be set before the first vCPU exists.
             if system.check_extension(KVM_CAP_SET_IDENTITY_MAP_ADDR):
                 ioctl(fd, KVM_SET_IDENTITY_MAP_ADDR, struct.pack("Q", KVM_IDENTITY_MAP_ADDRESS))
@@ -106,16 +106,25 @@ class KvmVm:
         except OSError as error:
             if error.errno == errno.EEXIST:
                 raise HostError(f"vCPU {index} exists already; give each its own index") from error
-            raise HostError(f"KVM refused to create vCPU {index}: {error.strerror}") from error
-        vcpu = KvmVcpu(
-            fd,
-            index,
-            self._system.vcpu_mmap_size,
-            self._memory,
-            self._pio,
-            self._mmio,
-            observer,
-        )
+            raise HostError(
+                f"KVM refused to create vCPU {index}: {error.strerror}; free some, or use "
+                "--accel soft"
+            ) from error
+        try:
+            vcpu = KvmVcpu(
+                fd,
+                index,
+                self._system.vcpu_mmap_size,
+                self._memory,
+                self._pio,
+                self._mmio,
+                observer,
+            )
+        except OSError as error:
+            os.close(fd)
+            raise HostError(
+                f"cannot map vCPU {index}: {error.strerror}; raise the limits (ulimit -n, -v)"
+            ) from error
         self._vcpus.append(vcpu)
         vcpu.set_cpuid(self._system.supported_cpuid())
         return vcpu

@@ -1,7 +1,7 @@
 """The software accelerator and its VMs: one Unicorn engine over the guest's own memory."""
 
+import mmap
 from collections.abc import Iterator
-from pathlib import Path
 
 from vmexit.accel.soft.native import UNICORN_VERSION, Engine, Library
 from vmexit.accel.soft.vcpu import SoftVcpu
@@ -29,7 +29,15 @@ class SoftAccelerator:
                 f"Unicorn {unicorn.__version__} is installed, but vmexit knows {UNICORN_VERSION} "
                 f"only: pip install unicorn=={UNICORN_VERSION}"
             )
-        self.library = Library(Path(unicorn.__file__).parent)
+        from unicorn.unicorn_py3.unicorn import uclib
+
+        try:
+            self.library = Library(uclib._name)
+        except (AttributeError, OSError) as error:
+            raise HostError(
+                f"this build of Unicorn is not the one that is known ({error}): "
+                f"pip install --force-reinstall unicorn=={UNICORN_VERSION}"
+            ) from error
 
     def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus) -> "SoftVm":
         """A VM whose engine sees the pages of `memory` themselves."""
@@ -37,6 +45,24 @@ class SoftAccelerator:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+# What Unicorn maps for the code that it translates.
+_CODE_BUFFER = 1 << 30
+_SLACK = 64 << 20  # and what else it needs
+
+
+def _require_code_buffer() -> None:
+    """Raises HostError where Unicorn could not map its code buffer: it would end the process."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        mmap.mmap(-1, _CODE_BUFFER + _SLACK, flags=flags, prot=protection).close()
+    except OSError as error:
+        raise HostError(
+            f"cannot map {_CODE_BUFFER >> 20} MiB for translated code: {error.strerror}; "
+            "raise the limit (ulimit -v), or use --accel kvm"
+        ) from error
 
 
 class SoftVm:
@@ -52,6 +78,7 @@ class SoftVm:
         self._vcpus: list[SoftVcpu] = []
         # 64-bit mode for every mode: the engine then knows all of the instruction set, and the
         # CPU state says what the guest may use of it.
+        _require_code_buffer()
         self._engine: Engine | None = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         # No address ends the run: the guest's own HLT does.
         self._engine.ctl_exits_enabled(True)

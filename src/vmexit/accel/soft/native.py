@@ -2,13 +2,14 @@
 
 Stopping is the reason for the machine code. `uc_emu_stop` from another thread leaves RIP in the
 middle of what has already happened, and from a hook it lets the rest of the translated block run.
-Only two stops are exact:
+These stops are exact:
 
 - at the beginning of a block. A hook runs there, so it must cost next to nothing: it tests a word
   that a kick sets, and calls `uc_emu_stop` if it is not zero.
 - in a port access. Unicorn has then written the whole CPU state back, so the block can be left by
   `cpu_loop_exit`, once the callback has finished the instruction by itself. That function never
   returns, so Python must not be on the stack: a stub calls the callback, then tests a second word.
+- in MMIO likewise, but that the instruction is left where it began; see replay.py.
 """
 
 import ctypes
@@ -16,7 +17,6 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from vmexit.core.errors import HostError
@@ -34,6 +34,8 @@ OutCallback = ctypes.CFUNCTYPE(
 InCallback = ctypes.CFUNCTYPE(
     ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
 )
+# void (*)(uc, data): UC_HOOK_INSN for SYSCALL and SYSENTER.
+SyscallCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 # void (*)(uc, interrupt number, data): UC_HOOK_INTR.
 InterruptCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 # bool (*)(uc, type, address, size, value, data): UC_HOOK_MEM_WRITE_PROT and its like.
@@ -73,9 +75,9 @@ class Engine(Protocol):
 class Library:
     """libunicorn, with the types of the functions that vmexit calls by itself."""
 
-    def __init__(self, package: Path) -> None:
-        path = next(iter(sorted((package / "lib").glob("libunicorn.so*"))), None)
-        self.cdll = ctypes.CDLL(str(path) if path is not None else "libunicorn.so.2")
+    def __init__(self, path: str) -> None:
+        """`path` is where the Python package has loaded it from."""
+        self.cdll = ctypes.CDLL(path)
         self.get_cpu = self.cdll.qemu_get_cpu_x86_64
         self.get_cpu.restype = ctypes.c_void_p
         self.get_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int]

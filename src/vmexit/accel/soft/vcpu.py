@@ -22,6 +22,7 @@ from vmexit.accel.soft.native import (
     OutCallback,
     StopWords,
     Stubs,
+    SyscallCallback,
     address_of,
 )
 from vmexit.accel.soft.ports import PortAccess, bitmap_allows, decode_port_access
@@ -36,6 +37,7 @@ from vmexit.arch.x86.code import (
 from vmexit.arch.x86.registers import (
     CR0_PE,
     EFER_LMA,
+    EFER_SCE,
     RFLAGS_DF,
     RFLAGS_RF,
     RFLAGS_VM,
@@ -54,6 +56,9 @@ _EXCEPTION_NAMES = {
     0: "#DE", 1: "#DB", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS",
     11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM",
 }  # fmt: skip
+_SYSTEM_CALL = -1  # no exception: SYSCALL or SYSENTER, with somewhere to go
+_MSR_SYSENTER_CS = 0x174
+
 _DEBUG, _UNDEFINED_OPCODE, _GENERAL_PROTECTION = 1, 6, 13
 
 _MAX_PLAIN = 4096
@@ -126,6 +131,12 @@ class SoftVcpu:
         in_stub = self._stubs.leaving_hook(self._c(InCallback(self._on_in)))
         hook(engine, unicorn.UC_HOOK_INSN, out_stub, instruction=x86_const.UC_X86_INS_OUT)
         hook(engine, unicorn.UC_HOOK_INSN, in_stub, instruction=x86_const.UC_X86_INS_IN)
+        for number, function in (
+            (x86_const.UC_X86_INS_SYSCALL, self._on_syscall),
+            (x86_const.UC_X86_INS_SYSENTER, self._on_sysenter),
+        ):
+            stub = self._stubs.leaving_hook(self._c(SyscallCallback(function)))
+            hook(engine, unicorn.UC_HOOK_INSN, stub, instruction=number)
         hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.block_hook())
         hook(engine, unicorn.UC_HOOK_INTR, self._c(InterruptCallback(self._on_exception)))
         for gpa, size in holes:
@@ -193,6 +204,12 @@ class SoftVcpu:
         registers, system = self.registers(), self.system_registers()
         if self._exception is None and error == unicorn.UC_ERR_INSN_INVALID:
             self._exception = (_UNDEFINED_OPCODE, 0, False)
+        if self._exception is not None and self._exception[0] == _SYSTEM_CALL:
+            _, instruction = next_instruction(self._memory, registers, system)
+            return Exit(
+                ExitReason.INTERNAL_ERROR,
+                f"the software accelerator cannot execute {instruction}; use --accel kvm",
+            )
         if self._exception is not None:
             return self._undelivered(*self._exception, registers, system)
         if not error:
@@ -217,7 +234,7 @@ class SoftVcpu:
             # RIP is behind the INT; a fault in its delivery points at it (SDM vol. 3, 6.12).
             registers["rip"] -= self._software_interrupt_length(registers, system)
         elif vector != _DEBUG:
-            # What the processor does before it delivers a fault (SDM vol. 3, 18.3.1.1).
+            # As KVM shows it; a processor sets RF in the flags that it pushes (SDM, "RF flag").
             registers["rflags"] |= RFLAGS_RF
         self.set_registers(registers)
         _, instruction = next_instruction(self._memory, registers, system)
@@ -264,6 +281,23 @@ class SoftVcpu:
             self._library.emu_stop(self._handle)
         except BaseException as error:
             self._fail(error)
+
+    def _on_syscall(self, _uc: int, _data: int) -> None:
+        """The engine only steps over SYSCALL and SYSENTER."""
+        try:
+            enabled = self._state.read_system().efer & EFER_SCE
+            self._exception = (_SYSTEM_CALL if enabled else _UNDEFINED_OPCODE, 0, False)
+        except BaseException as error:
+            self._fail(error)
+        self._words[StopWords.LEAVE] = 1
+
+    def _on_sysenter(self, _uc: int, _data: int) -> None:
+        try:
+            usable = self._engine.msr_read(_MSR_SYSENTER_CS) & 0xFFFC
+            self._exception = (_SYSTEM_CALL if usable else _GENERAL_PROTECTION, 0, False)
+        except BaseException as error:
+            self._fail(error)
+        self._words[StopWords.LEAVE] = 1
 
     def _on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
         try:
@@ -353,7 +387,9 @@ class SoftVcpu:
                 self._words[StopWords.KICK] = 1
             return value
         # The INS was left in the middle, by an exception: what it had read is lost, as on KVM.
-        self._ahead.clear()
+        if self._postponed:
+            self._words[StopWords.KICK] = 1
+        self._forget_ahead()
         return self._first_in(rip, port, size)
 
     def _first_in(self, rip: int, port: int, size: int) -> int:

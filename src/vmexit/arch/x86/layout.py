@@ -17,8 +17,8 @@ ROM_SHADOW_SIZE = 0x2_0000
 # A larger ROM would come near the IOAPIC page at 0xfec00000.
 ROM_MAX_SIZE = 0x100_0000
 
-# Three pages that KVM on Intel needs for real mode without unrestricted guest (KVM API 4.43) and
-# one for its identity map (4.62). They lie in the hole where neither RAM, ROM nor an APIC is.
+# Three pages that KVM on Intel needs for real mode without unrestricted guest (KVM API 4.36) and
+# one for its identity map (4.40). They lie in the hole where neither RAM, ROM nor an APIC is.
 KVM_TSS_ADDRESS = 0xFEFF_D000
 KVM_IDENTITY_MAP_ADDRESS = 0xFEFF_C000
 

@@ -18,7 +18,7 @@ Registers = dict[str, int]
 CR0_PE, CR0_ET, CR0_PG = 1 << 0, 1 << 4, 1 << 31
 CR0_NW_CD = 0b11 << 29
 CR4_PSE, CR4_PAE, CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
-EFER_LME, EFER_LMA = 1 << 8, 1 << 10
+EFER_SCE, EFER_LME, EFER_LMA = 1 << 0, 1 << 8, 1 << 10
 RFLAGS_FIXED = 1 << 1
 RFLAGS_IF, RFLAGS_DF, RFLAGS_RF, RFLAGS_VM = 1 << 9, 1 << 10, 1 << 16, 1 << 17
 
