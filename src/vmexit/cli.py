@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if collects:
             gc.enable()
+        gc.freeze()  # or the interpreter's last collection would look through all of it
     return status
 
 

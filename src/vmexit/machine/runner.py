@@ -23,6 +23,7 @@ _NEVER_BLOCKED = {
     signal.SIGABRT,
     signal.SIGPIPE,
 }
+_BLOCKED = signal.valid_signals() - _NEVER_BLOCKED  # here, because it takes 80 µs
 
 
 # How soon a vCPU that a kick has missed is kicked again.
@@ -130,7 +131,7 @@ class _VcpuThread:
 
     def _main(self) -> None:
         # The program's signals are for its own threads.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _NEVER_BLOCKED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         vcpu = self._vcpu
         attached = False
         try:

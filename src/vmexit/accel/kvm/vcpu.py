@@ -58,6 +58,7 @@ from vmexit.core.trace import ExitObserver
 _EXIT_REASON = 2  # u32 at 8
 _IO_KEY = 8  # u32 at 32: direction (u8), size (u8) and port (u16) in one number
 _IO_COUNT = 9  # u32 at 36
+_IO_KEY_AND_COUNT = 4  # u64 at 32: both in one number
 _IO_DATA_OFFSET = 5  # u64 at 40
 _CR8 = 2  # u64 at 16
 _MMIO_GPA = 4  # u64 at 32
@@ -68,8 +69,9 @@ _MMIO_IS_WRITE = 52  # byte
 _IO_OUT = 1  # KVM_EXIT_IO_OUT, the low byte of the key
 
 # What the loop does for an access it has seen before: the device's function, the offset to give
-# it, the size, and where in which view of kvm_run the data are.
-_Route = tuple[Read | Write, int, int, memoryview, int]
+# it, the size, where in which view of kvm_run the data are, and whether it is an OUT. The key is
+# the u64 of key and count: a string access, whose count is not 1, has none.
+_Route = tuple[Read | Write, int, int, memoryview, int, bool]
 
 # A hostile guest can touch any number of ports; what is remembered of them must not grow so.
 _MAX_ROUTES = 4096
@@ -143,7 +145,7 @@ class KvmVcpu:
             self.detach_thread()
 
     def _run(self) -> Exit:
-        fd, u32, run_ioctl, run = self.fd, self._u32, ioctl, KVM_RUN
+        fd, u32, u64, run_ioctl, run = self.fd, self._u32, self._u64, ioctl, KVM_RUN
         route_of = self._routes.get
         while True:
             try:
@@ -152,16 +154,15 @@ class KvmVcpu:
                     run_ioctl(fd, run)
                     reason = u32[_EXIT_REASON]
                     if reason == KVM_EXIT_IO:
-                        key = u32[_IO_KEY]
-                        route = route_of(key)
-                        if route is None or u32[_IO_COUNT] != 1:
-                            self._io(key)
-                        elif key & _IO_OUT:
-                            function, offset, size, view, data = route
-                            function(offset, size, view[data])  # type: ignore[call-arg]
+                        route = route_of(u64[_IO_KEY_AND_COUNT])
+                        if route is None:
+                            self._io(u32[_IO_KEY])
                         else:
-                            function, offset, size, view, data = route
-                            view[data] = function(offset, size)  # type: ignore[call-arg, assignment]
+                            function, offset, size, view, data, out = route
+                            if out:
+                                function(offset, size, view[data])  # type: ignore[call-arg]
+                            else:
+                                view[data] = function(offset, size)  # type: ignore[call-arg, assignment]
                     elif reason == KVM_EXIT_MMIO:
                         self._access_mmio()
                     else:
@@ -273,12 +274,13 @@ class KvmVcpu:
             self._u8[start:end] = data
             if observer is not None:
                 observer.io(self.index, False, port, size, count, data)
-        if observer is None:
+        if observer is None and count == 1:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             route = self._pio.route_write if write else self._pio.route_read
             function, offset = route(port, size)
-            self._routes[key] = function, offset, size, self._by_size[size], start // size
+            view = self._by_size[size]
+            self._routes[1 << 32 | key] = function, offset, size, view, start // size, write
 
     def _access_mmio(self) -> None:
         """A memory access that no slot answers (KVM API 5, KVM_EXIT_MMIO)."""
@@ -296,9 +298,8 @@ class KvmVcpu:
             if observer is not None:
                 observer.mmio(self.index, False, gpa, data)
 
-    def _set_signal_mask(self, blocked: set[int]) -> None:
-        bits = sum(1 << number - 1 for number in blocked)
-        self._set("signal mask", KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, bits))
+    def _set_signal_mask(self, blocked: int) -> None:
+        self._set("signal mask", KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, blocked))
 
     # Registers.
 
