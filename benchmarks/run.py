@@ -16,6 +16,7 @@ import exits
 import loop
 import machines
 import start
+import stop
 from measure import Row, attempt, table
 
 GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
@@ -23,6 +24,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "loop": loop.rows,
     "start": start.rows,
     "create": create.rows,
+    "stop": stop.rows,
     "machines": machines.rows,
 }
 

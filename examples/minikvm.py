@@ -3,7 +3,7 @@
 
     python examples/minikvm.py [IMAGE]
 
-Without IMAGE it runs a guest of five instructions that counts on port 0x10. An image is loaded at
+Without IMAGE it runs a guest of six instructions that counts on port 0x10. An image is loaded at
 guest address 0 and started at 0x1000 in real mode, as `vmexit run IMAGE` does. It uses only
 `vmexit.abi`: the numbers and structures of <linux/kvm.h>. docs/how-a-vm-runs.md explains each step.
 """

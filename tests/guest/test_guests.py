@@ -7,6 +7,9 @@ from vmexit import Machine, StopReason
 
 pytestmark = pytest.mark.engine
 
+# What AMD's KVM does to a vCPU before it reports a triple fault.
+RESET = "reset the vCPU"
+
 
 @pytest.fixture
 def run(accel, tmp_path, nothing_left):
@@ -38,7 +41,7 @@ def test_prints_and_halts(run, name, text):
     assert len(outs(result, 0x3F8)) == len(text)
 
 
-def test_the_port_counter_of_the_article(run):
+def test_the_port_counter(run):
     result = run("counter")
     numbers = [int.from_bytes(bytes.fromhex(data), "little") for data in outs(result, 0x10)]
     assert numbers == list(range(10))
@@ -62,15 +65,17 @@ def test_a_triple_fault_is_a_crash_that_names_the_instruction(run):
     stop = run("triple-fault").stop
     assert stop.reason is StopReason.SHUTDOWN
     assert stop.crashed and stop.status == 3
+    if RESET in stop.detail:
+        return  # AMD's KVM: the registers are gone
     assert "`ud2` (0f 0b)" in stop.dump
     assert "rip=0000000000001" in stop.dump
 
 
 def test_mmio_reaches_the_bus_in_each_size(run):
-    for name, sizes in (("mmio", {1, 2, 4}), ("mmio64", {1, 2, 4, 8})):
+    for name, sizes in (("mmio", {1, 2, 4}), ("mmio64", {4, 8})):
         exits = [e for e in run(name).exits if e["exit"] == "mmio"]
-        assert {e["size"] for e in exits if e["dir"] == "write"} >= sizes - {1, 2}
-        assert {e["size"] for e in exits if e["dir"] == "read"} >= sizes - {1, 2}
+        assert {e["size"] for e in exits if e["dir"] == "write"} >= sizes
+        assert {e["size"] for e in exits if e["dir"] == "read"} >= sizes
         assert all(set(e["data"]) == {"f"} for e in exits if e["dir"] == "read")
 
 
@@ -97,7 +102,7 @@ def test_both_accelerators_show_the_same_exits_registers_and_memory(name, tmp_pa
         run_guest(accel, name, tmp_path / accel, timeout=timeout) for accel in ("kvm", "soft")
     )
     assert soft.exits == kvm.exits
-    assert soft.registers == kvm.registers
+    assert soft.registers == kvm.registers or RESET in kvm.stop.detail
     assert soft.memory == kvm.memory
     assert soft.serial == kvm.serial
     assert (soft.stop.reason, soft.stop.value) == (kvm.stop.reason, kvm.stop.value)

@@ -180,6 +180,20 @@ def test_options_that_cannot_be(arguments, words):
     assert_one_line(vmexit("run", HELLO, *arguments), 2, *words)
 
 
+def test_a_trace_is_not_written_over_the_image_or_before_the_run(image, tmp_path):
+    path = image(b"\xf4")
+    done = vmexit("run", path, "--load-address", "0x1000", "--trace", path)
+    assert_one_line(done, 2, "is what is to run", "another file")
+    assert path.read_bytes() == b"\xf4"
+    trace = tmp_path / "trace"
+    trace.write_text("precious")
+    assert vmexit("run", "/nonexistent", "--trace", trace).status == 2
+    assert trace.read_text() == "precious"
+    assert vmexit("run", path, "--load-address", "0x1000", "--trace", trace).status == 0
+    assert trace.read_text().endswith('"exit":"hlt"}\n')
+    assert "precious" not in trace.read_text()
+
+
 def test_a_full_disk_ends_the_run_with_a_reason():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -320,11 +334,15 @@ def test_no_dev_kvm(without_kvm):
     assert done.err == "vmexit: accelerator soft: /dev/kvm does not exist\n"
 
 
-def test_no_unicorn(tmp_path, without_kvm):
+def test_no_unicorn(tmp_path):
+    (tmp_path / "unicorn.py").write_text("raise ImportError('not installed')\n")
+    done = vmexit("run", HELLO, "--accel", "soft", env={"PYTHONPATH": str(tmp_path)})
+    assert_one_line(done, 4, "needs Unicorn", "pip install unicorn==2.1.4")
+
+
+def test_no_accelerator_at_all(tmp_path, without_kvm):
     (tmp_path / "unicorn.py").write_text("raise ImportError('not installed')\n")
     env = {"PYTHONPATH": str(tmp_path)}
-    done = vmexit("run", HELLO, "--accel", "soft", env=env)
-    assert_one_line(done, 4, "needs Unicorn", "pip install unicorn==2.1.4")
     done = vmexit("run", HELLO, env=env, prefix=without_kvm)
     assert_one_line(done, 4, "no accelerator is usable", "/dev/kvm", "pip install unicorn")
     assert vmexit("doctor", env=env, prefix=without_kvm).status == 4

@@ -1,6 +1,7 @@
 """The command line: what it runs, prints, writes, and its exit status."""
 
 import json
+import os
 import signal
 import subprocess
 
@@ -8,6 +9,8 @@ import pytest
 from command import GUESTS, VMEXIT, vmexit
 
 import vmexit as package
+
+HOST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_guest_prints_on_standard_output_and_nothing_else_is_there(accel):
@@ -45,8 +48,8 @@ def test_a_crash_is_status_3_with_registers_and_the_instruction(accel):
     done = vmexit("run", "--accel", accel, GUESTS / "triple-fault.bin", "--mode", "protected")
     assert done.status == 3
     assert done.out == ""
-    assert done.err.startswith("vmexit: vcpu 0: shutdown")
-    assert "`ud2` (0f 0b)" in done.err
+    assert done.err.startswith("vmexit: vcpu 0: shutdown: triple fault")
+    assert "`ud2` (0f 0b)" in done.err or "reset the vCPU" in done.err  # AMD's KVM does that
     for name in ("rax=", "rip=", "rflags=", " cs=", "gdt=", "cr0=", "efer="):
         assert name in done.err
     assert "Traceback" not in done.err
@@ -202,6 +205,7 @@ def test_memory_sizes(accel, tmp_path):
         assert done.status == 42 << 1 | 1, size
 
 
+@pytest.mark.skipif(HOST_MEMORY < 4 << 30, reason="the host has less than 4 GiB of memory")
 def test_more_than_3_gib_goes_on_behind_the_hole(accel, tmp_path):
     image = tmp_path / "image"
     # mov rbx, 0x1_0000_0000; mov byte [rbx], 42; mov al, [rbx]; out 0xf4, al

@@ -52,7 +52,7 @@ def test_the_example_of_the_documentation(accel):
         vm.load_bytes(b"\xb0\x2a\xe6\x10\xf4", at=0x1000)  # mov al, 42; out 0x10, al; hlt
         seen = []
         vm.on_pio(0x10, write=lambda access: seen.append(access.value))
-        stop = vm.run(timeout=5)
+        stop = vm.run(timeout=60)
         assert seen == [42]
         assert stop == Stop(StopReason.HALT, vcpu=0)
         assert vm.vcpus[0].regs.rax == 42
@@ -63,7 +63,7 @@ def test_run_goes_on_behind_the_halt(machine):
     machine.load_bytes(b"\xf4\xb0\x01\xf4\xb0\x02\xf4")
     regs = machine.vcpus[0].regs
     for expected in (0, 1, 2):
-        assert machine.run(timeout=5).reason is StopReason.HALT
+        assert machine.run(timeout=60).reason is StopReason.HALT
         assert regs.rax == expected
 
 
@@ -71,13 +71,13 @@ def test_registers_are_read_and_written_by_name(machine):
     machine.load_bytes(b"\x01\xd8\xf4")  # add ax, bx; hlt
     regs = machine.vcpus[0].regs
     regs.rax, regs.rbx, regs.r15 = 0x1234, 0x1111, -1
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert (regs.rax, regs.r15) == (0x2345, 2**64 - 1)
     assert regs.rflags == 0x2 | 0  # no flag is set by that sum
     regs.cs = regs.cs._replace(base=0x2000, selector=0x200)
     regs.rip = 0
     machine.memory.write(0x2000, b"\xb8\x77\x77\xf4")
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert regs.rax == 0x7777
     assert regs.as_dict()["rax"] == 0x7777
     assert set(regs.as_dict()) == set(dir(regs))
@@ -115,6 +115,60 @@ def test_registers_that_belong_together_are_written_at_once(accel):
         assert (regs.rax, regs.cr0 & 1) == (1, 0)
 
 
+def test_cr8_is_what_was_written(accel):
+    if accel == "soft":
+        pytest.skip("the software CPU has no LAPIC, and so no CR8")
+    with Machine("2M", accel, mode="long") as vm:
+        vm.load_bytes(b"\x44\x0f\x20\xc0\xf4")  # mov rax, cr8; hlt
+        vm.vcpus[0].regs.cr8 = 5
+        assert vm.run(timeout=60).reason is StopReason.HALT
+        assert (vm.vcpus[0].regs.rax, vm.vcpus[0].regs.cr8) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "code"), [("long", b"\x0f\x05\xb0\x07\xe6\xf4"), ("protected", b"\x0f\x34\xf4")]
+)
+def test_system_calls_that_lead_nowhere_are_a_crash(accel, mode, code):
+    with Machine("2M", accel, mode=mode) as vm:
+        vm.load_bytes(code)
+        stop = vm.run(timeout=60)
+        assert stop.crashed
+        assert accel == "kvm" or vm.vcpus[0].regs.rip == 0x1000
+
+
+def test_a_device_that_fails_in_the_middle_of_an_access_gets_no_more_of_it(accel):
+    """A store across two pages: its two halves are two exits on KVM."""
+    seen: list[Access] = []
+
+    def fail(access: Access) -> None:
+        seen.append(access)
+        raise ZeroDivisionError
+
+    with Machine("1M", accel, mode="protected") as vm:
+        vm.load_bytes(bytes.fromhex("a3fe0f0020f4"))  # mov [0x20000ffe], eax; hlt
+        vm.on_mmio(0x2000_0000, 0x2000, write=fail)
+        with pytest.raises(ZeroDivisionError):
+            vm.run(timeout=60)
+        if accel == "kvm":
+            assert [a.size for a in seen] == [2]
+            assert vm.vcpus[0].regs.rip == 0x1005
+            assert vm.run(timeout=60).reason is StopReason.HALT
+
+
+def test_a_machine_can_be_described_and_its_configuration_copied(machine):
+    import copy
+    import pickle
+
+    config = machine.config
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+    with pytest.raises(ConfigError, match="memory takes a number"):
+        vmexit.MachineConfig(memory="128M")
+    with pytest.raises(ConfigError, match="debugcon takes"):
+        Machine("1M", debugcon=0x402)
+    with pytest.raises(AttributeError):
+        _ = copy.copy(machine.vcpus[0].regs).rax
+
+
 def test_within_an_access_only_general_registers_are_written(machine):
     machine.load_bytes(b"\xe6\x10\xe6\x11\xf4")
     regs = machine.vcpus[0].regs
@@ -135,7 +189,7 @@ def test_within_an_access_only_general_registers_are_written(machine):
 
     machine.on_pio(0x10, write=write, read=read)
     machine.load_bytes(b"\xe6\x10\xe4\x10\xf4")
-    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.run(timeout=60).reason is StopReason.HALT
     assert (regs.rbx, regs.rax) == (0x77, 0x42)
     assert [text.partition(" ")[0] for text in refused] == ["rip", "rflags", "cr3"]
 
@@ -143,7 +197,7 @@ def test_within_an_access_only_general_registers_are_written(machine):
 def test_where_the_machine_was_told_to_start_the_first_image_starts(accel):
     with Machine("1M", accel, entry=0x9001) as vm:
         vm.load_bytes(b"\xf4\xb0\x07\xf4", at=0x9000)
-        vm.run(timeout=5)
+        vm.run(timeout=60)
         assert vm.vcpus[0].regs.rax == 7
         with pytest.raises(ImageError, match="nothing to load"):
             vm.load_bytes(b"")
@@ -160,7 +214,7 @@ def test_port_reads_are_answered_and_cut_to_their_size(machine):
 
     machine.on_pio(0x20, read=answer)
     machine.on_pio(0x24, write=seen.append)
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert seen == [
         Access(0x20, 2, 0, False),
         Access(0x24, 4, 0x6789, True),
@@ -183,14 +237,14 @@ def test_mmio_in_long_mode(accel):
         vm.on_mmio(
             0xD000_0000, 16, read=lambda a: 0x1122_3344_5566_7788 + a.size, write=seen.append
         )
-        assert vm.run(timeout=5).reason is StopReason.HALT
+        assert vm.run(timeout=60).reason is StopReason.HALT
         assert vm.vcpus[0].regs.rax == 0x1122_3344_5566_7790
     assert seen == [Access(0xD000_0008, 4, 0x12345678, True)]
 
 
 def test_what_nobody_answers_reads_all_ones_and_is_counted(machine):
     machine.load_bytes(b"\x66\xe5\x20\xe6\x20\xf4")
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 0xFFFF_FFFF
     assert machine.unclaimed == 2
 
@@ -205,11 +259,11 @@ def test_a_callback_reads_registers_memory_and_stops_the_run(machine):
         machine.stop()
 
     machine.on_pio(0x10, write=look)
-    assert machine.run(timeout=5).reason is StopReason.STOPPED
+    assert machine.run(timeout=60).reason is StopReason.STOPPED
     assert seen == {"rax": 7, "memory": 42}
     # The access is complete, and nothing behind it has happened.
     assert machine.vcpus[0].regs.rax == 7
-    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.run(timeout=60).reason is StopReason.HALT
     assert machine.vcpus[0].regs.rax == 8
 
 
@@ -221,10 +275,10 @@ def test_a_stop_within_a_read_completes_the_read(machine):
         return 0x5A
 
     machine.on_pio(0x10, read=answer)
-    assert machine.run(timeout=5).reason is StopReason.STOPPED
+    assert machine.run(timeout=60).reason is StopReason.STOPPED
     assert machine.vcpus[0].regs.rax == 0x115A
     assert machine.vcpus[0].regs.rip == 5
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 0x225A
 
 
@@ -271,10 +325,10 @@ def test_an_exception_of_an_mmio_callback_ends_the_run_at_once(accel):
         vm.on_pio(0x10, write=seen.append)
         for rip in (0x1005, 0x100A):
             with pytest.raises(ZeroDivisionError):
-                vm.run(timeout=5)
+                vm.run(timeout=60)
             assert seen == []
             assert vm.vcpus[0].regs.rip == rip
-        assert vm.run(timeout=5).reason is StopReason.HALT
+        assert vm.run(timeout=60).reason is StopReason.HALT
     assert len(seen) == 1
 
 
@@ -288,10 +342,10 @@ def test_an_exception_of_a_callback_comes_out_of_run_and_the_machine_goes_on(mac
     machine.on_pio(0x10, write=fail)
     machine.on_pio(0x11, write=seen.append)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
-        machine.run(timeout=5)
+        machine.run(timeout=60)
     assert seen == []
     assert machine.vcpus[0].regs.rip == 2
-    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.run(timeout=60).reason is StopReason.HALT
     assert [a.value for a in seen] == [1]
 
 
@@ -306,9 +360,9 @@ def test_an_access_whose_callback_fails_is_complete(machine, code):
     machine.vcpus[0].regs.rdx = 0x10
     machine.on_pio(0x10, read=fail, write=fail)
     with pytest.raises(ZeroDivisionError):
-        machine.run(timeout=5)
+        machine.run(timeout=60)
     assert machine.vcpus[0].regs.rip == len(code) - 1
-    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.run(timeout=60).reason is StopReason.HALT
     assert machine.vcpus[0].regs.rip == len(code)
 
 
@@ -318,7 +372,7 @@ def test_functions_that_are_none_and_answers_that_are_none(machine):
     machine.load_bytes(b"\xe4\x10\xf4")
     machine.on_pio(0x10, read=lambda access: None)
     with pytest.raises(TypeError, match="read function of 0x10 returned None"):
-        machine.run(timeout=5)
+        machine.run(timeout=60)
 
 
 def test_an_os_error_of_a_callback_is_not_taken_for_kvms(machine):
@@ -329,7 +383,7 @@ def test_an_os_error_of_a_callback_is_not_taken_for_kvms(machine):
 
     machine.on_pio(0x10, read=fail)
     with pytest.raises(InterruptedError, match="of the callback"):
-        machine.run(timeout=5)
+        machine.run(timeout=60)
 
 
 def test_timeout_and_going_on(machine):
@@ -337,7 +391,7 @@ def test_timeout_and_going_on(machine):
     for _ in range(3):
         assert machine.run(timeout=0.02).reason is StopReason.TIMEOUT
     machine.memory.write(0x1000, HALT)
-    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.run(timeout=60).reason is StopReason.HALT
 
 
 def test_a_loop_is_left_between_two_instructions_wherever_it_is(machine):
@@ -433,7 +487,7 @@ def test_a_machine_cannot_be_closed_or_run_from_within(machine):
     machine.load_bytes(b"\xe6\x10\xf4")
     machine.on_pio(0x10, write=lambda a: machine.close())
     with pytest.raises(VmexitError, match="within its own access"):
-        machine.run(timeout=5)
+        machine.run(timeout=60)
     machine.vcpus[0].regs.rip = 0
     nested = []
 
@@ -445,17 +499,15 @@ def test_a_machine_cannot_be_closed_or_run_from_within(machine):
 
     machine._parts.pio.detach(0x10)
     machine.on_pio(0x10, write=again)
-    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.run(timeout=60).reason is StopReason.HALT
     assert len(nested) == 1
 
 
 def test_ctrl_c_in_the_main_thread_raises_and_the_machine_goes_on(machine):
-    machine.load_bytes(ENDLESS)
-    interrupt = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
+    machine.on_pio(0x80, write=lambda a: os.kill(os.getpid(), signal.SIGINT))
+    machine.load_bytes(b"\xe6\x80" + ENDLESS)
     with pytest.raises(KeyboardInterrupt):
         machine.run(timeout=60)
-    interrupt.join()
     assert not machine.running
     assert machine.run(timeout=0.01).reason is StopReason.TIMEOUT
 
@@ -467,28 +519,24 @@ def test_whatever_a_signal_handler_raises_ends_the_run(machine):
     def ring(*_: object) -> None:
         raise Alarm
 
-    machine.load_bytes(ENDLESS)
+    machine.on_pio(0x80, write=lambda a: os.kill(os.getpid(), signal.SIGUSR1))
+    machine.load_bytes(b"\xe6\x80" + ENDLESS)
     before = signal.signal(signal.SIGUSR1, ring)
     try:
-        alarm = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
-        alarm.start()
         with pytest.raises(Alarm):
             machine.run(timeout=60)
-        alarm.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert machine.run(timeout=0.01).reason is StopReason.TIMEOUT
 
 
 def test_a_signal_that_returns_does_not_end_the_run(machine):
-    machine.load_bytes(ENDLESS)
+    machine.on_pio(0x80, write=lambda a: os.kill(os.getpid(), signal.SIGUSR1))
+    machine.load_bytes(b"\xe6\x80\xf4")
     rung = []
     before = signal.signal(signal.SIGUSR1, lambda *_: rung.append(1))
     try:
-        alarm = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGUSR1))
-        alarm.start()
-        assert machine.run(timeout=0.2).reason is StopReason.TIMEOUT
-        alarm.join()
+        assert machine.run(timeout=60).reason is StopReason.HALT
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert rung == [1]
@@ -519,17 +567,17 @@ def test_close_from_a_signal_handler_within_run_is_refused(machine):
 
 def test_a_fork_cannot_run_the_machine_of_its_parent(machine):
     machine.load_bytes(HALT)
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     child = os.fork()
     if child == 0:
         try:
-            machine.run(timeout=5)
+            machine.run(timeout=60)
         except VmexitError as error:
             os._exit(7 if "fork" in str(error) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     machine.vcpus[0].regs.rip = 0
-    assert machine.run(timeout=5).reason is StopReason.HALT
+    assert machine.run(timeout=60).reason is StopReason.HALT
 
 
 def test_a_program_may_end_while_a_machine_runs(accel):
@@ -633,27 +681,29 @@ def test_machines_run_side_by_side_in_threads(accel):
 def test_a_crash_has_registers_and_check_raises_it(accel):
     with Machine("1M", accel, mode="protected") as vm:
         vm.load_bytes(b"\xb8\x78\x56\x34\x12\x0f\x0b")  # mov eax, 0x12345678; ud2
-        stop = vm.run(timeout=5)
+        stop = vm.run(timeout=60)
     assert stop.crashed
-    assert "rax=0000000012345678" in stop.dump
-    with pytest.raises(GuestCrash, match=r"(?s)shutdown.*`ud2`"):
+    with pytest.raises(GuestCrash, match=r"(?s)shutdown.*rax="):
         stop.check()
+    if "reset the vCPU" not in stop.detail:  # as AMD's KVM does
+        assert "rax=0000000012345678" in stop.dump
+        assert "`ud2`" in stop.dump
     assert Stop(StopReason.HALT).check().status == 0
 
 
 def test_code_that_the_host_changes_is_seen(machine):
     machine.load_bytes(b"\xb0\x01\xf4")
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     machine.memory.write(0x1000, b"\xb0\x02\xf4")
     machine.vcpus[0].regs.rip = 0
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 2
 
 
 def test_code_that_the_guest_changes_is_seen(machine):
     # mov byte [l + 1], 9 (DS is 0, so at 0x1007); jmp l; l: mov al, 1; hlt
     machine.load_bytes(bytes.fromhex("c606081009eb00b001f4"))
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 9
 
 
@@ -661,7 +711,7 @@ def test_guest_memory_is_shared_both_ways_without_copies(machine):
     window = machine.memory[0x5000:0x5008]
     machine.load_bytes(b"\xa1\x00\x50\xa3\x04\x50\xf4")  # mov ax, [0x5000]; mov [0x5004], ax
     window[:2] = b"\xcd\xab"
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert bytes(window[4:6]) == b"\xcd\xab"
     assert machine.memory.hva(0x5000) != 0
     window.release()
@@ -689,7 +739,7 @@ def test_load_reads_a_file_and_starts_there(machine, tmp_path):
     image = tmp_path / "image"
     image.write_bytes(b"\xb0\x33\xf4")
     machine.load(image, at=0x7C00)
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 0x33
     with pytest.raises(ImageError, match="check the path"):
         machine.load(tmp_path / "nothing")
@@ -698,13 +748,13 @@ def test_load_reads_a_file_and_starts_there(machine, tmp_path):
 def test_the_first_image_loaded_is_the_one_that_starts(machine):
     machine.load_bytes(b"\xb0\x01\xf4", at=0x2000)
     machine.load_bytes(b"\xb0\x02\xf4", at=0x3000)
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 1
     machine.load_bytes(b"\xb0\x03\xf4", at=0x4000, entry=0x4000)
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 3
     machine.load_bytes(b"\xb8\x04\x00\x00\x00\xf4", at=0x5000, mode="protected")
-    machine.run(timeout=5)
+    machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 4
     assert machine.vcpus[0].regs.cr0 & 1
 
@@ -728,7 +778,7 @@ def test_observers_see_each_exit(accel):
     stats, trace = ExitStats(), StringIO()
     with Machine("1M", accel, observer=vmexit.Tee([stats, JsonTrace(trace)])) as vm:
         vm.load_bytes(b"\xe6\x10\xe4\x20\xf4")
-        vm.run(timeout=5)
+        vm.run(timeout=60)
     assert stats.total == 3
     assert stats.counts[("io out", "0x0010/1")] == 1
     assert len(trace.getvalue().splitlines()) == 3
@@ -742,7 +792,7 @@ def test_an_observer_that_raises_ends_the_run(accel):
     with Machine("1M", accel, observer=Full()) as vm:
         vm.load_bytes(b"\xe6\x10\xf4")
         with pytest.raises(OSError, match="No space left"):
-            vm.run(timeout=5)
+            vm.run(timeout=60)
 
 
 @pytest.mark.parametrize("rounds", [30, pytest.param(3000, marks=pytest.mark.soak)])

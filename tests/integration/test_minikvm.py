@@ -22,7 +22,7 @@ def test_it_counts_on_port_0x10():
 
 
 @pytest.mark.kvm
-def test_it_runs_the_guests_of_the_article():
+def test_it_runs_other_guests():
     lines = run(GUESTS / "counter.bin").splitlines()
     assert lines == [*(f"io: out port 0x10 data {n:02x}00" for n in range(10)), "halt"]
     assert run(GUESTS / "ports.bin").endswith("halt\n")

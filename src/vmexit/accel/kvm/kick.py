@@ -28,6 +28,7 @@ class KickTarget:
         self._lock = threading.RLock()  # a signal's handler may kick while we are in here
         self._before = 0
         self._mask: int | None = None
+        self._sent = False
         self.thread: int | None = None
 
     def attach(self) -> None:
@@ -52,13 +53,16 @@ class KickTarget:
 
     def take(self) -> None:
         """Take the kick signals that are pending in this thread, or KVM_RUN ends at once again."""
+        self._sent = False
         while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
             continue
 
     def kick(self) -> None:
         """Send the signal, unless it is the attached thread itself that kicks."""
         with self._lock:
-            if self.thread is not None and self.thread != threading.get_ident():
+            # One that is pending is enough; of real-time signals each one would be queued.
+            if self.thread not in (None, threading.get_ident()) and not self._sent:
+                self._sent = True
                 # Blocked in that thread from attach() to detach(), so that its default action,
                 # to end the process, cannot happen.
                 signal.pthread_kill(self.thread, KICK_SIGNAL)
