@@ -32,7 +32,7 @@ class SoftAccelerator:
         from unicorn.unicorn_py3.unicorn import uclib
 
         try:
-            self.library = Library(uclib._name)
+            self._native = Library(uclib._name)
         except (AttributeError, OSError) as error:
             raise HostError(
                 f"this build of Unicorn is not the one that is known ({error}): "
@@ -41,7 +41,7 @@ class SoftAccelerator:
 
     def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus) -> "SoftVm":
         """A VM whose engine sees the pages of `memory` themselves."""
-        return SoftVm(self.library, memory, pio, mmio)
+        return SoftVm(self._native, memory, pio, mmio)
 
     def close(self) -> None:
         """Nothing is held."""
