@@ -76,6 +76,9 @@ _Route = tuple[Read | Write, int, int, memoryview, int, bool]
 # A hostile guest can touch any number of ports; what is remembered of them must not grow so.
 _MAX_ROUTES = 4096
 
+# An access comes in pieces of up to 8 bytes; XSAVE makes the largest ones.
+_MAX_PIECES = 1024
+
 _GENERAL_FORMAT = struct.Struct(f"={len(GENERAL)}Q")
 # The beginning of `struct kvm_sregs`, which a ctypes structure takes five times as long to fill in.
 # Of a segment: base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable.
@@ -193,7 +196,7 @@ class KvmVcpu:
         """
         self._u8[_IMMEDIATE_EXIT] = 1
         with suppress(OSError):  # EINTR, once it is finished; the device's error is what counts
-            while True:
+            for _ in range(_MAX_PIECES):
                 self._answer_ones()
                 ioctl(self.fd, KVM_RUN)
         if not self._kicked:
