@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vmexit.backends.wait import PATIENCE, never, reason, wait_writable
+from vmexit.backends.wait import PATIENCE, never, reason, write_all
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
@@ -392,9 +392,7 @@ class _Output:
         self._text.clear()
         self._size = 0
         try:
-            while data and wait_writable(self._fd, patience, self.ending):
-                with suppress(BlockingIOError):
-                    data = data[os.write(self._fd, data[:512]) :]
+            write_all(self._fd, data, patience, self.ending)
         except OSError as error:
             raise HostError(
                 f"cannot write {shown(self._name)}: {error.strerror}; use another path"

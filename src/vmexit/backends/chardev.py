@@ -13,11 +13,8 @@ import sys
 from contextlib import suppress
 from typing import Protocol
 
-from vmexit.backends.wait import Ending, never, ready, reason, wait_writable
+from vmexit.backends.wait import Ending, never, ready, reason, write_all
 from vmexit.core.errors import ConfigError, HostError, shown
-
-# So much goes into a pipe that has room at all, without waiting (POSIX: PIPE_BUF is at least this).
-_PIECE = 512
 
 
 class Chardev(Protocol):
@@ -89,12 +86,10 @@ class _Descriptor:
         self._ending = ending
 
     def write(self, data: bytes) -> None:
+        if self._out < 0:
+            return
         try:
-            while data and self._out >= 0:
-                if not wait_writable(self._out, math.inf, self._ending):
-                    return
-                with suppress(BlockingIOError):  # somebody made it non-blocking, and it is full
-                    data = data[os.write(self._out, data[:_PIECE]) :]
+            write_all(self._out, data, math.inf, self._ending)
         except OSError as error:
             raise HostError(
                 f"cannot write the guest's output: {error.strerror}; send it elsewhere"

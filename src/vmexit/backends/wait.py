@@ -1,10 +1,15 @@
 """Waiting for descriptors, never past the end of a run, and what went wrong with them in words."""
 
+import os
 import select
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from vmexit.core.errors import shown
+
+# So much goes into a pipe that has room at all, without waiting (POSIX: PIPE_BUF is at least this).
+_PIECE = 512
 
 PATIENCE = 1.0  # seconds for a slow reader
 _SLICE = 0.02  # seconds between two looks at `ending`
@@ -32,6 +37,13 @@ def wait_writable(fd: int, patience: float, ending: Ending) -> bool:
         if ending() or time.monotonic() >= until:
             return False
     return True
+
+
+def write_all(fd: int, data: bytes, patience: float, ending: Ending) -> None:
+    """Write `data`; the rest of it is dropped where `wait_writable()` gives up. Raises OSError."""
+    while data and wait_writable(fd, patience, ending):
+        with suppress(BlockingIOError):  # it does not block, and is full again
+            data = data[os.write(fd, data[:_PIECE]) :]
 
 
 def reason(error: OSError | OverflowError | ValueError | TypeError) -> str:
