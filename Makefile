@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# A test that not even its timeout ends shows where it hangs, and ends the run.
+HANG   := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 # Byte code makes starting up twice as fast.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -29,7 +31,7 @@ demo: setup      ## run a guest on whatever this machine has, and show its exits
 
 test: setup      ## the test suite
 	@echo "== tests"
-	@$(BIN)/python -m pytest -m "not soak" $(TESTS)
+	@$(BIN)/python -m pytest -m "not soak" $(HANG) $(TESTS)
 
 test-long: setup ## the test suite with all repetitions
 	@$(BIN)/python -m pytest $(TESTS)

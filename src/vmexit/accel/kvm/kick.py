@@ -53,9 +53,10 @@ class KickTarget:
 
     def take(self) -> None:
         """Take the kick signals that are pending in this thread, or KVM_RUN ends at once again."""
-        self._sent = False
-        while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
-            continue
+        with self._lock:  # or one is taken that was sent after _sent was cleared, and no more come
+            while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
+                continue
+            self._sent = False
 
     def kick(self) -> None:
         """Send the signal, unless it is the attached thread itself that kicks."""
