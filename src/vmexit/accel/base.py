@@ -1,15 +1,16 @@
 """What an accelerator offers: a `Vm` holding guest memory, and `Vcpu`s that run.
 
-A vCPU answers port I/O and MMIO itself, from the buses it was given, and returns from `run()`
-only with what is not I/O.
+Running answers port I/O and MMIO itself, from the buses that were given, and returns only with
+what is not I/O.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from vmexit.arch.x86.registers import Registers, SystemRegisters
 from vmexit.core.bus import Bus
+from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import GuestMemory, Region
 from vmexit.core.trace import ExitObserver
 
@@ -37,24 +38,22 @@ class SystemEvent(Enum):
 
 
 class Exit(NamedTuple):
-    """One return of `Vcpu.run()`: the reason, and in words what is known beyond it."""
+    """One return of `run()`: the reason, in words what is known beyond it, and of which vCPU."""
 
     reason: ExitReason
     detail: str = ""
     event: SystemEvent | None = None
+    vcpu: int = 0
 
 
-class Vcpu(Protocol):
-    """One virtual CPU.
+class Executor(Protocol):
+    """What one host thread runs: a vCPU of KVM, or all vCPUs of the software CPU in turns.
 
-    `run` is for one thread at a time; `kick` may come from any thread, at any time. Registers are
-    for whoever knows that the vCPU does not run, or for code called from within `run`.
+    `run` is for one thread at a time; `kick` may come from any thread, at any time.
     """
 
-    index: int
-
     def attach_thread(self) -> None:
-        """The calling thread will run this vCPU, until `detach_thread()`."""
+        """The calling thread will call `run()`, until `detach_thread()`."""
         ...
 
     def detach_thread(self) -> None:
@@ -72,6 +71,16 @@ class Vcpu(Protocol):
     def kick(self) -> None:
         """Make `run()`, under way or the next one, return INTERRUPTED soon."""
         ...
+
+
+class Vcpu(Protocol):
+    """One virtual CPU.
+
+    Registers are for whoever knows that the vCPU does not run, or for code called from within one
+    of its own accesses.
+    """
+
+    index: int
 
     def registers(self) -> Registers:
         """General registers, RIP and RFLAGS."""
@@ -97,10 +106,6 @@ class Vcpu(Protocol):
         """Load MSRs; returns the indices of those that the accelerator refused."""
         ...
 
-    def close(self) -> None:
-        """Free everything."""
-        ...
-
 
 class Vm(Protocol):
     """Guest memory and its vCPUs."""
@@ -109,8 +114,18 @@ class Vm(Protocol):
         """Let the guest see `region`."""
         ...
 
-    def create_vcpu(self, index: int, observer: ExitObserver | None) -> Vcpu:
-        """Make vCPU number `index`; `observer`, if any, is told of each of its exits."""
+    def create_vcpu(
+        self, index: int, observer: ExitObserver | None, interrupts: VcpuInterrupts | None
+    ) -> Vcpu:
+        """Make vCPU number `index`; `observer`, if any, is told of each of its exits.
+
+        With `interrupts` it takes those, and HLT waits for one; without, HLT is an exit.
+        """
+        ...
+
+    @property
+    def executors(self) -> Sequence[Executor]:
+        """What is to run, each in a thread of its own."""
         ...
 
     def close(self) -> None:
@@ -123,8 +138,8 @@ class Accelerator(Protocol):
 
     name: str
 
-    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus) -> Vm:
-        """A VM over `memory`, all of whose regions are mapped. Raises HostError."""
+    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1) -> Vm:
+        """A VM for `cpus` vCPUs over `memory`, all of which is mapped. Raises HostError."""
         ...
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
 """The composition root: the one module that knows every part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from vmexit.accel.base import Accelerator, Vcpu, Vm
+from vmexit.accel.base import Accelerator, Executor, Vcpu, Vm
 from vmexit.arch.x86.layout import COM1_PORT, ROM_MAX_SIZE, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
@@ -27,6 +27,7 @@ class Parts(NamedTuple):
     pio: Bus
     mmio: Bus
     vcpus: list[Vcpu]
+    executors: Sequence[Executor]
     devices: dict[str, Device]
     serial: str
     closer: ExitStack
@@ -68,7 +69,7 @@ def _create(
         stack.callback(accelerator.close)
         vm = accelerator.create_vm(memory, pio, mmio)
         stack.callback(vm.close)
-        engine = _Engine(accelerator, vm, [vm.create_vcpu(0, observer)])
+        engine = _Engine(accelerator, vm, [vm.create_vcpu(0, observer, None)])
         stack.pop_all()
         return engine
 
@@ -107,7 +108,18 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         first.set_system_registers(entry.system)
         first.set_registers(entry.registers)
         accel = engine.accelerator.name
-        return Parts(accel, why, memory, pio, mmio, engine.vcpus, devices, where, stack.pop_all())
+        return Parts(
+            accel,
+            why,
+            memory,
+            pio,
+            mmio,
+            engine.vcpus,
+            engine.vm.executors,
+            devices,
+            where,
+            stack.pop_all(),
+        )
 
 
 def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:

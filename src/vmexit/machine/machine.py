@@ -253,7 +253,7 @@ class Machine:
         self._loaded = config.image is not None or config.firmware is not None
         self._request = StopRequest()
         self._parts = parts = builder.build(config, self._request, observer)
-        self._runner = Runner(parts.vcpus, self._request)
+        self._runner = Runner(parts.executors, self._request)
         self.vcpus: Sequence[MachineVcpu] = [MachineVcpu(self, vcpu) for vcpu in parts.vcpus]
 
     @property

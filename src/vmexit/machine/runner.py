@@ -5,12 +5,13 @@ import os
 import signal
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
-from vmexit.accel.base import Exit, ExitReason, Vcpu
+from vmexit.accel.base import Executor, Exit, ExitReason
 from vmexit.core.errors import HostError, VmexitError
 from vmexit.machine.stop import Stop, StopReason, stop_from_exit
 
@@ -56,13 +57,13 @@ class StopRequest:
     def __init__(self) -> None:
         # A signal's handler may ask for a stop while its thread is in here already.
         self._lock = threading.RLock()
-        self._vcpus: list[Vcpu] = []
+        self._executors: Sequence[Executor] = ()
         self._running = False
         self.stop: Stop | None = None
 
-    def listen(self, vcpus: list[Vcpu]) -> None:
+    def listen(self, executors: Sequence[Executor]) -> None:
         """Kick these from now on."""
-        self._vcpus = vcpus
+        self._executors = executors
 
     def begin(self) -> None:
         """A run begins: what was asked before is forgotten."""
@@ -87,31 +88,34 @@ class StopRequest:
             if self.stop is None:
                 self.stop = stop
             # In the lock: once the run is over its vCPUs may be closed.
-            for vcpu in self._vcpus:
-                vcpu.kick()
+            for executor in self._executors:
+                executor.kick()
             return True
 
 
 class _Report(NamedTuple):
     run: int
-    vcpu: int
     exit: Exit | None
     error: BaseException | None
 
 
 class _VcpuThread:
-    """The host thread of one vCPU, from the first run to close()."""
+    """The host thread of one executor, from the first run to close()."""
 
-    def __init__(self, vcpu: Vcpu, request: StopRequest, reports: "SimpleQueue[_Report]") -> None:
-        self._vcpu = vcpu
+    def __init__(
+        self,
+        number: int,
+        executor: Executor,
+        request: StopRequest,
+        reports: "SimpleQueue[_Report]",
+    ) -> None:
+        self._executor = executor
         self._request = request
         self._reports = reports
         self._orders: SimpleQueue[int] = SimpleQueue()  # numbers of runs; 0: end
         self._ordered = self._done = 0
         # A daemon: a program that forgets close() must still be able to end.
-        self.thread = threading.Thread(
-            target=self._main, name=f"vmexit-vcpu{vcpu.index}", daemon=True
-        )
+        self.thread = threading.Thread(target=self._main, name=f"vmexit-vcpu{number}", daemon=True)
         self.thread.start()
 
     @property
@@ -120,7 +124,7 @@ class _VcpuThread:
         return self._done != self._ordered
 
     def go(self, run: int) -> None:
-        """Run the vCPU until it stops; it reports, with the number `run`."""
+        """Run until it stops; it reports, with the number `run`."""
         self._ordered = run
         self._orders.put(run)
 
@@ -132,33 +136,33 @@ class _VcpuThread:
     def _main(self) -> None:
         # The program's signals are for its own threads.
         signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
-        vcpu = self._vcpu
+        executor = self._executor
         attached = False
         try:
             while run := self._orders.get():
                 exit, error = None, None
                 try:
                     if not attached:
-                        vcpu.attach_thread()
+                        executor.attach_thread()
                         attached = True
-                    exit = vcpu.run()
+                    exit = executor.run()
                     while exit.reason is ExitReason.INTERRUPTED and self._request.stop is None:
-                        exit = vcpu.run()  # a kick that came too late for an earlier run
+                        exit = executor.run()  # a kick that came too late for an earlier run
                 except BaseException as caught:  # whatever it is, it is for the caller of run()
                     error = caught
                 self._done = run
-                self._reports.put(_Report(run, vcpu.index, exit, error))
+                self._reports.put(_Report(run, exit, error))
                 exit = error = None  # an error holds frames, and these what the caller may drop
         finally:
             if attached:
-                vcpu.detach_thread()
+                executor.detach_thread()
 
 
 class Runner:
     """Runs all vCPUs of a machine."""
 
-    def __init__(self, vcpus: list[Vcpu], request: StopRequest) -> None:
-        self._vcpus = vcpus
+    def __init__(self, executors: Sequence[Executor], request: StopRequest) -> None:
+        self._executors = executors
         self._request = request
         self._reports: SimpleQueue[_Report] = SimpleQueue()
         self._threads: list[_VcpuThread] = []
@@ -167,7 +171,7 @@ class Runner:
         self._closed = False
         self._process = os.getpid()
         self._caller = 0  # the thread in run()
-        request.listen(vcpus)
+        request.listen(executors)
 
     @property
     def busy(self) -> bool:
@@ -215,8 +219,9 @@ class Runner:
     def _start_threads(self) -> None:
         _close_at_exit(self)
         try:
-            for vcpu in self._vcpus:
-                self._threads.append(_VcpuThread(vcpu, self._request, self._reports))
+            for number, executor in enumerate(self._executors):
+                thread = _VcpuThread(number, executor, self._request, self._reports)
+                self._threads.append(thread)
         except RuntimeError as error:
             for thread in self._threads:
                 thread.end()
@@ -259,7 +264,7 @@ class Runner:
             return request
         for report in reports:
             if report.exit is not None and report.exit.reason is not ExitReason.INTERRUPTED:
-                return stop_from_exit(report.vcpu, report.exit)
+                return stop_from_exit(report.exit)
         assert request is not None  # nothing else lets a vCPU report INTERRUPTED
         return request
 

@@ -89,7 +89,7 @@ _EVENTS = {
 }
 
 
-def stop_from_exit(vcpu: int, exit: Exit) -> Stop:
+def stop_from_exit(exit: Exit) -> Stop:
     """The `Stop` that an exit which ended the run amounts to."""
     reason = _EVENTS[exit.event] if exit.event is not None else _REASONS[exit.reason]
-    return Stop(reason, vcpu, exit.detail)
+    return Stop(reason, exit.vcpu, exit.detail)

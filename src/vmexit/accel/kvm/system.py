@@ -82,8 +82,11 @@ class System:
             _supported_cpuid[self.path] = known
         return known
 
-    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus) -> KvmVm:
-        """KVM_CREATE_VM (KVM API 4.2), with `memory` in its slots. Raises HostError."""
+    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1) -> KvmVm:
+        """KVM_CREATE_VM (KVM API 4.2), with `memory` in its slots. Raises HostError.
+
+        KVM has no use for `cpus` before the vCPUs are made.
+        """
         while True:
             try:
                 fd = ioctl(self.fd, KVM_CREATE_VM, 0)

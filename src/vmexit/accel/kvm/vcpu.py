@@ -180,7 +180,7 @@ class KvmVcpu:
                     ) from error
                 # A kick, or a signal that is none of our business.
                 if self._take_kick():
-                    return Exit(ExitReason.INTERRUPTED)
+                    return Exit(ExitReason.INTERRUPTED, vcpu=self.index)
                 continue
             except BaseException:
                 self._complete()
@@ -249,10 +249,11 @@ class KvmVcpu:
     def _exit(self, reason: int) -> Exit:
         plain = _PLAIN_EXITS.get(reason)
         if plain is not None:
-            exit = Exit(plain)
+            exit = Exit(plain, vcpu=self.index)
         else:
             registers, system = self.registers, self.system_registers
             exit = explain(reason, self.kvm_run(), self._memory, registers, system)
+            exit = exit._replace(vcpu=self.index)
         if self._observer is not None:
             self._observer.other(self.index, exit.reason.value, exit.detail)
         return exit

@@ -27,6 +27,7 @@ from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.arch.x86.layout import KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
+from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
 from vmexit.core.trace import ExitObserver
 
@@ -99,8 +100,15 @@ class KvmVm:
         ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
         return bitmap.raw
 
-    def create_vcpu(self, index: int, observer: ExitObserver | None = None) -> KvmVcpu:
+    def create_vcpu(
+        self,
+        index: int,
+        observer: ExitObserver | None = None,
+        interrupts: VcpuInterrupts | None = None,
+    ) -> KvmVcpu:
         """KVM_CREATE_VCPU (KVM API 4.7), with the CPUID that KVM supports. Raises HostError."""
+        if interrupts is not None:
+            raise HostError("interrupts are delivered by the software CPU only; use --accel soft")
         try:
             fd = ioctl(self.fd, KVM_CREATE_VCPU, index)
         except OSError as error:
@@ -128,6 +136,11 @@ class KvmVm:
         self._vcpus.append(vcpu)
         vcpu.set_cpuid(self._system.supported_cpuid())
         return vcpu
+
+    @property
+    def executors(self) -> list[KvmVcpu]:
+        """Each vCPU has a thread of its own."""
+        return self._vcpus
 
     def close(self) -> None:
         """Close the vCPUs, then the VM."""

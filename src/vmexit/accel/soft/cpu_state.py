@@ -9,7 +9,7 @@ the running library before the first use.
 import ctypes
 import struct
 
-from vmexit.accel.soft.native import Engine
+from vmexit.accel.soft.native import EIP, Engine, Library
 from vmexit.arch.x86.registers import (
     CONTROL,
     CR0_PE,
@@ -27,7 +27,6 @@ from vmexit.core.errors import HostError
 
 # Byte offsets in CPUX86State. A segment cache is: selector (u32), base (u64 at 8), limit (u32 at
 # 16), attributes (u32 at 20); the descriptor tables use the same form.
-EIP = 0x80
 EFLAGS = 0x88
 HFLAGS = 0xB0
 SEGMENT = {
@@ -36,9 +35,15 @@ SEGMENT = {
 }  # fmt: skip
 TABLE = {"gdt": 0x178, "idt": 0x190}
 CONTROL_OFFSET = {"cr0": 0x1A8, "cr2": 0x1B8, "cr3": 0x1C0, "cr4": 0x1C8, "efer": 0x250}
-ERROR_CODE = 0x1508
-IS_INT = 0x150C
+# Model-specific registers: the offset, and the bits that the engine keeps of it.
+MSR_OFFSET = {0xC000_0081: 0x12D8, 0xC000_0082: 0x12E8, 0xC000_0083: 0x12F0, 0xC000_0084: 0x12F8}
+STAR, LSTAR, CSTAR, FMASK = MSR_OFFSET.values()
 OLD_EXCEPTION = 0x1578
+VMCB = 0x1580  # where the CPU reads the vector of a virtual interrupt (AMD APM vol. 2, 15.21.4)
+
+# And in CPUState, QEMU's common part before it.
+_INTERRUPT_REQUEST = 0x1C
+VIRTUAL_INTERRUPT, NMI = 0x100, 0x200  # CPU_INTERRUPT_VIRQ, CPU_INTERRUPT_NMI
 
 _SIZE = 0x1600
 _SEARCH = 0x10000  # CPUX86State begins within so many bytes of CPUState
@@ -49,6 +54,8 @@ _ENCODED = (
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
 _GENERAL_OFFSET = {name: 8 * i for i, name in enumerate(_ENCODED)} | {"rip": EIP}
+# Indices of 64-bit words.
+RAX, RCX, RDX, RBX, RSP, R11 = 0, 1, 2, 3, 4, 11
 
 # hflags, bit by bit (QEMU target/i386/cpu.h calls them HF_…).
 HF_CPL, HF_INHIBIT_IRQ = 3, 1 << 3
@@ -58,21 +65,27 @@ _HF_LMA, _HF_CS64, _HF_OSFXSR = 1 << 14, 1 << 15, 1 << 22
 _HF_SMAP = 1 << 23
 _CR4_OSFXSR, _CR4_SMAP = 1 << 9, 1 << 21
 
+# Attributes of the segments that SYSCALL and SYSENTER load (SDM vol. 2): G, P, S, accessed; D, W, …
+_FLAT_CODE, _FLAT_CODE_64, _FLAT_DATA = 0xC0_9B00, 0xA0_9B00, 0xC0_9300
+
 
 class CpuState:
     """A view of one engine's CPUX86State."""
 
-    def __init__(self, engine: Engine, cpu: int, ids: dict[str, int]) -> None:
+    def __init__(self, library: Library, engine: Engine, cpu: int, ids: dict[str, int]) -> None:
         """`cpu` is the engine's CPUState; `ids` the engine's register numbers by name.
 
         Raises HostError if this Unicorn does not keep its state where vmexit expects it.
         """
         self._engine = engine
         self._flags = ids["rflags"]
-        base = _find(engine, cpu, ids)
-        self._memory = (ctypes.c_char * _SIZE).from_address(base)
+        self.base = _find(engine, cpu, ids)
+        """Address of CPUX86State."""
+        self._memory = (ctypes.c_char * _SIZE).from_address(self.base)
         view = memoryview(self._memory).cast("B")
         self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
+        self._request = ctypes.c_uint32.from_address(cpu + _INTERRUPT_REQUEST)
+        _prove_request(library, cpu, self._request)
         _prove(self, engine, ids)
 
     def close(self) -> None:
@@ -89,6 +102,15 @@ class CpuState:
     @rip.setter
     def rip(self, value: int) -> None:
         self.u64[EIP // 8] = value & 0xFFFF_FFFF_FFFF_FFFF
+
+    def request(self, interrupts: int) -> None:
+        """What the CPU is to take as soon as its flags allow: VIRTUAL_INTERRUPT, NMI, or 0."""
+        self._request.value = interrupts
+
+    @property
+    def requested(self) -> int:
+        """What of that it has not taken yet."""
+        return self._request.value
 
     def read_general(self) -> Registers:
         """General registers, RIP and RFLAGS; the flags come from the engine, which is lazy."""
@@ -139,6 +161,38 @@ class CpuState:
             if name in CONTROL_OFFSET:
                 u64[CONTROL_OFFSET[name] // 8] = getattr(system, name)
         self.u32[HFLAGS // 4] = hflags(system, self._engine.reg_read(self._flags))
+
+    def read_flags(self) -> int:
+        """RFLAGS, which the engine keeps in pieces."""
+        return self._engine.reg_read(self._flags)
+
+    def write_flags(self, value: int) -> None:
+        """Load RFLAGS."""
+        self._engine.reg_write(self._flags, value | 2)
+
+    @property
+    def code_64(self) -> bool:
+        """Whether 64-bit code runs, rather than compatibility mode."""
+        return bool(self.u32[HFLAGS // 4] & _HF_CS64)
+
+    def enter_kernel(self, selector: int, *, long: bool) -> None:
+        """Flat ring 0 segments, as SYSCALL and SYSENTER load them: CS, and SS behind it."""
+        u32, u64 = self.u32, self.u64
+        for name, number, kind in (
+            ("cs", selector & 0xFFFC, _FLAT_CODE_64 if long else _FLAT_CODE),
+            ("ss", (selector & 0xFFFC) + 8, _FLAT_DATA),
+        ):
+            at = SEGMENT[name]
+            u32[at // 4] = number & 0xFFFF
+            u64[(at + 8) // 8] = 0
+            u32[(at + 16) // 4] = 0xFFFF_FFFF
+            u32[(at + 20) // 4] = kind
+        flags = u32[HFLAGS // 4] & ~(HF_CPL | _HF_CS64 | _HF_ADDSEG) | _HF_CS32 | _HF_SS32
+        if long:
+            flags |= _HF_CS64
+        elif any(u64[(SEGMENT[name] + 8) // 8] for name in ("ds", "es")):
+            flags |= _HF_ADDSEG
+        u32[HFLAGS // 4] = flags
 
 
 def hflags(system: SystemRegisters, rflags: int) -> int:
@@ -206,6 +260,22 @@ def _prove(state: CpuState, engine: Engine, ids: dict[str, int]) -> None:
         raise _unknown_layout("hflags")
     if u32[OLD_EXCEPTION // 4] != 0xFFFF_FFFF:
         raise _unknown_layout("old_exception")
+    for index, offset in MSR_OFFSET.items():
+        engine.msr_write(index, 0x1234_0000 + offset)
+        if u64[offset // 8] != 0x1234_0000 + offset:
+            raise _unknown_layout(f"MSR {index:#x}")
+        engine.msr_write(index, 0)
+
+
+def _prove_request(library: Library, cpu: int, request: "ctypes.c_uint32") -> None:
+    """Have the library clear a bit, and see it cleared."""
+    if request.value:
+        raise _unknown_layout("interrupt_request")
+    request.value = VIRTUAL_INTERRUPT | NMI
+    library.reset_interrupt(cpu, NMI)
+    if request.value != VIRTUAL_INTERRUPT:
+        raise _unknown_layout("interrupt_request")
+    request.value = 0
 
 
 def _unknown_layout(what: str) -> HostError:

@@ -3,11 +3,15 @@
 import mmap
 from collections.abc import Iterator
 
+from vmexit.accel.base import Executor
 from vmexit.accel.soft.native import UNICORN_VERSION, Engine, Library
+from vmexit.accel.soft.processor import Processor
+from vmexit.accel.soft.scheduler import Scheduler
 from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.layout import PHYSICAL_END
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
+from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import GuestMemory, Region
 from vmexit.core.trace import ExitObserver
 
@@ -39,9 +43,9 @@ class SoftAccelerator:
                 f"pip install --force-reinstall unicorn=={UNICORN_VERSION}"
             ) from error
 
-    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus) -> "SoftVm":
+    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1) -> "SoftVm":
         """A VM whose engine sees the pages of `memory` themselves."""
-        return SoftVm(self._native, memory, pio, mmio)
+        return SoftVm(self._native, memory, pio, mmio, cpus)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -66,15 +70,14 @@ def _require_code_buffer() -> None:
 
 
 class SoftVm:
-    """One Unicorn engine. It executes one vCPU so far."""
+    """One Unicorn engine, and the vCPUs that take turns on it."""
 
-    def __init__(self, library: Library, memory: GuestMemory, pio: Bus, mmio: Bus) -> None:
+    def __init__(
+        self, library: Library, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int
+    ) -> None:
         import unicorn
 
-        self._library = library
         self._memory = memory
-        self._pio = pio
-        self._mmio = mmio
         self._vcpus: list[SoftVcpu] = []
         # 64-bit mode for every mode: the engine then knows all of the instruction set, and the
         # CPU state says what the guest may use of it.
@@ -85,6 +88,10 @@ class SoftVm:
         self._engine.ctl_set_exits([])
         for region in memory.regions:
             self.map(region)
+        self._processor = Processor(
+            library, self._engine, memory, pio, mmio, list(self._holes()), cpus
+        )
+        self._scheduler = Scheduler(self._processor, self._vcpus)
 
     def map(self, region: Region) -> None:
         """Let the engine see `region` at its GPA: the same pages, no copy."""
@@ -104,23 +111,30 @@ class SoftVm:
                 "use less --memory"
             ) from error
 
-    def create_vcpu(self, index: int, observer: ExitObserver | None = None) -> SoftVcpu:
-        """The vCPU of this engine. Raises HostError for a second one."""
-        if self._vcpus:
-            raise HostError("the software accelerator runs one vCPU; use --accel kvm for more")
-        assert self._engine is not None
-        vcpu = SoftVcpu(
-            self._library,
-            self._engine,
-            index,
-            self._memory,
-            self._pio,
-            self._mmio,
-            observer,
-            list(self._holes()),
-        )
+    def create_vcpu(
+        self,
+        index: int,
+        observer: ExitObserver | None = None,
+        interrupts: VcpuInterrupts | None = None,
+    ) -> SoftVcpu:
+        """One more vCPU; with `interrupts` it takes those, and HLT waits for one."""
+        vcpu = SoftVcpu(self._processor, index, interrupts, observer)
         self._vcpus.append(vcpu)
         return vcpu
+
+    @property
+    def executors(self) -> list[Executor]:
+        """The one thread that runs all vCPUs."""
+        return [self._scheduler]
+
+    @property
+    def current(self) -> int:
+        """The number of the vCPU whose turn it is: the one that makes an access."""
+        return self._scheduler.current
+
+    def attention(self) -> None:
+        """The interrupt controller has news for some vCPU; from any thread."""
+        self._scheduler.attention()
 
     def _holes(self) -> Iterator[tuple[int, int]]:
         """`(gpa, size)` of what is not memory: there the MMIO bus answers."""
@@ -133,8 +147,7 @@ class SoftVm:
             yield at, PHYSICAL_END - at
 
     def close(self) -> None:
-        """Free the vCPU, then the engine."""
-        for vcpu in self._vcpus:
-            vcpu.close()
+        """Free the vCPUs, then the engine."""
+        self._processor.close()
         self._vcpus.clear()
         self._engine = None  # its finalizer frees it: uc_close

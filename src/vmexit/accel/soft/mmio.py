@@ -42,9 +42,7 @@ class Mmio:
         self,
         library: Library,
         engine: int,
-        index: int,
         bus: Bus,
-        observer: ExitObserver | None,
         words: memoryview,
         replay: Replay,
         rip: Callable[[], int],
@@ -56,9 +54,9 @@ class Mmio:
         """
         self._library = library
         self._engine = engine
-        self._index = index
+        self._index = 0
         self._bus = bus
-        self._observer = observer
+        self._observer: ExitObserver | None = None
         self._words = words
         self._fail = fail
         self._replay = replay
@@ -69,6 +67,11 @@ class Mmio:
         self._pieces = 0
         self._gpa = 0
         self._data = b""
+
+    def serve(self, index: int, observer: ExitObserver | None) -> None:
+        """The accesses to come are those of vCPU `index`."""
+        self._index = index
+        self._observer = observer
 
     def _c(self, callback: Callable[..., object]) -> int:
         self._callbacks.append(callback)

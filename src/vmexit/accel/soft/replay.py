@@ -8,7 +8,7 @@ had accessed is answered from here then, and reaches no device twice.
 from collections import deque
 from typing import NamedTuple
 
-from vmexit.accel.soft.native import StopWords
+from vmexit.accel.soft.native import LEAVE_BLOCK, StopWords
 
 # More accesses than any one instruction makes (XSAVE: some hundred words of 8 bytes).
 _KEPT = 1024
@@ -64,7 +64,7 @@ class Replay:
         key = (self._words[StopWords.BLOCKS], rip)
         self._again = deque(made for made in self._made if made[:2] == key)
         self.unfinished = True
-        self._words[StopWords.LEAVE] = 1
+        self._words[StopWords.LEAVE] = LEAVE_BLOCK
 
     def repeat(self) -> None:
         """The instruction that was left is executed again from here on."""

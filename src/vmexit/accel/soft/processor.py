@@ -1,0 +1,592 @@
+"""The processor of a Unicorn engine: hooks that answer its I/O, and one stretch of execution.
+
+An engine has one CPU. Several vCPUs take turns on it, each with a context that is loaded and
+saved; see scheduler.py.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterable, Mapping
+
+from vmexit.accel.base import Exit, ExitReason
+from vmexit.accel.soft.cpu_state import (
+    CONTROL_OFFSET,
+    CSTAR,
+    EFLAGS,
+    FMASK,
+    HF_CPL,
+    HF_INHIBIT_IRQ,
+    HFLAGS,
+    LSTAR,
+    NMI,
+    OLD_EXCEPTION,
+    R11,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    RSP,
+    STAR,
+    VIRTUAL_INTERRUPT,
+    VMCB,
+    CpuState,
+)
+from vmexit.accel.soft.cpuid import Cpuid
+from vmexit.accel.soft.mmio import Mmio
+from vmexit.accel.soft.native import (
+    LEAVE_BLOCK,
+    RAISE,
+    CpuidCallback,
+    Engine,
+    InCallback,
+    Library,
+    MmioReadCallback,
+    MmioWriteCallback,
+    OutCallback,
+    StopWords,
+    Stubs,
+    SyscallCallback,
+    address_of,
+)
+from vmexit.accel.soft.ports import PortAccess, bitmap_allows, decode_port_access
+from vmexit.accel.soft.replay import Replay
+from vmexit.accel.soft.vcpu import SoftVcpu
+from vmexit.arch.x86.code import (
+    MAX_INSTRUCTION,
+    code_bits,
+    linear_ip,
+    next_instruction,
+    read_linear,
+)
+from vmexit.arch.x86.registers import (
+    CR0_PE,
+    EFER_LMA,
+    EFER_SCE,
+    RFLAGS_DF,
+    RFLAGS_IF,
+    RFLAGS_RF,
+    RFLAGS_VM,
+    Registers,
+    SystemRegisters,
+)
+from vmexit.core.bus import Bus
+from vmexit.core.errors import HostError
+from vmexit.core.memory import PAGE_SIZE, GuestMemory
+from vmexit.core.trace import ExitObserver
+
+# KVM reads ahead for INS in pieces of at most so many bytes (arch/x86/kvm, read-ahead buffer);
+# vmexit does the same, so that both accelerators show a device the same accesses.
+_INS_AHEAD = 1024
+
+_EXCEPTION_NAMES = {
+    0: "#DE", 1: "#DB", 2: "NMI", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF",
+    10: "#TS", 11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC",
+    19: "#XM",
+}  # fmt: skip
+_WITH_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17))
+
+_MSR_SYSENTER_CS, _MSR_SYSENTER_ESP, _MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
+
+_UNDEFINED_OPCODE, _DOUBLE_FAULT, _GENERAL_PROTECTION = 6, 8, 13
+
+# SYSCALL and SYSENTER have two bytes each, and the engine steps over them after the hook.
+_SYSCALL_LENGTH = 2
+
+# The CPU reads the vector of an interrupt from this page, which answers with an INTA cycle. The
+# guest cannot reach it: its page tables and the CPU's physical addresses end below.
+_VECTOR_PAGE = 1 << 52
+_VECTOR_OFFSET = 0x64  # of V_INTR_VECTOR in a VMCB (AMD APM vol. 2, appendix B)
+
+_MAX_PLAIN = 4096
+
+
+class Processor:
+    """The one CPU of an engine; made by `SoftVm`."""
+
+    def __init__(
+        self,
+        library: Library,
+        engine: Engine,
+        memory: GuestMemory,
+        pio: Bus,
+        mmio: Bus,
+        holes: list[tuple[int, int]],
+        cpus: int,
+    ) -> None:
+        from unicorn import x86_const
+
+        self._library = library
+        self._engine = engine
+        self._handle = engine._uch.value or 0
+        self._memory = memory
+        self._pio = pio
+        self._index = 0
+        self._observer: ExitObserver | None = None
+        engine.reg_read(x86_const.UC_X86_REG_RAX)  # the engine makes its CPU at the first use
+        cpu: int = library.get_cpu(self._handle, -1)
+        prefix = "UC_X86_REG_"
+        ids = {
+            name.removeprefix(prefix).lower(): getattr(x86_const, name)
+            for name in dir(x86_const)
+            if name.startswith(prefix)
+        }
+        ids |= {"gdt": ids["gdtr"], "idt": ids["idtr"]}
+        self._state = CpuState(library, engine, cpu, ids)
+        self._cpuid = Cpuid(library, self._state.base, cpus)
+        self._stubs = Stubs(library, self._handle, cpu, self._state.base)
+        self._words = self._stubs.view
+        self._replay = Replay(self._words)
+        self._mmio = Mmio(
+            library,
+            self._handle,
+            mmio,
+            self._words,
+            self._replay,
+            lambda: self._state.rip,
+            self._fail,
+        )
+        self._vcpu: SoftVcpu | None = None  # whose state the CPU has
+        # What must outlive this call: C holds the addresses of these.
+        self._callbacks: list[object] = []
+        # The first thing that went wrong inside a callback, where no exception can pass.
+        self._error: BaseException | None = None
+        self._plain: set[int] = set()  # where an IN or OUT is known not to be a string one
+        self._ahead: list[int] = []  # what an INS has read but not consumed yet, last first
+        self._ahead_of = (0, 0, 0)  # and which: RIP, port, size
+        self._postponed = False  # a kick waits until all that is consumed
+        self._contexts: list[int] = []
+        self._install(holes)
+        self._reset_context = self._new_context()
+        library.context_save(self._handle, self._reset_context)
+
+    def _install(self, holes: list[tuple[int, int]]) -> None:
+        import unicorn
+        from unicorn import x86_const
+
+        hook, engine = self._library.hook, self._handle
+        for number, callback in (
+            (x86_const.UC_X86_INS_OUT, OutCallback(self._on_out)),
+            (x86_const.UC_X86_INS_IN, InCallback(self._on_in)),
+            (x86_const.UC_X86_INS_SYSCALL, SyscallCallback(self._on_syscall)),
+            (x86_const.UC_X86_INS_SYSENTER, SyscallCallback(self._on_sysenter)),
+            (x86_const.UC_X86_INS_CPUID, CpuidCallback(self._on_cpuid)),
+        ):
+            stub = self._stubs.leaving_hook(self._c(callback))
+            hook(engine, unicorn.UC_HOOK_INSN, stub, instruction=number)
+        hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.block_hook)
+        hook(engine, unicorn.UC_HOOK_INTR, self._stubs.exception_hook)
+        hook(engine, unicorn.UC_HOOK_INSN_INVALID, self._stubs.invalid_hook)
+        for gpa, size in holes:
+            self._mmio.add_hole(gpa, size, self._stubs)
+        for region in self._memory.regions:
+            if region.readonly:
+                self._mmio.add_rom(region, self._stubs)
+        self._map_vector_page()
+        self._stubs.seal()
+
+    def _map_vector_page(self) -> None:
+        read = self._c(MmioReadCallback(self._on_vector))
+        write = self._c(MmioWriteCallback(lambda *_: None))
+        page = _VECTOR_PAGE, PAGE_SIZE
+        if self._library.mmio_map(self._handle, *page, read, None, write, None):
+            raise HostError("Unicorn refused the page for interrupt vectors; use --accel kvm")
+        self._state.u64[VMCB // 8] = _VECTOR_PAGE
+
+    def _c(self, callback: Callable[..., object]) -> int:
+        self._callbacks.append(callback)
+        return address_of(callback)
+
+    # The vCPU whose turn it is.
+
+    def add(self, vcpu: SoftVcpu) -> None:
+        """Take a new vCPU; its state is that of a processor after reset."""
+        vcpu.context = self._new_context()
+        if self._vcpu is not None:
+            self._library.context_save(self._handle, self._vcpu.context)
+            self._library.context_restore(self._handle, self._reset_context)
+        self._library.context_save(self._handle, vcpu.context)
+        self._take(vcpu)
+
+    def select(self, vcpu: SoftVcpu) -> None:
+        """Load the state of `vcpu` into the CPU, if it is not there."""
+        if vcpu is self._vcpu:
+            return
+        assert self._vcpu is not None
+        self._library.context_save(self._handle, self._vcpu.context)
+        self._library.context_restore(self._handle, vcpu.context)
+        self._library.flush_tlb(self._handle)
+        self._take(vcpu)
+
+    def _take(self, vcpu: SoftVcpu) -> None:
+        self._forget_ahead()
+        self._vcpu = vcpu
+        self._index = vcpu.index
+        self._observer = vcpu.observer
+        self._mmio.serve(vcpu.index, vcpu.observer)
+
+    def _new_context(self) -> int:
+        context = ctypes.c_void_p()
+        if self._library.context_alloc(self._handle, ctypes.byref(context)):
+            raise HostError("Unicorn has no memory for a vCPU; free some")
+        self._contexts.append(context.value or 0)
+        return context.value or 0
+
+    # Running.
+
+    def ask_to_stop(self, word: int) -> None:
+        """Set the stop word KICK or ATTENTION; from any thread."""
+        self._words[word] = 1
+
+    def go_on(self, word: int) -> None:
+        """Clear a stop word."""
+        self._words[word] = 0
+
+    def run(self, vcpu: SoftVcpu, blocks: int) -> Exit | None:
+        """Execute `vcpu` for so many blocks, or until a stop word or something else ends it.
+
+        None if it can go on; raises what a device has raised.
+        """
+        self.select(vcpu)
+        words, state = self._words, self._state
+        interrupts = vcpu.interrupts
+        if interrupts is not None:
+            state.request(
+                (VIRTUAL_INTERRUPT if interrupts.pending() else 0) | (NMI if vcpu.nmi else 0)
+            )
+        words[StopWords.STOPPED] = 0
+        words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
+        error = self._library.emu_start(self._handle, state.rip, 0, 0, 0)
+        if self._replay.unfinished:
+            error = self._finish()
+        if vcpu.nmi and not state.requested & NMI:
+            vcpu.nmi = False
+        if self._error is not None:
+            failure, self._error = self._error, None
+            raise failure
+        if words[StopWords.STOPPED] and not error:
+            return None
+        exit = self._exit(error)
+        if exit.reason is ExitReason.HALT and interrupts is not None:
+            vcpu.halted = True
+            return None
+        if self._observer is not None:
+            self._observer.other(self._index, exit.reason.value, exit.detail)
+        return exit
+
+    def begin(self) -> None:
+        """A run begins: the host may have written code since, of which translations are stale."""
+        self._library.flush_translations(self._handle)
+        self._plain.clear()
+
+    def can_interrupt(self, vcpu: SoftVcpu) -> bool:
+        """Whether the vCPU's IF is set; the shadow of STI is over by the time it halts."""
+        self.select(vcpu)
+        return bool(self._state.u32[EFLAGS // 4] & RFLAGS_IF)
+
+    def _finish(self) -> int:
+        """Execute the instruction that was left, and no more; returns the engine's error."""
+        words = self._words
+        words[StopWords.HOLD] = 1
+        self._replay.repeat()
+        # The limit of one instruction holds for code that is translated with it only.
+        self._library.flush_translations(self._handle)
+        error: int = self._library.emu_start(self._handle, self._state.rip, 0, 0, 1)
+        self._library.flush_translations(self._handle)
+        self._replay.finished()
+        words[StopWords.HOLD] = 0
+        words[StopWords.STOPPED] = 1
+        return error
+
+    def _exit(self, error: int) -> Exit:
+        import unicorn
+
+        state = self._state
+        if not error and state.u32[OLD_EXCEPTION // 4] != _DOUBLE_FAULT:
+            return Exit(ExitReason.HALT, vcpu=self._index)
+        registers, system = self.registers(), self.system_registers()
+        _, instruction = next_instruction(self._memory, registers, system)
+        where = f"at rip {registers['rip']:#x}: {instruction}"
+        if not error:
+            # Left as it is, the next exception would count as one within this.
+            state.u32[OLD_EXCEPTION // 4] = 0xFFFF_FFFF
+            if not instruction.startswith("`int"):
+                # As KVM shows it: for a fault a processor pushes flags with RF (SDM, "RF flag").
+                state.write_flags(registers["rflags"] | RFLAGS_RF)
+            return Exit(
+                ExitReason.SHUTDOWN, f"triple fault: {self._chain()} {where}", vcpu=self._index
+            )
+        return Exit(
+            ExitReason.INTERNAL_ERROR,
+            f"the software CPU could not execute the instruction {where} "
+            f"({unicorn.UcError(error)})",
+            vcpu=self._index,
+        )
+
+    def _chain(self) -> str:
+        """The exceptions that led to a triple fault, none of which could be delivered."""
+        words = self._words
+        number, chain, rip = words[StopWords.EXCEPTIONS], list[str](), None
+        for back in range(1, min(number, StopWords.RING_SIZE) + 1):
+            at = StopWords.RING + 4 * ((number - back) % StopWords.RING_SIZE)
+            vector, error, low, high = words[at : at + 4]
+            if rip is None:
+                rip = low, high
+            elif rip != (low, high):
+                break
+            name = _EXCEPTION_NAMES.get(vector, f"interrupt {vector:#x}")
+            if vector in _WITH_ERROR_CODE and vector != _DOUBLE_FAULT:
+                name += f" (error code {error:#x})"
+            chain.insert(0, name)
+        return ", ".join(chain)
+
+    # Hooks. They are called from C: none may let an exception out.
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+        self._words[StopWords.KICK] = 1
+
+    def _raise(self, vector: int, error_code: int = 0) -> None:
+        """The instruction whose hook this is raises an exception instead."""
+        self._words[StopWords.VECTOR] = vector
+        self._words[StopWords.ERROR] = error_code
+        self._words[StopWords.LEAVE] = RAISE
+
+    def _on_vector(self, _uc: int, offset: int, _size: int, _data: int) -> int:
+        """An INTA cycle: the CPU takes the interrupt that was requested."""
+        try:
+            vcpu = self._vcpu
+            if offset == _VECTOR_OFFSET and vcpu is not None and vcpu.interrupts is not None:
+                return vcpu.interrupts.acknowledge()
+        except BaseException as error:
+            self._fail(error)
+        return 0
+
+    def _on_cpuid(self, _uc: int, _data: int) -> int:
+        try:
+            u64 = self._state.u64
+            leaf, subleaf = u64[RAX] & 0xFFFF_FFFF, u64[RCX] & 0xFFFF_FFFF
+            apic = self._vcpu is not None and self._vcpu.interrupts is not None
+            answer = self._cpuid.query(leaf, subleaf, self._index, apic)
+            u64[RAX], u64[RBX], u64[RCX], u64[RDX] = answer
+        except BaseException as error:
+            self._fail(error)
+        return 1
+
+    def _on_syscall(self, _uc: int, _data: int) -> None:
+        """SYSCALL, over which the engine only steps (SDM vol. 2; APM vol. 3)."""
+        try:
+            state = self._state
+            u64 = state.u64
+            efer = u64[CONTROL_OFFSET["efer"] // 8]
+            if not efer & EFER_SCE or not u64[CONTROL_OFFSET["cr0"] // 8] & CR0_PE:
+                self._raise(_UNDEFINED_OPCODE)
+                return
+            flags = state.read_flags()
+            long, code64 = bool(efer & EFER_LMA), state.code_64
+            u64[RCX] = state.rip + _SYSCALL_LENGTH
+            star = u64[STAR // 8]
+            if long:
+                u64[R11] = flags & ~RFLAGS_RF
+                flags &= ~u64[FMASK // 8] & 0xFFFF_FFFF
+                target = u64[(LSTAR if code64 else CSTAR) // 8]
+            else:
+                flags &= ~(RFLAGS_IF | RFLAGS_VM)
+                target = star & 0xFFFF_FFFF
+            state.write_flags(flags & ~RFLAGS_RF)
+            state.enter_kernel(star >> 32 & 0xFFFF, long=long)
+            state.rip = target - _SYSCALL_LENGTH
+        except BaseException as error:
+            self._fail(error)
+
+    def _on_sysenter(self, _uc: int, _data: int) -> None:
+        """SYSENTER, likewise (SDM vol. 2)."""
+        try:
+            state, read = self._state, self._engine.msr_read
+            selector = read(_MSR_SYSENTER_CS) & 0xFFFC
+            if not selector or not state.u64[CONTROL_OFFSET["cr0"] // 8] & CR0_PE:
+                self._raise(_GENERAL_PROTECTION)
+                return
+            long = bool(state.u64[CONTROL_OFFSET["efer"] // 8] & EFER_LMA)
+            mask = 0xFFFF_FFFF_FFFF_FFFF if long else 0xFFFF_FFFF
+            state.write_flags(state.read_flags() & ~(RFLAGS_IF | RFLAGS_VM | RFLAGS_RF))
+            state.enter_kernel(selector, long=long)
+            state.u64[RSP] = read(_MSR_SYSENTER_ESP) & mask
+            state.rip = (read(_MSR_SYSENTER_EIP) & mask) - _SYSCALL_LENGTH
+        except BaseException as error:
+            self._fail(error)
+
+    def _on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
+        try:
+            if self._replay.repeating and self._replay.answer("out", port, size) is not None:
+                return
+            if self._refused(port, size):
+                return
+            if self._observer is not None:
+                data = value.to_bytes(4, "little")[:size]
+                self._observer.io(self._index, True, port, size, 1, data)
+            self._pio.write(port, size, value)
+        except BaseException as error:
+            self._fail(error)
+        self._made("out", port, size, value)
+
+    def _on_in(self, _uc: int, port: int, size: int, _data: int) -> int:
+        try:
+            if self._replay.repeating:
+                answer = self._replay.answer("in", port, size)
+                if answer is not None:
+                    return answer
+            if self._refused(port, size):
+                return 0
+            rip = self._state.rip
+            if self._ahead:
+                value = self._take_ahead(rip, port, size)
+            elif rip in self._plain:
+                value = self._read_port(port, size)
+            else:
+                value = self._first_in(rip, port, size)
+        except BaseException as error:
+            self._fail(error)
+            value = (1 << 8 * size) - 1
+        self._made("in", port, size, value)
+        return value
+
+    def _made(self, kind: str, port: int, size: int, value: int) -> None:
+        """A port access was made, and perhaps it was the last one of the run."""
+        rip = self._state.rip
+        kicked = self._words[StopWords.KICK] and not self._replay.repeating
+        if rip in self._plain and not kicked:
+            return
+        access = self._port_access()
+        if access is None or not access.string:
+            self._note_plain(rip)
+            if kicked and access is not None:
+                self._leave(access, value if kind == "in" else None, size)
+        elif access.repeated:
+            # The next element begins a block; but the memory side may be MMIO, and leave this one.
+            self._replay.note(rip, kind, port, size, value)
+        else:
+            self._replay.made(rip, kind, port, size, value)
+
+    def _note_plain(self, rip: int) -> None:
+        """No string access is at `rip`: no need to look at it again in this run."""
+        if len(self._plain) >= _MAX_PLAIN:
+            self._plain.clear()
+        self._plain.add(rip)
+
+    def _refused(self, port: int, size: int) -> bool:
+        """Whether the code may not use the port: the engine leaves that check to us.
+
+        Then the block is left at once, before the instruction, with #GP to deliver.
+        """
+        state = self._state
+        flags = state.u32[EFLAGS // 4]
+        level = 3 if flags & RFLAGS_VM else state.u32[HFLAGS // 4] & HF_CPL
+        if not level or (level <= flags >> 12 & 3 and not flags & RFLAGS_VM):
+            return False
+        if bitmap_allows(self._memory, self.system_registers(), port, size):
+            return False
+        self._raise(_GENERAL_PROTECTION)
+        return True
+
+    def _read_port(self, port: int, size: int) -> int:
+        value = self._pio.read(port, size)
+        if self._observer is not None:
+            self._observer.io(self._index, False, port, size, 1, value.to_bytes(size, "little"))
+        return value
+
+    def _take_ahead(self, rip: int, port: int, size: int) -> int:
+        if (rip, port, size) == self._ahead_of:
+            value = self._ahead.pop()
+            if self._postponed and not self._ahead:
+                self._postponed = False
+                self._words[StopWords.KICK] = 1
+            return value
+        # The INS was left in the middle, by an exception: what it had read is lost, as on KVM.
+        if self._postponed:
+            self._words[StopWords.KICK] = 1
+        self._forget_ahead()
+        return self._first_in(rip, port, size)
+
+    def _first_in(self, rip: int, port: int, size: int) -> int:
+        """An IN not seen before: the start of a REP INS reads ahead, as KVM does."""
+        access = self._port_access()
+        if access is None or not access.string:
+            self._note_plain(rip)
+            return self._read_port(port, size)
+        if not access.repeated:
+            return self._read_port(port, size)
+        mask = (1 << access.address_bits) - 1
+        registers = self._state.read_general()
+        in_page = registers["rdi"] % PAGE_SIZE
+        if not registers["rflags"] & RFLAGS_DF:
+            in_page = PAGE_SIZE - in_page
+        count = max(1, min(in_page, _INS_AHEAD // size, registers["rcx"] & mask))
+        data = self._pio.read_string(port, size, count)
+        if self._observer is not None:
+            self._observer.io(self._index, False, port, size, count, data)
+        values = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
+        self._ahead = values[:0:-1]
+        self._ahead_of = (rip, port, size)
+        if self._ahead and self._words[StopWords.KICK]:
+            # What was read is consumed first, or the device would have lost it.
+            self._words[StopWords.KICK] = 0
+            self._postponed = True
+        return values[0]
+
+    def _port_access(self) -> PortAccess | None:
+        registers, system = self.registers(), self.system_registers()
+        code = read_linear(self._memory, system, linear_ip(registers, system), MAX_INSTRUCTION)
+        return decode_port_access(code, code_bits(registers, system))
+
+    def _leave(self, access: PortAccess, value: int | None, size: int) -> None:
+        """Finish the port access under way (`value` is what an IN read), and stop behind it."""
+        state = self._state
+        state.rip += access.length
+        state.u32[HFLAGS // 4] &= ~HF_INHIBIT_IRQ & 0xFFFF_FFFF
+        if value is not None:
+            keep = 0 if size == 4 else state.u64[0] >> 8 * size << 8 * size
+            state.u64[0] = keep | value
+        self._words[StopWords.STOPPED] = 1
+        self._words[StopWords.LEAVE] = LEAVE_BLOCK
+
+    def _forget_ahead(self) -> None:
+        """The vCPU goes on elsewhere: what a REP INS has read for later is lost, as on KVM."""
+        self._ahead.clear()
+        self._postponed = False
+
+    # Registers of the selected vCPU.
+
+    def registers(self) -> Registers:
+        return self._state.read_general()
+
+    def set_registers(self, registers: Registers) -> None:
+        if registers["rip"] != self._state.rip:
+            self._forget_ahead()
+        self._state.write_general(registers)
+
+    def system_registers(self) -> SystemRegisters:
+        return self._state.read_system()
+
+    def set_system_registers(self, system: SystemRegisters) -> None:
+        self._forget_ahead()
+        self._state.write_system(system)
+        self._library.flush_tlb(self._handle)
+
+    def msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        return {index: self._engine.msr_read(index) for index in indices}
+
+    def set_msrs(self, values: Mapping[int, int]) -> list[int]:
+        for index, value in values.items():
+            self._engine.msr_write(index, value)
+        return []
+
+    def close(self) -> None:
+        if self._callbacks:
+            self._callbacks.clear()
+            self._mmio.close()
+            self._state.close()
+            self._stubs.close()
+            for context in self._contexts:
+                self._library.context_free(context)
+            # The engine has megabytes that should not wait for the garbage collector.
+            del self._engine
