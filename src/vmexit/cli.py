@@ -7,8 +7,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmexit.backends.wait import PATIENCE, never, reason, write_all
@@ -24,6 +24,7 @@ examples:
   vmexit run guests/hello.bin                        a flat image: loaded at 0, started at 0x1000
   vmexit run boot.bin --load-address 0x7c00 --entry 0:0x7c00        a boot sector
   vmexit run kernel.bin --mode long --log-exits      start in 64-bit mode, one line an exit
+  vmexit run --kernel vmlinuz --initrd initrd.gz --append console=ttyS0          Linux
   vmexit run --firmware bios-microvm.bin --debugcon 0x402 --timeout 10
 
 exit status:
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("image", metavar="IMAGE", help="the file to look at")
     _add_start(inspect)
     inspect.set_defaults(function=_inspect)
+    _add_fetch(commands)
     return parser
 
 
@@ -142,6 +144,26 @@ def _version_or_help(parser: argparse.ArgumentParser, version: bool) -> int:
         return 0
     parser.print_help()
     return 2
+
+
+def _add_fetch(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    fetch = commands.add_parser(
+        "fetch",
+        help="fetch a kernel, and make an initial RAM disk with a shell",
+        description="Fetch a distribution's kernel into the cache, make an initial RAM disk of "
+        "busybox for it, and print where they are. Needs apt, but not root.",
+        epilog="example:\n  vmexit fetch debian --modules virtio_blk,ext4\n",
+    )
+    fetch.add_argument("distribution", choices=("debian",), help="whose kernel")
+    fetch.add_argument(
+        "--flavour", choices=("cloud-amd64", "amd64"), default="cloud-amd64",
+        help="which of its kernels (default cloud-amd64: the smaller one, for virtual machines)",
+    )  # fmt: skip
+    fetch.add_argument(
+        "--modules", metavar="M,…", default="",
+        help="kernel modules that the RAM disk loads, with those that they need",
+    )  # fmt: skip
+    fetch.set_defaults(function=_fetch)
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
@@ -165,22 +187,35 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run = commands.add_parser(
         "run",
         help="run a guest",
-        description="Run a flat image or a firmware ROM until it halts.",
+        description="Run a kernel, a firmware ROM or a flat image until it halts.",
         epilog=_RUN_EPILOG,
     )
     run.add_argument("image", metavar="IMAGE", nargs="?", help="a flat image: code, no header")
+    run.add_argument(
+        "--kernel", metavar="F",
+        help="a Linux kernel (vmlinuz, vmlinux) or another ELF file with a PVH entry; implies "
+        "--machine microvm",
+    )  # fmt: skip
+    run.add_argument("--initrd", metavar="F", help="the kernel's initial RAM disk")
+    run.add_argument("--append", metavar="S", default="", help="the kernel's command line")
+    run.add_argument(
+        "--protocol", choices=("auto", "pvh", "elf", "64", "32", "16"), default="auto",
+        help="how to enter the kernel (default auto: the fastest that it offers)",
+    )  # fmt: skip
     run.add_argument(
         "--accel", choices=("auto", "kvm", "soft"), default="auto",
         help="what executes the guest (default auto: kvm where it is usable, else soft)",
     )  # fmt: skip
     run.add_argument(
-        "--machine", choices=("bare",), default="bare",
-        help="the board (default bare: no interrupt controller, so HLT ends the run)",
+        "--machine", choices=("bare", "microvm"), default=None,
+        help="the board. bare: no interrupt controller, so HLT ends the run; microvm: a PC without "
+        "PCI (default: microvm for --kernel, else bare)",
     )  # fmt: skip
     run.add_argument(
         "-m", "--memory", metavar="SIZE", default="128M",
         help="guest RAM: 134217728, 128M, 1G (default 128M)",
     )  # fmt: skip
+    run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")
     _add_start(run)
     run.add_argument(
         "--firmware", metavar="F",
@@ -231,6 +266,12 @@ def _entry(text: str) -> tuple[int | None, int | None]:
     return (cs << 4) + _number(offset), cs
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number; use 1, 2, 4")
+    return int(text)
+
+
 def _port(text: str) -> int:
     try:
         value = int(text, 0)
@@ -268,15 +309,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 
-    if arguments.image is None and arguments.firmware is None:
-        raise ConfigError("nothing to run; give an IMAGE or --firmware F")
+    if arguments.image is None and arguments.firmware is None and arguments.kernel is None:
+        raise ConfigError("nothing to run; give an IMAGE, --kernel F or --firmware F")
     entry, segment = arguments.entry
-    if arguments.firmware is not None and (
+    other = "firmware knows" if arguments.firmware is not None else "a kernel knows"
+    if (arguments.firmware is not None or arguments.kernel is not None) and (
         arguments.load_address is not None or entry is not None or arguments.mode != "real"
     ):
-        raise ConfigError(
-            "firmware starts at the reset vector; leave out --load-address, --entry and --mode"
-        )
+        raise ConfigError(f"{other} where it starts; leave out --load-address, --entry and --mode")
     with ExitStack() as stack:
         stats = ExitStats() if arguments.stats else None
         config = MachineConfig(
@@ -291,6 +331,12 @@ def _run(arguments: argparse.Namespace) -> int:
             serial=arguments.serial,
             debugcon=arguments.debugcon,
             debug_exit=arguments.debug_exit,
+            machine=arguments.machine or ("microvm" if arguments.kernel is not None else "bare"),
+            smp=arguments.smp,
+            kernel=arguments.kernel,
+            initrd=arguments.initrd,
+            append=arguments.append,
+            protocol=arguments.protocol,
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))
@@ -326,7 +372,7 @@ def _observer(
     observers: list[ExitObserver] = []
     outputs: list[_Output] = []
     if arguments.trace is not None:
-        for path in (arguments.image, arguments.firmware):
+        for path in (arguments.image, arguments.firmware, arguments.kernel, arguments.initrd):
             if path is not None and _same(path, arguments.trace):
                 raise ConfigError(f"--trace {shown(path)} is what is to run; use another file")
         outputs.append(stack.enter_context(_Output.to_file(arguments.trace)))
@@ -408,6 +454,48 @@ class _Output:
         finally:
             if self._fd > 2:  # not a standard one
                 os.close(self._fd)
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from vmexit.fetch.debian import fetch
+
+    modules = [name for name in arguments.modules.split(",") if name]
+    with _progress() as progress:
+        found = fetch(arguments.flavour, modules, progress)
+    _print(f"kernel {found.kernel}\ninitrd {found.initrd}")
+    _say(
+        f"run it: vmexit run --kernel {_quoted(found.kernel)} "
+        f"--initrd {_quoted(found.initrd)} --append console=ttyS0"
+    )
+    return 0
+
+
+def _quoted(path: object) -> str:
+    import shlex
+
+    return shlex.quote(str(path))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error if it is a terminal, else a line for each new thing."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda text, done: bar.update(task, description=text, completed=done)
+        return
+    last = ""
+
+    def tell(text: str, _done: float) -> None:
+        nonlocal last
+        if text != last:
+            _say(text)
+            last = text
+
+    yield tell
 
 
 def _doctor(_: argparse.Namespace) -> int:

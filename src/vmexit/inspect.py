@@ -4,11 +4,15 @@ from io import BytesIO
 
 from vmexit.arch.x86.code import disassemble
 from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
+from vmexit.boot.describe import describe as describe_kernel
+from vmexit.boot.describe import is_kernel_elf
 from vmexit.boot.flat import check_entry
-from vmexit.boot.image import ImageKind, detect, read_image
+from vmexit.boot.image import COMPRESSIONS, ImageKind, detect, read_image
+from vmexit.core.errors import ImageError
 
 _INSTRUCTIONS = 8
 _SHF_ALLOC = 0x2
+_UNPACK = {"gzip": "gunzip", "xz": "unxz", "lz4": "unlz4", "zstd": "unzstd"}
 _BITS = {"real": 16, "protected": 32, "long": 64}
 
 
@@ -23,16 +27,32 @@ def describe(
     data = read_image(path)
     kind = detect(data)
     lines = [f"{path}: {kind.description}, {len(data)} bytes"]
-    if kind.name == "elf":
+    if kind.name == "bzimage" or (kind.name == "elf" and is_kernel_elf(data)):
+        lines += _describe_kernel(path, data)
+    elif kind.name == "elf":
         lines += _describe_elf(path, data)
     elif kind.name == "firmware":
         lines.append("run it with: vmexit run --firmware " + path)
         lines += _code(data, len(data) - 16, 0xFFFF_FFF0, 16, 1)
-    elif kind.name == "gzip":
-        lines.append("unpack it with: gunzip " + path)
+    elif kind.name in COMPRESSIONS:
+        lines += _describe_compressed(path, data, kind.name)
     elif kind.name in ("flat", "boot-sector"):
         lines += _describe_flat(path, data, kind, load_address, entry, segment, mode)
     return "\n".join(lines)
+
+
+def _describe_kernel(path: str, data: bytes) -> list[str]:
+    try:
+        return describe_kernel(data, path)
+    except ImageError as error:
+        return [f"it cannot be booted: {error}"]
+
+
+def _describe_compressed(path: str, data: bytes, compression: str) -> list[str]:
+    try:
+        return describe_kernel(data, path)
+    except ImageError:  # then it is not a kernel, or one that this host cannot unpack
+        return [f"unpack it with: {_UNPACK[compression]} {path}"]
 
 
 def _describe_flat(

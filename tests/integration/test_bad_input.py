@@ -79,7 +79,7 @@ def test_elf_file_as_image():
 def test_other_files_that_are_not_flat_images(image):
     assert_one_line(vmexit("run", image(b"\x1f\x8b\x08" + bytes(9999))), 2, "gunzip")
     kernel = bytes(0x202) + b"HdrS" + bytes(9999)
-    assert_one_line(vmexit("run", image(kernel)), 2, "a Linux kernel", "does not boot Linux yet")
+    assert_one_line(vmexit("run", image(kernel)), 2, "a Linux kernel", "--kernel")
     sector = bytes(510) + b"\x55\xaa"
     remedy = "--load-address 0x7c00 --entry 0:0x7c00"
     assert_one_line(vmexit("run", image(sector)), 2, "a boot sector", remedy)
@@ -92,7 +92,7 @@ def test_an_image_that_is_loaded_elsewhere_but_started_where_it_is_not(image):
 
 
 def test_nothing_to_run():
-    assert_one_line(vmexit("run"), 2, "IMAGE or --firmware")
+    assert_one_line(vmexit("run"), 2, "give an IMAGE, --kernel F or --firmware F")
 
 
 def test_image_and_firmware():

@@ -15,15 +15,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
-from vmexit.backends.chardev import Chardev, open_chardev
+from vmexit.backends import chardev as backends
+from vmexit.backends.chardev import Chardev
+from vmexit.backends.wait import Ending, never
 from vmexit.core.errors import ConfigError, HostError
+from vmexit.core.loop import EventLoop
 
 pytestmark = pytest.mark.timeout(30)  # whatever waits for ever must fail
 
 EVERY_BYTE = bytes(range(256))
+
+# It holds nothing until something is watched.
+IDLE = EventLoop(lambda error: None)
+
+
+def open_chardev(spec: str, ending: Ending = never, loop: EventLoop = IDLE) -> Chardev:
+    return backends.open_chardev(spec, loop, ending)
 
 
 def descriptors() -> dict[str, str]:
@@ -395,7 +406,13 @@ def test_close_leaves_the_socket_of_another_alone(tmp_path) -> None:
     assert not path.exists()
 
 
-IMPORT = "import os, sys\nfrom vmexit.backends.chardev import open_chardev\n"
+IMPORT = (
+    "import os, sys\n"
+    "from vmexit.backends import chardev\n"
+    "from vmexit.core.loop import EventLoop\n"
+    "def open_chardev(spec, *ending):\n"
+    "    return chardev.open_chardev(spec, EventLoop(print), *ending)\n"
+)
 ECHO = """
 c = open_chardev("stdio")
 data = b""
@@ -512,3 +529,101 @@ c.write(b"%d " % status + data)
 def test_in_the_background_a_terminal_is_left_alone_and_in_the_foreground_read(typed) -> None:
     done = run(BACKGROUND, stdin=typed, stdout=subprocess.PIPE, start_new_session=True)
     assert (done.stdout, done.stderr) == (b"0 typed\n", b"")
+
+
+@pytest.fixture
+def loop():
+    failures: list[BaseException] = []
+    loop = EventLoop(failures.append)
+    yield loop
+    loop.close()
+    assert failures == []
+
+
+def arrivals(chardev: Chardev) -> "SimpleQueue[bytes]":
+    """What arrives, as a device takes it that is told of it."""
+    taken: SimpleQueue[bytes] = SimpleQueue()
+
+    def take() -> None:
+        taken.put(chardev.read(4))
+        chardev.when_readable(take)
+
+    chardev.when_readable(take)
+    return taken
+
+
+def collect(taken: "SimpleQueue[bytes]", size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        data += taken.get(timeout=20)
+    return data
+
+
+def test_a_client_is_heard_of_when_it_sends(loop, tmp_path):
+    chardev = open_chardev(f"unix:{tmp_path}/socket", loop=loop)
+    taken = arrivals(chardev)
+    for text in (b"first client", b"second"):  # the one after the other
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/socket")
+            client.sendall(text)
+            assert collect(taken, len(text)) == text
+    chardev.close()
+
+
+def test_a_client_that_only_the_output_has_met_is_heard_of(loop, tmp_path):
+    chardev = open_chardev(f"unix:{tmp_path}/socket", loop=loop)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{tmp_path}/socket")
+        chardev.write(b"hello")
+        taken = arrivals(chardev)
+        assert client.recv(5) == b"hello"
+        client.sendall(b"answer")
+        assert collect(taken, 6) == b"answer"
+    chardev.close()
+
+
+def test_a_client_in_place_of_one_that_reset_is_heard_of(loop, tmp_path):
+    chardev = open_chardev(f"unix:{tmp_path}/socket", loop=loop)
+    taken = arrivals(chardev)
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(f"{tmp_path}/socket")
+    client.sendall(b"a")
+    assert collect(taken, 1) == b"a"
+    client.close()
+    chardev.write(b"x" * 100)  # finds out that it is gone
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(f"{tmp_path}/socket")
+        other.sendall(b"b")
+        assert collect(taken, 1) == b"b"
+    chardev.close()
+
+
+def test_a_pseudo_terminal_is_heard_of(loop):
+    chardev = open_chardev("pty", loop=loop)
+    taken = arrivals(chardev)
+    terminal = os.open(chardev.where, os.O_RDWR | os.O_NOCTTY)
+    os.write(terminal, b"typed")
+    assert collect(taken, 5) == b"typed"
+    os.close(terminal)
+    chardev.close()
+
+
+def test_standard_input_is_heard_of_up_to_its_end():
+    code = """
+import queue
+q = queue.SimpleQueue()
+c = open_chardev("stdio")
+def take():
+    q.put(c.read(100))
+    c.when_readable(take)
+c.when_readable(take)
+data = b""
+while piece := q.get(timeout=20):
+    data += piece
+assert data == b"some input", data
+c.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT + code], input=b"some input", timeout=25, check=False
+    )
+    assert done.returncode == 0

@@ -288,7 +288,7 @@ def test_an_overrun_that_nobody_has_seen_yet_is_seen_after_a_restore() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2}, {"version": None}, {"ier": None}, {"lcr": "3"}, {"divisor": 0x10000},
+        {"version": 1}, {"version": None}, {"ier": None}, {"lcr": "3"}, {"divisor": 0x10000},
         {"scr": -1}, {"received": bytes(17)}, {"received": "text"}, {"received": None},
     ],
     ids=str,

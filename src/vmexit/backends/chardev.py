@@ -10,11 +10,18 @@ import math
 import os
 import select
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+from vmexit.backends.console import Console, is_our_terminal
 from vmexit.backends.wait import Ending, never, ready, reason, write_all
 from vmexit.core.errors import ConfigError, HostError, shown
+from vmexit.core.loop import EventLoop
+
+
+def _nothing() -> None:
+    """There is nobody to tell."""
 
 
 class Chardev(Protocol):
@@ -24,40 +31,46 @@ class Chardev(Protocol):
 
     def write(self, data: bytes) -> None: ...
     def read(self, size: int) -> bytes: ...
+    def when_readable(self, function: Callable[[], None]) -> None: ...
     def close(self) -> None: ...
 
 
-def open_chardev(spec: str, ending: Ending = never) -> Chardev:
+def open_chardev(
+    spec: str, loop: EventLoop, ending: Ending = never, leave: Callable[[], None] = _nothing
+) -> Chardev:
     """`stdio`, `null`, `file:PATH`, `unix:PATH`, `tcp:HOST:PORT` or `pty`.
 
-    Output is not waited for once `ending()` is true. Raises ConfigError for anything else,
-    HostError if the host refuses.
+    Input is waited for in `loop`. Output is not waited for once `ending()` is true. `leave()` is
+    called when the user at a terminal asks to. Raises ConfigError for anything else, HostError if
+    the host refuses.
     """
     kind, _, rest = spec.partition(":")
     if spec == "null":
         return Null()
     if spec == "stdio":
-        return Stdio(ending)
+        if is_our_terminal(0):
+            return Console(loop, ending, leave)
+        return Stdio(loop, ending)
     if spec == "pty":
-        return Pty()
+        return Pty(loop)
     if kind == "file" and rest:
         return File(rest, ending)
     if kind == "unix" and rest:
-        return _listen(rest, ending)
+        return _listen(rest, loop, ending)
     if kind == "tcp":
         host, _, port = rest.rpartition(":")
         if host and port.isdecimal() and len(port) <= 5 and int(port) < 1 << 16:
-            return _listen((host.removeprefix("[").removesuffix("]"), int(port)), ending)
+            return _listen((host.removeprefix("[").removesuffix("]"), int(port)), loop, ending)
     raise ConfigError(
         f"{spec!r} is no place for a serial port; use stdio, null, file:PATH, unix:PATH, "
         "tcp:HOST:PORT or pty"
     )
 
 
-def _listen(address: str | tuple[str, int], ending: Ending) -> Chardev:
+def _listen(address: str | tuple[str, int], loop: EventLoop, ending: Ending) -> Chardev:
     from vmexit.backends.listener import Listener  # most runs have no socket
 
-    return Listener(address, ending)
+    return Listener(address, loop, ending)
 
 
 class Null:
@@ -71,18 +84,22 @@ class Null:
     def read(self, size: int) -> bytes:
         return b""
 
+    def when_readable(self, function: Callable[[], None]) -> None:
+        """Never."""
+
     def close(self) -> None:
         """Nothing is held."""
 
 
 class _Descriptor:
-    """Writing to, and reading from, descriptors."""
+    """Writing to, and reading from, descriptors; there is no input without a `loop`."""
 
     where = ""
 
-    def __init__(self, out: int, into: int, ending: Ending) -> None:
+    def __init__(self, out: int, into: int, loop: EventLoop | None, ending: Ending) -> None:
         self._out = out
         self._in = into
+        self._loop = loop
         self._ending = ending
 
     def write(self, data: bytes) -> None:
@@ -103,32 +120,43 @@ class _Descriptor:
         except OSError:  # EIO: the other end of a terminal is closed; it may open again
             return b""
 
+    def when_readable(self, function: Callable[[], None]) -> None:
+        """Call `function` once, from the loop, when there is input or an end of it."""
+        if self._in >= 0 and self._loop is not None:
+            self._loop.watch(self._in, function)
+
     def close(self) -> None:
-        """Close what was opened."""
+        """Forget the descriptors, which stay open."""
+        if self._in >= 0 and self._loop is not None:
+            self._loop.unwatch(self._in)
+        self._in = self._out = -1
 
 
-class Stdio(_Descriptor):
-    """The process's standard input and output."""
+class Stdout(_Descriptor):
+    """Standard output, and no input."""
 
     def __init__(self, ending: Ending = never) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
-        super().__init__(1, 0, ending)
+        super().__init__(1, -1, None, ending)
+
+
+class Stdio(_Descriptor):
+    """The process's standard input and output, where they are no terminal."""
+
+    def __init__(self, loop: EventLoop, ending: Ending = never) -> None:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        # From a terminal of some other job to read would stop the process.
+        super().__init__(1, -1 if os.isatty(0) else 0, loop, ending)
 
     def read(self, size: int) -> bytes:
-        if self._in < 0 or self._in_background() or not ready(self._in, select.POLLIN):
+        if self._in < 0 or not ready(self._in, select.POLLIN):
             return b""
         data = super().read(size)
         if not data:
             self._in = -1  # end of file
         return data
-
-    def _in_background(self) -> bool:
-        """Whether to read would stop the process: its terminal is some other job's now."""
-        try:
-            return os.isatty(self._in) and os.tcgetpgrp(self._in) != os.getpgrp()
-        except OSError:  # not the terminal of this session, which stops nobody
-            return False
 
 
 class File(_Descriptor):
@@ -142,7 +170,7 @@ class File(_Descriptor):
         except (OSError, ValueError) as error:
             why = "nobody reads it" if getattr(error, "errno", 0) == errno.ENXIO else reason(error)
             raise ConfigError(f"cannot write {shown(path)}: {why}; use another path") from error
-        super().__init__(out, -1, ending)
+        super().__init__(out, -1, None, ending)
 
     def close(self) -> None:
         if self._out >= 0:
@@ -153,7 +181,7 @@ class File(_Descriptor):
 class Pty(_Descriptor):
     """A new pseudo-terminal; `where` is the path of its other end."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: EventLoop) -> None:
         import tty
 
         try:
@@ -165,7 +193,7 @@ class Pty(_Descriptor):
         tty.setraw(self._slave)  # held open: with no other end at all, a read would fail
         os.set_blocking(master, False)
         self.where = os.ttyname(self._slave)
-        super().__init__(master, master, never)
+        super().__init__(master, master, loop, never)
 
     def write(self, data: bytes) -> None:
         if self._out >= 0:
@@ -173,7 +201,7 @@ class Pty(_Descriptor):
                 os.write(self._out, data)
 
     def close(self) -> None:
-        if self._out >= 0:
-            os.close(self._out)
+        if (master := self._out) >= 0:
+            super().close()
+            os.close(master)
             os.close(self._slave)
-            self._out = self._in = -1

@@ -4,10 +4,12 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from vmexit.backends.wait import PATIENCE, Ending, never, reason, wait_writable
 from vmexit.core.errors import ConfigError, shown
+from vmexit.core.loop import EventLoop
 
 
 class Listener:
@@ -20,9 +22,12 @@ class Listener:
     def __init__(
         self,
         address: str | tuple[str, int],
+        loop: EventLoop,
         ending: Ending = never,
     ) -> None:
+        self._loop = loop
         self._ending = ending
+        self._waiting: Callable[[], None] | None = None  # called when there may be input
         self._lock = threading.Lock()  # vCPUs may come at once; not held while waiting
         self._client: socket.socket | None = None
         self._silent = False  # the client has said that it sends no more
@@ -63,13 +68,33 @@ class Listener:
             self._drop()
             client.setblocking(False)
             self._client = client
+            self._watch()
         return self._client
 
     def _drop(self) -> None:
         if self._client is not None:
+            self._loop.unwatch(self._client.fileno())
             self._client.close()
             self._client = None
         self._silent = self._stuck = False
+        self._watch()
+
+    def when_readable(self, function: Callable[[], None]) -> None:
+        """Call `function` once, from the loop, when a client has come, or has sent something."""
+        with self._lock:
+            self._waiting = function
+            self._watch()
+
+    def _watch(self) -> None:
+        if self._waiting is not None and self._server.fileno() >= 0:
+            client = self._client
+            source = self._server if client is None or self._silent else client
+            self._loop.watch(source.fileno(), self._arrived)
+
+    def _arrived(self) -> None:
+        function, self._waiting = self._waiting, None
+        if function is not None:
+            function()
 
     def write(self, data: bytes) -> None:
         while data:
@@ -108,7 +133,9 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening; the path of a Unix socket is removed."""
+        self._waiting = None
         self._drop()
+        self._loop.unwatch(self._server.fileno())
         if self._server.fileno() >= 0:
             self._server.close()
             # Unless it is another one's by now.

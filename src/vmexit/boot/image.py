@@ -6,12 +6,15 @@ import stat
 import struct
 from typing import NamedTuple
 
+from vmexit.boot import compression
 from vmexit.core.errors import ImageError, shown
 
 # More than any flat image or firmware; a kernel with its initrd stays below it, too.
 _MAX_SIZE = 4 << 30
 
 _ELF = b"\x7fELF"
+# Compressed files, with their article. Code could begin with the magic numbers of bzip2 and lzma.
+COMPRESSIONS = {"gzip": "a", "xz": "an", "lz4": "an", "zstd": "a"}
 _BZIMAGE_MAGIC = b"HdrS"  # at 0x202 (Linux x86 boot protocol, "The Real-Mode Kernel Header")
 
 
@@ -77,8 +80,9 @@ def detect(data: bytes) -> ImageKind:
         return ImageKind("multiboot", "a multiboot 1 kernel")
     if _has_multiboot(data, _MULTIBOOT2):
         return ImageKind("multiboot2", "a multiboot 2 kernel")
-    if data[:2] == b"\x1f\x8b":
-        return ImageKind("gzip", "a gzip file")
+    packed = compression.detect(data)
+    if packed in COMPRESSIONS:
+        return ImageKind(packed, f"{COMPRESSIONS[packed]} {packed} file")
     if len(data) == 512 and data[510:512] == b"\x55\xaa":
         return ImageKind("boot-sector", "a boot sector, which a BIOS loads at 0x7c00")
     if len(data) >= 0x10000 and len(data) % 4096 == 0 and data[-16] in (0xE9, 0xEA, 0xEB):

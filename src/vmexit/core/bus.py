@@ -21,8 +21,8 @@ State = dict[str, object]
 _FORMATS = {1: "B", 2: "<%dH", 4: "<%dI"}
 
 
-class Device(Protocol):
-    """The guest side of a device: registers at offsets. It knows neither address nor bus."""
+class RegisterBlock(Protocol):
+    """Registers at offsets, as a bus reaches them. They know neither address nor bus."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -37,6 +37,10 @@ class Device(Protocol):
         """Store `value` in the register at `offset`."""
         ...
 
+
+class Stateful(Protocol):
+    """What can be reset, saved and restored."""
+
     def reset(self) -> None:
         """Back to the state after power-on."""
         ...
@@ -48,6 +52,10 @@ class Device(Protocol):
     def restore(self, state: State) -> None:
         """Take over what `state()` gave."""
         ...
+
+
+class Device(RegisterBlock, Stateful, Protocol):
+    """The guest side of a device."""
 
 
 class Bus:
@@ -65,7 +73,9 @@ class Bus:
         self._table: tuple[list[int], list[_Range]] = ([], [])
         self._listeners: list[Callable[[], None]] = []
 
-    def attach(self, base: int, size: int, device: Device, *, overhang: bool = False) -> None:
+    def attach(
+        self, base: int, size: int, device: RegisterBlock, *, overhang: bool = False
+    ) -> None:
         """Let `device` answer at `[base, base + size)`. Raises ConfigError on overlap.
 
         With `overhang`, an access that begins in the range and reaches beyond it is the device's
@@ -99,7 +109,7 @@ class Bus:
         """Call `listener` whenever the answers of `route_read`/`route_write` may differ."""
         self._listeners.append(listener)
 
-    def devices(self) -> list[tuple[int, int, Device]]:
+    def devices(self) -> list[tuple[int, int, RegisterBlock]]:
         """`(base, size, device)` for each, by address."""
         return [(base, end - base, device) for base, end, device, _ in self._table[1]]
 
@@ -142,7 +152,7 @@ class Bus:
             return device.write, offset
         return (self._split_write if self._touches(address, size) else self._no_write), address
 
-    def _find(self, address: int, size: int) -> tuple[Device, int] | None:
+    def _find(self, address: int, size: int) -> tuple[RegisterBlock, int] | None:
         starts, ranges = self._table
         index = bisect_right(starts, address) - 1
         if index < 0:
@@ -177,7 +187,7 @@ class Bus:
 
 
 # Base, end, device, whether it takes accesses that reach beyond the end.
-_Range = tuple[int, int, Device, bool]
+_Range = tuple[int, int, RegisterBlock, bool]
 
 
 def _base(entry: _Range) -> int:

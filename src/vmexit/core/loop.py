@@ -12,6 +12,7 @@ from contextlib import suppress
 from itertools import count
 
 from vmexit.core.errors import HostError
+from vmexit.core.threads import block_signals
 
 _TFD_TIMER_ABSTIME = 1
 _CLOCK_MONOTONIC = 1
@@ -75,17 +76,16 @@ class EventLoop:
                 return
             self._start()
             assert self._poll is not None
-            known = fd in self._watched
             self._watched[fd] = function
             event = select.EPOLLIN | select.EPOLLONESHOT
             try:
-                (self._poll.modify if known else self._poll.register)(fd, event)
+                try:
+                    self._poll.modify(fd, event)
+                except FileNotFoundError:  # not watched yet
+                    self._poll.register(fd, event)
             except PermissionError:  # a regular file, which can be read always
-                self._watched[fd] = function
                 self._ready.append(fd)
                 os.eventfd_write(self._wake_fd, 1)
-            except FileExistsError:
-                self._poll.modify(fd, event)
 
     def unwatch(self, fd: int) -> None:
         """Forget `fd`, before it is closed. Its function may be under way on the loop's thread."""
@@ -134,6 +134,7 @@ class EventLoop:
             self._armed = first
 
     def _main(self) -> None:
+        block_signals()
         assert self._poll is not None
         poll, timer_fd, wake_fd = self._poll, self._timer_fd, self._wake_fd
         while not self._closing:

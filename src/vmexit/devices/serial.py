@@ -1,46 +1,75 @@
-"""A 16550A UART, for guests that poll it: no interrupts, and output is instant.
+"""A 16550A UART. Output is instant, so the transmitter is always empty.
 
-Register names and bits are those of the National PC16550D data sheet, section 8.
+Register names and bits are those of the National PC16550D data sheet, section 8. Breaks, parity and
+framing errors do not exist, and the divisor has no effect. A character timeout, which tells of
+bytes below the trigger level, comes at once instead of after the time of four characters.
 """
 
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from vmexit.core.bus import State
-from vmexit.core.errors import ConfigError
+from vmexit.core.irq import IrqLine
+from vmexit.devices.saved import Saved
 
 # Offsets. RBR, THR and DLL share 0, IER and DLM share 1, by direction and by LCR.DLAB.
 RBR_THR_DLL, IER_DLM, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 
+IER_RECEIVED, IER_THR_EMPTY, IER_LINE_STATUS, IER_MODEM_STATUS = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 LCR_DLAB = 1 << 7
 LSR_DATA_READY, LSR_OVERRUN = 1 << 0, 1 << 1
 LSR_THR_EMPTY, LSR_IDLE = 1 << 5, 1 << 6
-MCR_LOOP = 1 << 4
-IIR_NONE, IIR_FIFO = 0x01, 0xC0
+MCR_OUT2, MCR_LOOP = 1 << 3, 1 << 4
+# What IIR tells, by priority (data sheet, table 5).
+IIR_LINE_STATUS, IIR_RECEIVED, IIR_TIMEOUT, IIR_THR_EMPTY, IIR_MODEM_STATUS, IIR_NONE = (
+    0x06, 0x04, 0x0C, 0x02, 0x00, 0x01,
+)  # fmt: skip
+IIR_FIFO = 0xC0
 FCR_ENABLE, FCR_CLEAR_RECEIVER = 1 << 0, 1 << 1
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 1 << 4, 1 << 5, 1 << 6, 1 << 7
+MSR_TERI = 1 << 2
 
 FIFO_SIZE = 16
+TRIGGER_LEVELS = (1, 4, 8, 14)
+
+# So many reads of LSR in a row, and the guest polls for input. One that only sends reads it once
+# or twice before each byte.
+POLLING_READS = 8
 
 
 class CharBackend(Protocol):
-    """The host side of a serial port. Neither call waits."""
+    """The host side of a serial port. No call waits, and none may call the serial port."""
 
     def write(self, data: bytes) -> None: ...
+
     def read(self, size: int) -> bytes: ...
+
+    def when_readable(self, function: Callable[[], None]) -> None:
+        """Call `function` once, later and from the event loop, when `read` may give something."""
+        ...
 
 
 class Serial:
-    """Any vCPU may enter at any time: one lock guards the registers, and the backend is called
-    without it.
+    """Any vCPU and the event loop may enter at any time: one lock guards the registers, and the
+    backend is called without it.
+
+    Without an interrupt line a guest has to poll, and input is looked for whenever it reads LSR.
+    With one, the backend tells of input, but bytes are taken only for a guest that has enabled the
+    interrupt for them, or polls: what comes before an operating system has set up the port
+    waits on the host, and is not lost when that clears the FIFO.
     """
 
     widths = (1,)
 
-    def __init__(self, backend: CharBackend) -> None:
+    def __init__(self, backend: CharBackend, irq: IrqLine | None = None) -> None:
         self._backend = backend
+        self._irq = irq
         self._lock = threading.Lock()
-        self._polling = threading.Lock()
+        self._taking = threading.Lock()
+        self._level = False  # of the interrupt line
+        self._armed = False  # the backend will call
+        self._unread = b""  # taken from the backend, when room that was for it went away
         self.reset()
 
     def reset(self) -> None:
@@ -50,36 +79,59 @@ class Serial:
             self._divisor = 12
             self._overrun = False
             self._received = bytearray()
+            self._thr_empty = False  # that it became empty has not been told yet
+            self._deltas = 0  # MSR bits 0 to 3
+            self._status_reads = 0
+            self._update()
 
     def read(self, offset: int, size: int) -> int:
-        if offset == LSR:
-            self._poll()
+        if offset == LSR and self._irq is None:
+            self._take()
         with self._lock:
-            return self._read(offset)
+            value = self._read(offset)
+            arm = offset in (LSR, RBR_THR_DLL) and self._must_arm()
+        if arm:
+            self._backend.when_readable(self._readable)
+        return value
 
     def _read(self, offset: int) -> int:
-        if offset == RBR_THR_DLL:
-            if self._lcr & LCR_DLAB:
-                return self._divisor & 0xFF
-            return self._received.pop(0) if self._received else 0
-        if offset == IER_DLM:
-            return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
-        if offset == IIR_FCR:
-            return IIR_NONE | (IIR_FIFO if self._fcr & FCR_ENABLE else 0)
-        if offset == LCR:
-            return self._lcr
-        if offset == MCR:
-            return self._mcr
         if offset == LSR:
+            self._status_reads += 1
+            if self._unread:
+                self._accept()
             status = LSR_THR_EMPTY | LSR_IDLE
             if self._received:
                 status |= LSR_DATA_READY
             if self._overrun:
                 status |= LSR_OVERRUN
                 self._overrun = False
+                self._update()
             return status
+        if offset == RBR_THR_DLL:
+            if self._lcr & LCR_DLAB:
+                return self._divisor & 0xFF
+            if not self._received:
+                return 0
+            byte = self._received.pop(0)
+            self._accept()
+            return byte
+        if offset == IER_DLM:
+            return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
+        if offset == IIR_FCR:
+            cause = self._cause()
+            if cause == IIR_THR_EMPTY:
+                self._thr_empty = False
+                self._update()
+            return cause | (IIR_FIFO if self._fcr & FCR_ENABLE else 0)
+        if offset == LCR:
+            return self._lcr
+        if offset == MCR:
+            return self._mcr
         if offset == MSR:
-            return self._modem_status()
+            status = self._modem_status() | self._deltas
+            self._deltas = 0
+            self._update()
+            return status
         return self._scr
 
     def _modem_status(self) -> int:
@@ -91,65 +143,165 @@ class Serial:
 
     def write(self, offset: int, size: int, value: int) -> None:
         with self._lock:
+            self._status_reads = 0
             out = self._write(offset, value)
+            arm = offset != RBR_THR_DLL and self._must_arm()
         if out:
             self._backend.write(out)
+        if arm:
+            self._backend.when_readable(self._readable)
 
     def _write(self, offset: int, value: int) -> bytes:
         """Store a register; returns what is to be sent."""
         if offset == RBR_THR_DLL:
             if self._lcr & LCR_DLAB:
                 self._divisor = self._divisor & 0xFF00 | value
-            elif self._mcr & MCR_LOOP:
-                self._receive(bytes((value,)))
-            else:
-                return bytes((value,))
-        elif offset == IER_DLM:
+                return b""
+            if self._ier & IER_THR_EMPTY:
+                self._sent()
+            if self._mcr & MCR_LOOP:
+                self._receive(value)
+                return b""
+            return bytes((value,))
+        if offset == IER_DLM:
             if self._lcr & LCR_DLAB:
                 self._divisor = self._divisor & 0xFF | value << 8
             else:
-                self._ier = value & 0x0F
+                self._enable(value & 0x0F)
         elif offset == IIR_FCR:
             if (value ^ self._fcr) & FCR_ENABLE or value & FCR_CLEAR_RECEIVER:
                 self._received.clear()
             self._fcr = value & 0xC9
+            self._accept()
         elif offset == LCR:
             self._lcr = value
         elif offset == MCR:
+            before = self._modem_status()
             self._mcr = value & 0x1F
+            after = self._modem_status()
+            self._deltas |= (before ^ after) >> 4 & ~MSR_TERI
+            if before & ~after & MSR_RI:  # of RI, only the end counts
+                self._deltas |= MSR_TERI
+            self._accept()
         elif offset == SCR:
             self._scr = value
         return b""
 
-    def _receive(self, data: bytes) -> None:
-        room = self._room()
-        self._overrun |= len(data) > room
-        if self._fcr & FCR_ENABLE:
-            self._received += data[:room]
-        else:
-            self._received[:] = data[-1:]  # the last one takes the place of what was not read
+    # Interrupts.
+
+    def _enable(self, ier: int) -> None:
+        """To enable the interrupt for an empty THR raises it, as it is empty."""
+        if ier & ~self._ier & IER_THR_EMPTY:
+            self._thr_empty = True
+        elif not ier & IER_THR_EMPTY:
+            self._thr_empty = False
+        self._ier = ier
+        self._accept()
+
+    def _sent(self) -> None:
+        """THR was filled, which ends its interrupt, and is empty again: another edge."""
+        if self._thr_empty:
+            self._thr_empty = False
+            self._update()
+        self._thr_empty = True
+        self._update()
+
+    def _cause(self) -> int:
+        """The interrupt that IIR shows."""
+        ier = self._ier
+        if not ier or self._irq is None:
+            return IIR_NONE
+        if ier & IER_LINE_STATUS and self._overrun:
+            return IIR_LINE_STATUS
+        if ier & IER_RECEIVED and self._received:
+            trigger = TRIGGER_LEVELS[self._fcr >> 6] if self._fcr & FCR_ENABLE else 1
+            return IIR_RECEIVED if len(self._received) >= trigger else IIR_TIMEOUT
+        if ier & IER_THR_EMPTY and self._thr_empty:
+            return IIR_THR_EMPTY
+        if ier & IER_MODEM_STATUS and self._deltas:
+            return IIR_MODEM_STATUS
+        return IIR_NONE
+
+    def _update(self) -> None:
+        """Give the interrupt line its level.
+
+        On a PC it comes through a gate that OUT2 opens. Looped back, that should be closed, but
+        drivers that test themselves in loopback expect their interrupts.
+        """
+        if self._irq is None:
+            return
+        level = self._mcr & MCR_OUT2 != 0 and self._cause() != IIR_NONE
+        if level is not self._level:
+            self._level = level
+            self._irq.set_level(level)
+
+    # Input.
+
+    def _receive(self, byte: int) -> None:
+        """A byte that was looped back. If there is no room, one is lost: data sheet, 8.4."""
+        full = self._room() <= 0
+        self._overrun |= full
+        if not self._fcr & FCR_ENABLE:
+            self._received[:] = (byte,)  # it takes the place of what was not read
+        elif not full:
+            self._received.append(byte)
+        self._update()
 
     def _room(self) -> int:
         return (FIFO_SIZE if self._fcr & FCR_ENABLE else 1) - len(self._received)
 
-    def _poll(self) -> None:
+    def _wanted(self) -> int:
+        """The number of bytes that may come from outside now."""
+        if self._mcr & MCR_LOOP:
+            return 0
+        if self._irq is None or self._ier & IER_RECEIVED or self._status_reads >= POLLING_READS:
+            return self._room()
+        return 0
+
+    def _accept(self) -> None:
+        """Take what was left over, if there is room for it now."""
+        if self._unread and (wanted := self._wanted()) > 0:
+            self._received += self._unread[:wanted]
+            self._unread = self._unread[wanted:]
+        self._update()
+
+    def _must_arm(self) -> bool:
+        """Whether the backend must be asked to call; it is taken as done."""
+        if self._armed or self._irq is None or self._wanted() <= 0:
+            return False
+        self._armed = True
+        return True
+
+    def _readable(self) -> None:
+        """The backend has something."""
+        self._take()
+        with self._lock:
+            self._armed = False
+            arm = self._must_arm()
+        if arm:
+            self._backend.when_readable(self._readable)
+
+    def _take(self) -> None:
         """Take what the backend has, as much as there is room for: nothing is lost."""
-        if not self._polling.acquire(blocking=False):
+        if not self._taking.acquire(blocking=False):
             return  # another vCPU does it, and the room is for one
         try:
             with self._lock:
-                room = 0 if self._mcr & MCR_LOOP else self._room()
-            data = self._backend.read(room) if room > 0 else b""
+                if self._unread:
+                    self._accept()
+                wanted = self._wanted()
+            data = self._backend.read(wanted) if wanted > 0 else b""
             if data:
                 with self._lock:
-                    self._receive(data)
+                    self._unread += data
+                    self._accept()
         finally:
-            self._polling.release()
+            self._taking.release()
 
     def state(self) -> State:
         with self._lock:
             return {
-                "version": 1,
+                "version": 2,
                 "ier": self._ier,
                 "fcr": self._fcr,
                 "lcr": self._lcr,
@@ -158,22 +310,30 @@ class Serial:
                 "divisor": self._divisor,
                 "overrun": self._overrun,
                 "received": bytes(self._received),
+                "unread": self._unread,
+                "thr_empty": self._thr_empty,
+                "deltas": self._deltas,
             }
 
     def restore(self, state: State) -> None:
         """Raises ConfigError for a state that another version, or something else, has made."""
-        received = state.get("received")
-        numbers = [state.get(k) for k in ("ier", "fcr", "lcr", "mcr", "scr", "divisor")]
-        if (
-            state.get("version") != 1
-            or not isinstance(received, bytes)
-            or len(received) > FIFO_SIZE
-            or not all(isinstance(n, int) and 0 <= n <= 0xFFFF for n in numbers)
-        ):
-            raise ConfigError("this is not the state of a serial port, version 1; save it anew")
+        saved = Saved(state, "a serial port", 2)
+        ier, fcr = saved.number("ier", 0x0F), saved.number("fcr", 0xC9)
+        lcr, mcr = saved.number("lcr", 0xFF), saved.number("mcr", 0x1F)
+        scr, divisor = saved.number("scr", 0xFF), saved.number("divisor", 0xFFFF)
+        overrun, thr_empty = saved.flag("overrun"), saved.flag("thr_empty")
+        deltas = saved.number("deltas", 0x0F)
+        received = saved.data("received", FIFO_SIZE)
+        unread = saved.data("unread", 2 * FIFO_SIZE)
         with self._lock:
-            ier, fcr, lcr, mcr, scr, divisor = (n for n in numbers if isinstance(n, int))
-            self._ier, self._fcr, self._lcr = ier & 0x0F, fcr & 0xC9, lcr & 0xFF
-            self._mcr, self._scr, self._divisor = mcr & 0x1F, scr & 0xFF, divisor
-            self._overrun = bool(state.get("overrun"))
-            self._received = bytearray(received)
+            self._ier, self._fcr, self._lcr, self._mcr = ier, fcr & 0xC9, lcr, mcr
+            self._scr, self._divisor = scr, divisor
+            self._overrun, self._thr_empty, self._deltas = overrun, thr_empty, deltas
+            self._received, self._unread = bytearray(received), unread
+            self._status_reads = 0
+            if self._irq is not None:  # whatever the other end believes
+                self._level = mcr & MCR_OUT2 != 0 and self._cause() != IIR_NONE
+                self._irq.set_level(self._level)
+            arm = self._must_arm()
+        if arm:
+            self._backend.when_readable(self._readable)

@@ -1,21 +1,26 @@
 """The composition root: the one module that knows every part."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Accelerator, Executor, Vcpu, Vm
-from vmexit.arch.x86.layout import COM1_PORT, ROM_MAX_SIZE, ram_ranges
+from vmexit.arch.x86.layout import ACPI_TABLES, ROM_MAX_SIZE, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
 from vmexit.boot.image import ImageKind, detect, read_image
-from vmexit.core.bus import Bus, Device
+from vmexit.core.bus import Bus, Stateful
 from vmexit.core.errors import HostError, ImageError, shown
+from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
+from vmexit.machine.board import Board
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
-from vmexit.machine.stop import Stop, StopReason
+
+if TYPE_CHECKING:
+    from vmexit.devices.irqchip import PcIrqChip
 
 
 class Parts(NamedTuple):
@@ -28,7 +33,7 @@ class Parts(NamedTuple):
     mmio: Bus
     vcpus: list[Vcpu]
     executors: Sequence[Executor]
-    devices: dict[str, Device]
+    devices: dict[str, Stateful]
     serial: str
     closer: ExitStack
 
@@ -39,53 +44,81 @@ class _Engine(NamedTuple):
     accelerator: Accelerator
     vm: Vm
     vcpus: list[Vcpu]
+    chip: "PcIrqChip | None"
+    current: Callable[[], int]
+    """The number of the vCPU that makes an access."""
 
     def close(self) -> None:
         self.vm.close()
         self.accelerator.close()
 
 
-def _open_kvm() -> Accelerator:
+class _Wanted(NamedTuple):
+    """What a VM is made from."""
+
+    config: MachineConfig
+    memory: GuestMemory
+    pio: Bus
+    mmio: Bus
+    loop: EventLoop
+    observer: ExitObserver | None
+
+
+def _create_kvm(wanted: _Wanted) -> _Engine:
     from vmexit.accel.kvm.system import System
 
-    return System()
+    if wanted.config.machine != "bare":
+        raise HostError(
+            f"the {wanted.config.machine} machine runs on the software CPU only, so far; "
+            "use --accel soft"
+        )
+    with ExitStack() as stack:
+        accelerator = System()
+        stack.callback(accelerator.close)
+        vm = accelerator.create_vm(wanted.memory, wanted.pio, wanted.mmio)
+        stack.callback(vm.close)
+        vcpu = vm.create_vcpu(0, wanted.observer)
+        stack.pop_all()
+        return _Engine(accelerator, vm, [vcpu], None, lambda: 0)
 
 
-def _open_soft() -> Accelerator:
+def _create_soft(wanted: _Wanted) -> _Engine:
     from vmexit.accel.soft.engine import SoftAccelerator
 
-    return SoftAccelerator()
-
-
-_OPEN = {"kvm": _open_kvm, "soft": _open_soft}
-
-
-def _create(
-    accel: str, memory: GuestMemory, pio: Bus, mmio: Bus, observer: ExitObserver | None
-) -> _Engine:
-    """A VM with one vCPU on accelerator `kvm` or `soft`. Raises HostError."""
+    config = wanted.config
     with ExitStack() as stack:
-        accelerator = _OPEN[accel]()
+        accelerator = SoftAccelerator()
         stack.callback(accelerator.close)
-        vm = accelerator.create_vm(memory, pio, mmio)
+        vm = accelerator.create_vm(wanted.memory, wanted.pio, wanted.mmio, config.smp)
         stack.callback(vm.close)
-        engine = _Engine(accelerator, vm, [vm.create_vcpu(0, observer, None)])
+        chip = None
+        if config.machine == "microvm":
+            from vmexit.accel.soft.cpuid import CRYSTAL_HZ
+            from vmexit.devices.irqchip import PcIrqChip
+
+            chip = PcIrqChip(config.smp, wanted.loop, CRYSTAL_HZ, vm.attention)
+        vcpus: list[Vcpu] = [
+            vm.create_vcpu(i, wanted.observer, chip.vcpus[i] if chip is not None else None)
+            for i in range(config.smp)
+        ]
         stack.pop_all()
-        return engine
+        return _Engine(accelerator, vm, vcpus, chip, lambda: vm.current)
 
 
-def _create_any(
-    accel: str, memory: GuestMemory, pio: Bus, mmio: Bus, observer: ExitObserver | None
-) -> tuple[_Engine, str]:
-    """`_create()` on the accelerator asked for, `auto` being the first possible; and why it is."""
+_CREATE = {"kvm": _create_kvm, "soft": _create_soft}
+
+
+def _create(wanted: _Wanted) -> tuple[_Engine, str]:
+    """A VM on the accelerator asked for, `auto` being the first possible; and why it is that."""
+    accel = wanted.config.accel
     if accel != "auto":
-        return _create(accel, memory, pio, mmio, observer), "asked for"
+        return _CREATE[accel](wanted), "asked for"
     try:
-        return _create("kvm", memory, pio, mmio, observer), "KVM is usable"
+        return _create_kvm(wanted), "KVM is usable"
     except HostError as error:
         no_kvm = str(error).partition(";")[0]
     try:
-        return _create("soft", memory, pio, mmio, observer), no_kvm
+        return _create_soft(wanted), no_kvm
     except HostError as error:
         raise HostError(f"no accelerator is usable: {no_kvm}, and {error}") from error
 
@@ -101,23 +134,28 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         stack.callback(memory.close)
         entry = _load(config, memory)
         pio, mmio = Bus("port"), Bus("MMIO")
-        devices, where = _attach_devices(config, pio, request, stack.callback)
-        engine, why = _create_any(config.accel, memory, pio, mmio, observer)
+        loop = EventLoop(request.fail)
+        stack.callback(loop.close)
+        engine, why = _create(_Wanted(config, memory, pio, mmio, loop, observer))
         stack.callback(engine.close)
+        board = Board(config, pio, mmio, request, loop, stack.callback)
+        board.attach_common(engine.chip)
+        if engine.chip is not None:
+            board.attach_pc(engine.chip, engine.current)
+        stack.callback(loop.close)  # again, and now before what it watches
         first = engine.vcpus[0]
         first.set_system_registers(entry.system)
         first.set_registers(entry.registers)
-        accel = engine.accelerator.name
         return Parts(
-            accel,
+            engine.accelerator.name,
             why,
             memory,
             pio,
             mmio,
             engine.vcpus,
             engine.vm.executors,
-            devices,
-            where,
+            board.devices,
+            board.serial_where,
             stack.pop_all(),
         )
 
@@ -127,6 +165,8 @@ def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:
         return firmware.load(
             memory, read_image(config.firmware, limit=ROM_MAX_SIZE, what="firmware")
         )
+    if config.kernel is not None:
+        return _load_kernel(config, config.kernel, memory)
     image = None
     if config.image is not None:
         at = config.load_address
@@ -138,53 +178,32 @@ def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:
     return flat.start(memory, config.entry, config.mode, image, config.segment)
 
 
+def _load_kernel(
+    config: MachineConfig, path: "str | os.PathLike[str]", memory: GuestMemory
+) -> BootEntry:
+    from vmexit.arch.x86 import acpi
+    from vmexit.boot import linux
+
+    kernel = read_image(path, what="kernel")
+    initrd = None
+    if config.initrd is not None:
+        initrd = read_image(config.initrd, limit=config.memory, what="initrd")
+    memory.write(ACPI_TABLES, acpi.build(config.smp, ACPI_TABLES))
+    protocol, rsdp = config.protocol, ACPI_TABLES
+    return linux.load(memory, kernel, initrd, config.append, protocol=protocol, rsdp=rsdp).entry
+
+
 def _require_flat(path: str, kind: ImageKind, entry: int, at: int) -> None:
     """Raises ImageError for what cannot run as it is, or not from there."""
     remedy = {
         "elf": f"`vmexit inspect {shown(path)}` shows how to convert it",
         "gzip": "unpack it with gunzip",
-        "bzimage": "vmexit does not boot Linux yet",
+        "xz": "unpack it with unxz",
+        "lz4": "unpack it with unlz4",
+        "zstd": "unpack it with unzstd",
+        "bzimage": f"use --kernel {shown(path)}",
     }.get(kind.name, "")
     if kind.name == "boot-sector" and not at <= entry < at + 512:
         remedy = "use --load-address 0x7c00 --entry 0:0x7c00"
     if remedy:
         raise ImageError(f"{shown(path)} is {kind.description}, not a flat image; {remedy}")
-
-
-def _attach_devices(
-    config: MachineConfig,
-    pio: Bus,
-    request: StopRequest,
-    on_close: Callable[[Callable[[], None]], object],
-) -> tuple[dict[str, Device], str]:
-    devices: dict[str, Device] = {}
-    where = ""
-
-    def attach(name: str, port: int, size: int, device: Device, overhang: bool = False) -> None:
-        pio.attach(port, size, device, overhang=overhang)
-        devices[name] = device
-
-    if config.serial is not None:
-        from vmexit.backends.chardev import open_chardev
-        from vmexit.devices.serial import Serial
-
-        backend = open_chardev(config.serial, request.pending)
-        on_close(backend.close)
-        where = backend.where
-        attach("serial", COM1_PORT, 8, Serial(backend))
-    if config.debugcon is not None:
-        from vmexit.backends.chardev import File, Stdio
-        from vmexit.devices.debugcon import Debugcon
-
-        port, path = config.debugcon
-        log = File(path, request.pending) if path else Stdio(request.pending)
-        on_close(log.close)
-        attach("debugcon", port, 1, Debugcon(log.write))
-    if config.debug_exit is not None:
-        from vmexit.devices.debug_exit import DebugExit
-
-        def end(value: int) -> None:
-            request(Stop(StopReason.DEBUG_EXIT, value=value, detail=f"the guest wrote {value:#x}"))
-
-        attach("debug-exit", config.debug_exit, 1, DebugExit(end), overhang=True)
-    return devices, where

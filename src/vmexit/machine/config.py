@@ -16,6 +16,10 @@ from vmexit.core.errors import ConfigError
 from vmexit.core.memory import PAGE_SIZE
 
 ACCELERATORS = ("auto", "kvm", "soft")
+MACHINES = ("bare", "microvm")
+PROTOCOLS = ("auto", "pvh", "elf", "64", "32", "16")
+
+MAX_CPUS = 64
 
 DEFAULT_MEMORY = 128 << 20
 DEFAULT_DEBUG_EXIT = 0xF4
@@ -46,7 +50,7 @@ def parse_size(text: str | int) -> int:
     raise ConfigError(f"{short!r} is no size; use bytes, or 512K, 128M, 1G")
 
 
-_REQUIRED = frozenset(("memory", "load_address", "entry"))
+_REQUIRED = frozenset(("memory", "load_address", "entry", "smp"))
 
 
 class _Options(NamedTuple):
@@ -61,6 +65,12 @@ class _Options(NamedTuple):
     debugcon: tuple[int, str] | None = None
     debug_exit: int | None = DEFAULT_DEBUG_EXIT
     segment: int | None = None
+    machine: str = "bare"
+    smp: int = 1
+    kernel: str | os.PathLike[str] | None = None
+    initrd: str | os.PathLike[str] | None = None
+    append: str = ""
+    protocol: str = "auto"
 
 
 class MachineConfig(_Options):
@@ -89,7 +99,7 @@ class MachineConfig(_Options):
             return MachineConfig(**{**self._asdict(), **options})
 
     def _check(self) -> None:
-        for name in ("memory", "load_address", "entry", "segment", "debug_exit"):
+        for name in ("memory", "load_address", "entry", "segment", "debug_exit", "smp"):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name in _REQUIRED):
                 raise ConfigError(f"{name} takes a number, not {value!r}")
@@ -99,8 +109,13 @@ class MachineConfig(_Options):
             raise ConfigError(f"there is no accelerator {self.accel!r}; use auto, kvm or soft")
         if self.mode not in MODES:
             raise ConfigError(f"there is no CPU mode {self.mode!r}; use real, protected or long")
-        if self.image is not None and self.firmware is not None:
-            raise ConfigError("an image and --firmware both want to start; give one of them")
+        if self.machine not in MACHINES:
+            raise ConfigError(f"there is no machine {self.machine!r}; use bare or microvm")
+        self._check_start()
+        if not 1 <= self.smp <= MAX_CPUS:
+            raise ConfigError(f"{self.smp} vCPUs cannot be; use --smp 1 to {MAX_CPUS}")
+        if self.machine == "bare" and self.smp > 1:
+            raise ConfigError("the bare machine has one vCPU; use --machine microvm")
         self._check_memory()
         for name, address in (("load address", self.load_address), ("entry", self.entry)):
             if not 0 <= address < PHYSICAL_END:
@@ -120,6 +135,23 @@ class MachineConfig(_Options):
         for name, port in ports:
             if not 0 <= port <= 0xFFFF:
                 raise ConfigError(f"{name}: {port:#x} is no port; use 0 to 0xffff")
+
+    def _check_start(self) -> None:
+        """What is to run is one thing, and what belongs to a kernel has one."""
+        starts = {"an image": self.image, "--firmware": self.firmware, "--kernel": self.kernel}
+        given = [name for name, value in starts.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} both want to start; give one of them")
+        if self.kernel is None:
+            for name, value in (("--initrd", self.initrd), ("--append", self.append or None)):
+                if value is not None:
+                    raise ConfigError(f"{name} is for a kernel; give --kernel, too")
+        elif self.machine == "bare":
+            raise ConfigError("a kernel needs interrupts and timers; use --machine microvm")
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(
+                f"there is no boot protocol {self.protocol!r}; use {', '.join(PROTOCOLS)}"
+            )
 
     def _check_memory(self) -> None:
         size = self.memory

@@ -207,6 +207,12 @@ class Machine:
         debugcon: tuple[int, str] | None = None,
         debug_exit: int | None = DEFAULT_DEBUG_EXIT,
         segment: int | None = None,
+        machine: str | None = None,
+        smp: int = 1,
+        kernel: str | os.PathLike[str] | None = None,
+        initrd: str | os.PathLike[str] | None = None,
+        append: str = "",
+        protocol: str = "auto",
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -218,6 +224,9 @@ class Machine:
         `serial` puts a UART at port 0x3f8 (`stdio`, `null`, `file:PATH`, `unix:PATH`,
         `tcp:HOST:PORT`, `pty`), `debugcon` a debug console (port, and the path of a file or ""
         for standard output); `debug_exit` is the port that ends a run, None for no such port.
+        A Linux `kernel` starts with its `initrd` and the command line `append`, by boot `protocol`
+        (`auto`, `pvh`, `elf`, `64`, `32`, `16`), on `machine` `microvm`: a PC without PCI, with
+        `smp` vCPUs. The other machine is `bare`, which has no interrupts.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -234,6 +243,12 @@ class Machine:
             debugcon=debugcon,
             debug_exit=debug_exit,
             segment=segment,
+            machine=machine or ("bare" if kernel is None else "microvm"),
+            smp=smp,
+            kernel=kernel,
+            initrd=initrd,
+            append=append,
+            protocol=protocol,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for
@@ -250,7 +265,7 @@ class Machine:
         self._entry = config.entry if config.image is not None else None
         self._closed = False
         self._within = Within()
-        self._loaded = config.image is not None or config.firmware is not None
+        self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
         self._parts = parts = builder.build(config, self._request, observer)
         self._runner = Runner(parts.executors, self._request)

@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import signal
 import threading
 import weakref
 from collections.abc import Sequence
@@ -13,23 +12,15 @@ from typing import NamedTuple
 
 from vmexit.accel.base import Executor, Exit, ExitReason
 from vmexit.core.errors import HostError, VmexitError
+from vmexit.core.threads import block_signals
 from vmexit.machine.stop import Stop, StopReason, stop_from_exit
-
-# What a thread does to itself must not be blocked: its faults, and writing to a closed pipe.
-_NEVER_BLOCKED = {
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGILL,
-    signal.SIGFPE,
-    signal.SIGABRT,
-    signal.SIGPIPE,
-}
-_BLOCKED = signal.valid_signals() - _NEVER_BLOCKED  # here, because it takes 80 µs
-
 
 # How soon a vCPU that a kick has missed is kicked again.
 _SETTLE_SECONDS = 0.05
 
+
+# What a guest asks of a device outlives what it does after that.
+_ASKED_BY_GUEST = (StopReason.DEBUG_EXIT, StopReason.POWEROFF, StopReason.RESET)
 
 _runners: "weakref.WeakSet[Runner]" = weakref.WeakSet()
 
@@ -60,6 +51,8 @@ class StopRequest:
         self._executors: Sequence[Executor] = ()
         self._running = False
         self.stop: Stop | None = None
+        self._error: BaseException | None = None
+        self._left = False
 
     def listen(self, executors: Sequence[Executor]) -> None:
         """Kick these from now on."""
@@ -70,6 +63,8 @@ class StopRequest:
         with self._lock:
             self.stop = None
             self._running = True
+            if self._left:
+                self(Stop(StopReason.STOPPED))
 
     def pending(self) -> bool:
         """Whether the run under way is to end: nothing should wait for long."""
@@ -79,6 +74,28 @@ class StopRequest:
         """The run is over."""
         with self._lock:
             self._running = False
+
+    def fail(self, error: BaseException) -> None:
+        """A device has failed outside the vCPUs' threads: the run under way, or the next, raises.
+
+        The first failure counts.
+        """
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            self(Stop(StopReason.STOPPED))
+
+    def leave(self) -> None:
+        """The user wants to leave: the run under way ends, and so does every later one."""
+        with self._lock:
+            self._left = True
+            self(Stop(StopReason.STOPPED))
+
+    def take_error(self) -> BaseException | None:
+        """What `fail()` was given."""
+        with self._lock:
+            error, self._error = self._error, None
+            return error
 
     def __call__(self, stop: Stop) -> bool:
         """End the run under way with `stop`, unless it ends already. False if there is none."""
@@ -134,8 +151,7 @@ class _VcpuThread:
         self.thread.join()
 
     def _main(self) -> None:
-        # The program's signals are for its own threads.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        block_signals()
         executor = self._executor
         attached = False
         try:
@@ -209,6 +225,7 @@ class Runner:
         self._settle()  # in case a run was left twice by exceptions
         self._request.begin()
         self._number += 1
+        self._raise_failure()
         try:
             for thread in self._threads:
                 thread.go(self._number)
@@ -245,7 +262,13 @@ class Runner:
         for report in reports:
             if report.error is not None:
                 raise report.error
+        self._raise_failure()
         return self._verdict(reports)
+
+    def _raise_failure(self) -> None:
+        error = self._request.take_error()
+        if error is not None:
+            raise error
 
     def _settle(self) -> None:
         """Stop all vCPUs, whatever state an exception has left them in.
@@ -260,7 +283,7 @@ class Runner:
 
     def _verdict(self, reports: list[_Report]) -> Stop:
         request = self._request.stop
-        if request is not None and request.reason is StopReason.DEBUG_EXIT:
+        if request is not None and request.reason in _ASKED_BY_GUEST:
             return request
         for report in reports:
             if report.exit is not None and report.exit.reason is not ExitReason.INTERRUPTED:

@@ -108,7 +108,7 @@ class Cpuid:
             shift, count, kind = levels[subleaf]
             return shift, count, kind << 8 | subleaf, cpu
         if leaf == 0x15:
-            return CRYSTAL_HZ // 1000, self.tsc_khz(), CRYSTAL_HZ, 0
+            return (*_ratio(self.tsc_khz()), CRYSTAL_HZ, 0)
         if leaf == 0x16:
             megahertz = self.tsc_khz() // 1000
             return megahertz, megahertz, CRYSTAL_HZ // 1_000_000, 0
@@ -132,6 +132,16 @@ class Cpuid:
             a, b, c, d = self._native(leaf, 0)
             return (a, 0, 0, 0) if leaf == _MAX_EXTENDED else (0, 0, c, 0)
         return _ZERO
+
+
+def _ratio(tsc_khz: int) -> tuple[int, int]:
+    """Denominator and numerator of the TSC's frequency to the crystal's, within a few ppm.
+
+    As large as possible, but Linux multiplies the numerator and kHz of the crystal in 32 bits.
+    """
+    crystal_khz = CRYSTAL_HZ // 1000
+    denominator = max(((1 << 32) - crystal_khz) // max(tsc_khz, 1), 1)
+    return denominator, round(tsc_khz * denominator / crystal_khz)
 
 
 def _words(text: bytes) -> tuple[int, int, int]:

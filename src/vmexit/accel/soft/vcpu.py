@@ -27,7 +27,8 @@ class SoftVcpu:
         self.context = 0  # the engine's, by address
         self.halted = False
         self.nmi = False  # a non-maskable interrupt waits
-        self.waits_for_sipi = False
+        # All but the first wait for it after reset (Intel SDM vol. 3, 9.4.1).
+        self.waits_for_sipi = interrupts is not None and index > 0
         self._processor = processor
         processor.add(self)
 

@@ -35,8 +35,79 @@ IDENTITY_MAP_MIN = MMIO_HOLE_END
 # And as much as one page of page directory pointers reaches.
 IDENTITY_MAP_MAX = 512 << 30
 
-# COM1: the first serial port of a PC.
+# What a kernel finds in low memory. A kernel itself is at 1 MiB or above.
+# The BIOS data area: the segment of the EBDA and the size of base memory, which Linux reads.
+BDA_EBDA_SEGMENT = 0x40E
+BDA_BASE_MEMORY_KIB = 0x413
+# A GDT, in the first bytes behind the BIOS data area.
+KERNEL_GDT = 0x500
+# A page for the PVH start info with its module list and memory map, one for Linux's boot_params,
+# and six for the map of the first 4 GiB that the 64-bit protocol starts with.
+PVH_START_INFO = 0x6000
+ZERO_PAGE = 0x7000
+KERNEL_PAGE_TABLES = 0x9000
+# The 64 KiB segment in which Linux's real-mode setup code runs, with its heap and stack at the end.
+REAL_MODE_SETUP = 0x1_0000
+# Before boot protocol 2.02 setup code moves itself to 0x90000, so it is put there at once.
+REAL_MODE_SETUP_OLD = 0x9_0000
+# The command line is above the heap of the setup code (Linux boot.rst, cmd_line_ptr).
+KERNEL_CMDLINE = 0x2_0000
+KERNEL_CMDLINE_END = 0x3_0000
+# The stub that real-mode setup code calls instead of a BIOS.
+BIOS_STUB = 0xF_F000
+# Base memory ends with 1 KiB of extended BIOS data area, which ends at the VGA window.
+EBDA_START = 0x9_FC00
+EBDA_END = 0xA_0000
+# ACPI tables: the OS looks for the RSDP from here to 1 MiB (ACPI 6.4, 5.2.5.1).
+ACPI_TABLES = 0xE_0000
+HIGH_MEMORY = 0x10_0000
+
+# APICs at their architectural addresses (Intel SDM vol. 3, 12.4.1; 82093AA data sheet, 3.0).
+LAPIC_ADDRESS = 0xFEE0_0000
+LAPIC_SIZE = 0x1000
+IOAPIC_ADDRESS = 0xFEC0_0000
+IOAPIC_SIZE = 0x20
+
+# Power management, where QEMU's PC has it, too: Linux and others find it by the FADT.
+PM1A_EVENT_PORT = 0x600
+PM1A_CONTROL_PORT = 0x604
+PM_TIMER_PORT = 0x608
+# The reset control register of a PC's south bridge; 6 is a full reset.
+RESET_PORT = 0xCF9
+RESET_VALUE = 0x06
+# S5, soft off: the sleep type that the guest writes to PM1a_CNT.
+SLEEP_TYPE_S5 = 5
+SCI_IRQ = 9
+
+# COM1: the first serial port of a PC, and its interrupt.
 COM1_PORT = 0x3F8
+COM1_GSI = 4
+
+# The devices of a PC/AT, where every system looks for them without asking (IBM PC/AT Technical
+# Reference, system board I/O addresses), and the inputs of the interrupt controller they are at.
+PIC_MASTER_PORT = 0x20
+PIC_SLAVE_PORT = 0xA0
+# The edge/level control of both PICs, which came with EISA (82371 PIIX, ELCR1 and ELCR2).
+ELCR_PORT = 0x4D0
+PIT_PORT = 0x40
+PIT_GSI = 0
+# System control port B: gate and output of PIT channel 2, speaker, refresh.
+PORT61 = 0x61
+RTC_PORT = 0x70
+RTC_GSI = 8
+# Two ports that are not neighbours: port 0x61 is between them.
+I8042_DATA_PORT = 0x60
+I8042_COMMAND_PORT = 0x64
+KEYBOARD_GSI = 1
+MOUSE_GSI = 12
+# System control port A of the PS/2: A20 and fast reset.
+PORT92 = 0x92
+# The reset control register is in the middle of the ports of PCI configuration mechanism #1, whose
+# address is written there as 32 bits. Its device takes all four, so that this is no reset.
+RESET_CONTROL_PORTS = 0xCF8
+# PM1a event and control block and PM timer as one device.
+ACPI_PM_PORT = PM1A_EVENT_PORT
+ACPI_PM_SIZE = 12
 
 
 def ram_ranges(size: int) -> list[tuple[int, int]]:

@@ -1,0 +1,167 @@
+"""The terminal that the program was started from, as a guest's console.
+
+It is switched to raw mode: each key goes to the guest at once, Ctrl-C among them. Ctrl-A begins a
+command to vmexit instead. Output keeps its processing, so that a guest's bare line feed begins a
+line at the left.
+"""
+
+import atexit
+import os
+import sys
+import termios
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from vmexit.backends.wait import Ending, write_all
+from vmexit.core.errors import HostError
+from vmexit.core.loop import EventLoop
+
+_ESCAPE = 0x01  # Ctrl-A
+_QUIT, _HELP = b"xX", b"hH?"
+
+_HELP_TEXT = b"""\r
+Ctrl-A x       quit vmexit\r
+Ctrl-A h       this help\r
+Ctrl-A Ctrl-A  send Ctrl-A to the guest\r
+"""
+
+# What waits for a guest that does not read: more than anyone pastes.
+_LIMIT = 1 << 20
+
+
+def is_our_terminal(fd: int) -> bool:
+    """Whether `fd` is a terminal that this process may use: it is not some other job's."""
+    if not os.isatty(fd):
+        return False
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:  # not the terminal of this session, which stops nobody
+        return True
+
+
+class Console:
+    """Standard input, a terminal, and standard output. `leave()` is called at Ctrl-A x.
+
+    Input is read as it comes, also while the guest does not, so that a command is seen.
+    """
+
+    where = "this terminal (Ctrl-A x quits, Ctrl-A h helps)"
+
+    def __init__(self, loop: EventLoop, ending: Ending, leave: Callable[[], None]) -> None:
+        self._loop = loop
+        self._ending = ending
+        self._leave = leave
+        self._lock = threading.Lock()
+        self._input = bytearray()
+        self._escaped = False  # Ctrl-A was the last key
+        self._paused = False  # too much waits
+        self._waiting: Callable[[], None] | None = None
+        self._soon = loop.timer(self._call_waiting)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        try:
+            self._before: list[int | list[bytes | int]] | None = termios.tcgetattr(0)
+            self._set_raw()
+        except termios.error as error:
+            raise HostError(
+                f"cannot set the terminal up: {error.args[-1]}; use --serial pty"
+            ) from error
+        atexit.register(self._restore)
+        loop.watch(0, self._take)
+
+    def _set_raw(self) -> None:
+        mode = termios.tcgetattr(0)
+        iflag, oflag, cflag, lflag = 0, 1, 2, 3
+        mode[iflag] &= ~(
+            termios.IGNBRK
+            | termios.BRKINT
+            | termios.PARMRK
+            | termios.ISTRIP
+            | termios.INLCR
+            | termios.IGNCR
+            | termios.ICRNL
+            | termios.IXON
+        )
+        mode[oflag] |= termios.OPOST
+        mode[cflag] = mode[cflag] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
+        mode[lflag] &= ~(
+            termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN
+        )
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+
+    def _restore(self) -> None:
+        before, self._before = self._before, None
+        if before is not None:
+            with suppress(termios.error):  # the terminal is gone
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+    def write(self, data: bytes) -> None:
+        try:
+            write_all(1, data, float("inf"), self._ending)
+        except OSError as error:
+            raise HostError(
+                f"cannot write the guest's output: {error.strerror}; send it elsewhere"
+            ) from error
+
+    def read(self, size: int) -> bytes:
+        with self._lock:
+            data = bytes(self._input[:size])
+            del self._input[:size]
+            if self._paused and len(self._input) < _LIMIT:
+                self._paused = False
+                self._loop.watch(0, self._take)
+            return data
+
+    def when_readable(self, function: Callable[[], None]) -> None:
+        """Call `function` once, from the loop, when there is input."""
+        with self._lock:
+            self._waiting = function
+            if self._input:
+                self._soon.set(self._loop.now())
+
+    def _take(self) -> None:
+        """There is input, or the terminal is gone."""
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""
+        if not data:
+            return
+        with self._lock:
+            for key in data:
+                self._key(key)
+            self._paused = len(self._input) >= _LIMIT
+            if not self._paused:
+                self._loop.watch(0, self._take)
+            some = bool(self._input)
+        if some:
+            self._call_waiting()
+
+    def _key(self, key: int) -> None:
+        if not self._escaped:
+            if key == _ESCAPE:
+                self._escaped = True
+            else:
+                self._input.append(key)
+            return
+        self._escaped = False
+        if key in _QUIT:
+            self._leave()
+        elif key in _HELP:
+            write_all(1, _HELP_TEXT, 1, self._ending)
+        elif key == _ESCAPE:
+            self._input.append(key)
+
+    def _call_waiting(self) -> None:
+        with self._lock:
+            function, self._waiting = self._waiting, None
+        if function is not None:
+            function()
+
+    def close(self) -> None:
+        """Give the terminal back as it was."""
+        self._loop.unwatch(0)
+        self._soon.set(None)
+        self._restore()
+        atexit.unregister(self._restore)

@@ -1,0 +1,1 @@
+"""Kernels and initial RAM disks made from the packages of a distribution."""

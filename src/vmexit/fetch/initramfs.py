@@ -1,0 +1,48 @@
+"""An initial RAM disk that needs nothing but busybox: it loads modules, and runs a shell."""
+
+import gzip
+import stat
+from collections.abc import Iterable
+
+from vmexit.fetch.cpio import Entry, archive, executable, file, folder
+
+_FOLDERS = ("bin", "dev", "proc", "sys", "tmp", "root", "etc", "run", "mnt", "modules")
+
+# cttyhack makes the console the shell's controlling terminal; without one Ctrl-C does nothing.
+_INIT = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/root TERM=linux
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+ifconfig lo 127.0.0.1 up
+for module in {modules}; do insmod /modules/$module.ko; done
+cat /etc/motd
+cd /root
+setsid cttyhack sh
+echo "The shell has ended: power off."
+poweroff -f
+"""
+
+MOTD = "vmexit guest: a busybox shell. `poweroff -f` ends it, `reboot -f` too.\n"
+
+
+def init_script(modules: Iterable[str] = ()) -> str:
+    """What the guest runs first."""
+    return _INIT.format(modules=" ".join(modules))
+
+
+def initramfs(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
+    """The gzipped archive. `modules` are loaded in this order."""
+    entries = [folder(name) for name in _FOLDERS]
+    # The kernel opens it for init before init can mount anything (the numbers are Linux's own,
+    # Documentation/admin-guide/devices.txt).
+    entries.append(Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)))
+    entries.append(executable("bin/busybox", busybox))
+    entries.append(executable("init", init_script(name for name, _ in modules).encode()))
+    entries.append(file("etc/motd", MOTD.encode()))
+    entries += [file(f"modules/{name}.ko", content) for name, content in modules]
+    return gzip.compress(archive(entries), 6, mtime=0)

@@ -1,0 +1,87 @@
+"""Kernel modules: which files a module needs, and in which order they are loaded."""
+
+import lzma
+import re
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from pathlib import PurePosixPath
+
+from vmexit.core.errors import ConfigError
+
+_SUFFIX = re.compile(r"\.ko(\.xz|\.gz|\.zst)?$")
+
+
+def module_name(path: str) -> str | None:
+    """The name of the module in the file `path`, None if it is none."""
+    name = PurePosixPath(path).name
+    found = _SUFFIX.search(name)
+    return _canonical(name[: found.start()]) if found else None
+
+
+def _canonical(name: str) -> str:
+    return name.replace("-", "_")  # for the kernel both are the same
+
+
+class Modules:
+    """The modules of one kernel. `read` gives the content of a file in its package."""
+
+    def __init__(
+        self, paths: Iterable[str], builtin: Iterable[str], read: Callable[[str], bytes]
+    ) -> None:
+        """`paths` are the files there are, `builtin` what the kernel contains already."""
+        self._paths = {name: path for path in paths if (name := module_name(path)) is not None}
+        self._builtin = {name for path in builtin if (name := module_name(path)) is not None}
+        self._read = read
+
+    def in_order(self, wanted: Iterable[str]) -> list[tuple[str, bytes]]:
+        """`(name, content)` of the modules wanted and those they need, each after what it needs.
+
+        Raises ConfigError for a module that the kernel does not have.
+        """
+        found: dict[str, bytes] = {}
+        for name in wanted:
+            self._add(_canonical(name), found, frozenset())
+        return list(found.items())
+
+    def _add(self, name: str, found: dict[str, bytes], above: frozenset[str]) -> None:
+        if name in found or name in self._builtin or name in above:
+            return
+        if name not in self._paths:
+            close = [other for other in self._paths if name in other or other in name][:3]
+            hint = f"it has {', '.join(sorted(close))}" if close else "check the name"
+            raise ConfigError(f"this kernel has no module {name!r}; {hint}")
+        content = _unpacked(self._paths[name], self._read(self._paths[name]))
+        for other in dependencies(content):
+            self._add(other, found, above | {name})
+        found[name] = content
+
+
+def _unpacked(path: str, content: bytes) -> bytes:
+    # busybox's insmod takes plain files only.
+    if path.endswith(".xz"):
+        return lzma.decompress(content)
+    if path.endswith(".gz"):
+        import gzip
+
+        return gzip.decompress(content)
+    if path.endswith(".zst"):
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompressobj().decompress(content)
+    return content
+
+
+def dependencies(module: bytes) -> list[str]:
+    """The names of the modules that this one needs: `depends=` in its section .modinfo."""
+    from elftools.elf.elffile import ELFFile
+
+    section = ELFFile(BytesIO(module)).get_section_by_name(".modinfo")
+    if section is None:
+        return []
+    for line in section.data().split(b"\0"):
+        key, _, value = line.partition(b"=")
+        if key == b"depends":
+            return [
+                _canonical(name) for name in value.decode("ascii", "replace").split(",") if name
+            ]
+    return []

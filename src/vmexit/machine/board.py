@@ -1,0 +1,113 @@
+"""The devices of a machine: which there are, and where the guest finds them."""
+
+from collections.abc import Callable
+
+from vmexit.arch.x86 import layout
+from vmexit.core.bus import Bus, Device, Stateful
+from vmexit.core.irq import IrqLine
+from vmexit.core.loop import EventLoop
+from vmexit.devices.irqchip import PcIrqChip
+from vmexit.machine.config import MachineConfig
+from vmexit.machine.runner import StopRequest
+from vmexit.machine.stop import Stop, StopReason
+
+OnClose = Callable[[Callable[[], None]], object]
+
+
+class Board:
+    """Attaches devices to the buses; `devices` are those attached, by name."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        pio: Bus,
+        mmio: Bus,
+        request: StopRequest,
+        loop: EventLoop,
+        on_close: OnClose,
+    ) -> None:
+        """`on_close` takes what is to be called at the end, last first."""
+        self._config = config
+        self._pio = pio
+        self._mmio = mmio
+        self._request = request
+        self._loop = loop
+        self._on_close = on_close
+        self.devices: dict[str, Stateful] = {}
+        self.serial_where = ""
+
+    def _port(self, name: str, port: int, size: int, device: Device, *, wide: bool = False) -> None:
+        self._pio.attach(port, size, device, overhang=wide)
+        self.devices[name] = device
+
+    def _stop(self, reason: StopReason, detail: str) -> Callable[[], None]:
+        def stop() -> None:
+            self._request(Stop(reason, detail=detail))
+
+        return stop
+
+    def attach_common(self, chip: PcIrqChip | None) -> None:
+        """What every machine has: serial port, debug console, debug-exit port."""
+        config = self._config
+        if config.serial is not None:
+            from vmexit.backends.chardev import open_chardev
+            from vmexit.devices.serial import Serial
+
+            backend = open_chardev(
+                config.serial, self._loop, self._request.pending, self._request.leave
+            )
+            self._on_close(backend.close)
+            self.serial_where = backend.where
+            irq = IrqLine(chip, layout.COM1_GSI) if chip is not None else None
+            self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq))
+        if config.debugcon is not None:
+            from vmexit.backends.chardev import File, Stdout
+            from vmexit.devices.debugcon import Debugcon
+
+            port, path = config.debugcon
+            pending = self._request.pending
+            log = File(path, pending) if path else Stdout(pending)
+            self._on_close(log.close)
+            self._port("debugcon", port, 1, Debugcon(log.write))
+        if config.debug_exit is not None:
+            from vmexit.devices.debug_exit import DebugExit
+
+            def end(value: int) -> None:
+                detail = f"the guest wrote {value:#x}"
+                self._request(Stop(StopReason.DEBUG_EXIT, value=value, detail=detail))
+
+            self._port("debug-exit", config.debug_exit, 1, DebugExit(end), wide=True)
+
+    def attach_pc(self, chip: PcIrqChip, current: Callable[[], int]) -> None:
+        """What a kernel expects of a PC. `current()` is the vCPU that makes an access."""
+        from vmexit.devices.cmos import Cmos
+        from vmexit.devices.i8042 import I8042
+        from vmexit.devices.pit import Pit
+        from vmexit.devices.system_ports import AcpiPm, Port92, ResetControl
+
+        def irq(gsi: int) -> IrqLine:
+            return IrqLine(chip, gsi)
+
+        reset = self._stop(StopReason.RESET, "the guest asked for a reset")
+        power_off = self._stop(StopReason.POWEROFF, "the guest switched the power off")
+        self._mmio.attach(layout.LAPIC_ADDRESS, layout.LAPIC_SIZE, chip.lapic_page(current))
+        self._mmio.attach(layout.IOAPIC_ADDRESS, layout.IOAPIC_SIZE, chip.ioapic_page())
+        self.devices["irqchip"] = chip
+        self._pio.attach(layout.PIC_MASTER_PORT, 2, chip.pic.master)
+        self._pio.attach(layout.PIC_SLAVE_PORT, 2, chip.pic.slave)
+        self._pio.attach(layout.ELCR_PORT, 2, chip.pic.elcr)
+        pit = Pit(self._loop, irq(layout.PIT_GSI))
+        self._port("pit", layout.PIT_PORT, 4, pit)
+        self._pio.attach(layout.PORT61, 1, pit.port61)
+        low, *high = (size for _, size in layout.ram_ranges(self._config.memory))
+        cmos = Cmos(self._loop, irq(layout.RTC_GSI), low_memory=low, high_memory=sum(high))
+        self._port("cmos", layout.RTC_PORT, 2, cmos)
+        i8042 = I8042(irq(layout.KEYBOARD_GSI), irq(layout.MOUSE_GSI), reset)
+        self.devices["i8042"] = i8042
+        self._pio.attach(layout.I8042_DATA_PORT, 1, i8042.data)
+        self._pio.attach(layout.I8042_COMMAND_PORT, 1, i8042.command)
+        self._port("port92", layout.PORT92, 1, Port92(reset))
+        control = ResetControl(reset)
+        self._port("reset-control", layout.RESET_CONTROL_PORTS, 4, control)
+        pm = AcpiPm(self._loop, irq(layout.SCI_IRQ), power_off)
+        self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm)
