@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 HANG   := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 # Byte code makes starting up twice as fast.
 unexport PYTHONDONTWRITEBYTECODE
+LINUX  := --kernel build/debian/vmlinuz --initrd build/debian/initrd.gz --append console=ttyS0
 
 .PHONY: help setup demo test test-long lint format bench clean
 .DEFAULT_GOAL := help
@@ -25,9 +26,16 @@ $(VENV)/.ready: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: setup      ## run a guest on whatever this machine has, and show its exits
-	@echo "== vmexit run guests/long-hello.bin --mode long --stats"
-	@$(BIN)/vmexit run guests/long-hello.bin --mode long --stats --timeout 60
+demo: setup      ## boot Debian's kernel to a shell (where there is no apt: a small guest)
+	@echo "== vmexit fetch debian --output build/debian"
+	@if $(BIN)/vmexit fetch debian --output build/debian; then \
+	  echo "== vmexit run $(LINUX)"; \
+	  if [ -t 0 ]; then exec $(BIN)/vmexit run $(LINUX); fi; \
+	  echo 'uname -a; poweroff -f' | $(BIN)/vmexit run $(LINUX) --timeout 300; \
+	else \
+	  echo "== vmexit run guests/long-hello.bin --mode long --stats"; \
+	  $(BIN)/vmexit run guests/long-hello.bin --mode long --stats --timeout 60; \
+	fi
 
 test: setup      ## the test suite
 	@echo "== tests"

@@ -152,7 +152,7 @@ def _add_fetch(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="fetch a kernel, and make an initial RAM disk with a shell",
         description="Fetch a distribution's kernel into the cache, make an initial RAM disk of "
         "busybox for it, and print where they are. Needs apt, but not root.",
-        epilog="example:\n  vmexit fetch debian --modules virtio_blk,ext4\n",
+        epilog="example:\n  vmexit fetch debian --modules virtio_blk,ext4 --output build/debian\n",
     )
     fetch.add_argument("distribution", choices=("debian",), help="whose kernel")
     fetch.add_argument(
@@ -163,6 +163,9 @@ def _add_fetch(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--modules", metavar="M,…", default="",
         help="kernel modules that the RAM disk loads, with those that they need",
     )  # fmt: skip
+    fetch.add_argument(
+        "--output", metavar="DIR", help="also put them into DIR, as vmlinuz and initrd.gz"
+    )
     fetch.set_defaults(function=_fetch)
 
 
@@ -462,6 +465,8 @@ def _fetch(arguments: argparse.Namespace) -> int:
     modules = [name for name in arguments.modules.split(",") if name]
     with _progress() as progress:
         found = fetch(arguments.flavour, modules, progress)
+    if arguments.output is not None:
+        found = found.copied_to(arguments.output)
     _print(f"kernel {found.kernel}\ninitrd {found.initrd}")
     _say(
         f"run it: vmexit run --kernel {_quoted(found.kernel)} "

@@ -159,6 +159,7 @@ def test_below_the_trigger_level_it_is_a_timeout(level) -> None:
 def test_clearing_the_fifo_ends_the_interrupt() -> None:
     pc = Pc(ier=RDI, fcr=FIFO[1])
     pc.wire.deliver(b"xyz")
+    assert pc.get(LSR) & DR
     pc.out(FCR, 0x03)
     assert not pc.line and pc.get(LSR) & DR == 0
 
@@ -418,3 +419,22 @@ def test_input_and_output_from_threads_at_once_lose_nothing() -> None:
         thread.join()
     sys.setswitchinterval(interval)
     assert got == data and len(pc.wire.sent) == 2000
+
+
+def test_what_a_guest_cannot_have_seen_is_not_cleared() -> None:
+    """As Linux opens the port: the interrupt first, with no FIFO yet, and the FIFO only then."""
+    pc = Pc(ier=RDI)
+    pc.wire.deliver(b"uname")
+    pc.out(FCR, 0x01)  # enabling the FIFO clears it
+    pc.out(FCR, FIFO[8] | 0x02)  # as this bit does
+    assert pc.receive() == b"uname"
+
+
+def test_what_a_guest_knows_of_is_cleared() -> None:
+    pc = Pc(ier=RDI, fcr=FIFO[1])
+    for register in (LSR, IIR):
+        pc.wire.deliver(b"old")
+        assert pc.get(register) & (DR if register == LSR else RECEIVED)
+        pc.wire.deliver(b"new")
+        pc.out(FCR, FIFO[1] | 0x02)
+        assert pc.receive() == b"new"

@@ -70,6 +70,7 @@ class Serial:
         self._level = False  # of the interrupt line
         self._armed = False  # the backend will call
         self._unread = b""  # taken from the backend, when room that was for it went away
+        self._untold = 0  # so many of the last received bytes the guest does not know of
         self.reset()
 
     def reset(self) -> None:
@@ -79,6 +80,7 @@ class Serial:
             self._divisor = 12
             self._overrun = False
             self._received = bytearray()
+            self._untold = 0
             self._thr_empty = False  # that it became empty has not been told yet
             self._deltas = 0  # MSR bits 0 to 3
             self._status_reads = 0
@@ -102,6 +104,7 @@ class Serial:
             status = LSR_THR_EMPTY | LSR_IDLE
             if self._received:
                 status |= LSR_DATA_READY
+                self._untold = 0
             if self._overrun:
                 status |= LSR_OVERRUN
                 self._overrun = False
@@ -113,12 +116,15 @@ class Serial:
             if not self._received:
                 return 0
             byte = self._received.pop(0)
+            self._untold = min(self._untold, len(self._received))
             self._accept()
             return byte
         if offset == IER_DLM:
             return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
         if offset == IIR_FCR:
             cause = self._cause()
+            if cause in (IIR_RECEIVED, IIR_TIMEOUT):
+                self._untold = 0
             if cause == IIR_THR_EMPTY:
                 self._thr_empty = False
                 self._update()
@@ -170,7 +176,7 @@ class Serial:
                 self._enable(value & 0x0F)
         elif offset == IIR_FCR:
             if (value ^ self._fcr) & FCR_ENABLE or value & FCR_CLEAR_RECEIVER:
-                self._received.clear()
+                self._clear()
             self._fcr = value & 0xC9
             self._accept()
         elif offset == LCR:
@@ -261,9 +267,19 @@ class Serial:
     def _accept(self) -> None:
         """Take what was left over, if there is room for it now."""
         if self._unread and (wanted := self._wanted()) > 0:
-            self._received += self._unread[:wanted]
-            self._unread = self._unread[wanted:]
+            taken, self._unread = self._unread[:wanted], self._unread[wanted:]
+            self._received += taken
+            self._untold += len(taken)
         self._update()
+
+    def _clear(self) -> None:
+        """Empty the receiver. What the guest cannot have seen comes again: on a wire it would be
+        lost, but here it may be a file, and an operating system sets the port up bit by bit.
+        """
+        if self._untold:
+            self._unread = bytes(self._received[-self._untold :]) + self._unread
+        self._untold = 0
+        self._received.clear()
 
     def _must_arm(self) -> bool:
         """Whether the backend must be asked to call; it is taken as done."""
@@ -311,6 +327,7 @@ class Serial:
                 "overrun": self._overrun,
                 "received": bytes(self._received),
                 "unread": self._unread,
+                "untold": self._untold,
                 "thr_empty": self._thr_empty,
                 "deltas": self._deltas,
             }
@@ -324,12 +341,13 @@ class Serial:
         overrun, thr_empty = saved.flag("overrun"), saved.flag("thr_empty")
         deltas = saved.number("deltas", 0x0F)
         received = saved.data("received", FIFO_SIZE)
-        unread = saved.data("unread", 2 * FIFO_SIZE)
+        unread = saved.data("unread", 4 * FIFO_SIZE)
+        untold = saved.number("untold", len(received))
         with self._lock:
             self._ier, self._fcr, self._lcr, self._mcr = ier, fcr & 0xC9, lcr, mcr
             self._scr, self._divisor = scr, divisor
             self._overrun, self._thr_empty, self._deltas = overrun, thr_empty, deltas
-            self._received, self._unread = bytearray(received), unread
+            self._received, self._unread, self._untold = bytearray(received), unread, untold
             self._status_reads = 0
             if self._irq is not None:  # whatever the other end believes
                 self._level = mcr & MCR_OUT2 != 0 and self._cause() != IIR_NONE

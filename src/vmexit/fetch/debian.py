@@ -34,6 +34,20 @@ class Fetched(NamedTuple):
     kernel: Path
     initrd: Path
 
+    def copied_to(self, directory: str) -> "Fetched":
+        """Copies in `directory`, with names that stay. Raises ConfigError."""
+        kernel, initrd = Path(directory) / "vmlinuz", Path(directory) / "initrd.gz"
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            _put(kernel, self.kernel.read_bytes())
+            _put(initrd, self.initrd.read_bytes())
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"cannot write to {shown(directory)}: {why}; use another --output"
+            ) from error
+        return Fetched(kernel, initrd)
+
 
 def cache_folder() -> Path:
     """Where vmexit keeps what it has fetched (XDG Base Directory Specification)."""
