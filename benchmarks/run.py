@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boot
 import create
 import exits
 import loop
@@ -23,6 +24,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "exits": exits.rows,
     "loop": loop.rows,
     "start": start.rows,
+    "boot": boot.rows,
     "create": create.rows,
     "stop": stop.rows,
     "machines": machines.rows,

@@ -54,7 +54,7 @@ def _compare(rom: Path, accel: str, qemu_accel: str, rounds: int) -> Iterator[Ro
         raise Unavailable(f"{QEMU} is not installed")
     if accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise Unavailable("/dev/kvm is missing or may not be opened")
-    ours = [*_vmexit(), "run", "--accel", accel, "-m", MEMORY, "--firmware", str(rom)]
+    ours = [*command(), "run", "--accel", accel, "-m", MEMORY, "--firmware", str(rom)]
     theirs = [
         *(QEMU, "-M", "microvm", "-accel", qemu_accel, "-m", MEMORY, "-nodefaults"),
         *("-no-user-config", "-display", "none", "-no-reboot", "-bios", str(rom)),
@@ -86,17 +86,18 @@ def _compare(rom: Path, accel: str, qemu_accel: str, rounds: int) -> Iterator[Ro
         )
 
 
-def _vmexit() -> list[str]:
+def command() -> list[str]:
+    """How vmexit is started."""
     script = Path(sys.executable).parent / "vmexit"
     return [str(script)] if script.exists() else [sys.executable, "-m", "vmexit"]
 
 
-def _once(command: list[str]) -> Times:
+def _once(arguments: list[str]) -> Times:
     # As installed, with byte code: some environments forbid writing it.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     begin = time.perf_counter()
     with subprocess.Popen(
-        command,
+        arguments,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -109,11 +110,11 @@ def _once(command: list[str]) -> Times:
             _, errors = process.communicate(timeout=TIMEOUT)
         except (subprocess.TimeoutExpired, TimeoutError) as error:
             process.kill()
-            raise Unavailable(f"{command[0]} did not end within {TIMEOUT} s") from error
+            raise Unavailable(f"{arguments[0]} did not end within {TIMEOUT} s") from error
     end = time.perf_counter()
     if byte != b"A" or process.returncode != 1:
         said = " / ".join(errors.decode(errors="replace").split("\n")).strip(" /")
-        raise Unavailable(f"{command[0]} failed with status {process.returncode}: {said}")
+        raise Unavailable(f"{arguments[0]} failed with status {process.returncode}: {said}")
     return Times((first - begin) * 1e3, (end - begin) * 1e3)
 
 

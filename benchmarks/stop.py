@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from counted import GUESTS
 from measure import Row, Unavailable, attempt, spread
-from start import _vmexit
+from start import command
 
 # A guest that only computes, one that writes to memory, and one that exits all the time.
 _BUSY = {
@@ -83,9 +83,9 @@ def _by_stop(accel: str, code: bytes) -> float:
 
 
 def _by_signal(accel: str) -> float:
-    command = [*_vmexit(), "run", "--accel", accel, str(GUESTS / "out-loop.bin")]
+    arguments = [*command(), "run", "--accel", accel, str(GUESTS / "out-loop.bin")]
     with subprocess.Popen(
-        [*command, "--debugcon", "0x10"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*arguments, "--debugcon", "0x10"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None
         process.stdout.read(1)

@@ -9,7 +9,33 @@ the running library before the first use.
 import ctypes
 import struct
 
-from vmexit.accel.soft.native import EIP, Engine, Library
+from vmexit.accel.soft.layout import (
+    CONTROL_OFFSET,
+    EIP,
+    FLAT_CODE,
+    FLAT_CODE_64,
+    FLAT_DATA,
+    GENERAL_OFFSET,
+    HF_ADDSEG,
+    HF_CPL,
+    HF_CS32,
+    HF_CS64,
+    HF_LMA,
+    HF_MP_SHIFT,
+    HF_OSFXSR,
+    HF_PE,
+    HF_SMAP,
+    HF_SS32,
+    HFLAGS,
+    INTERRUPT_REQUEST,
+    MSR_OFFSET,
+    NMI,
+    OLD_EXCEPTION,
+    SEGMENT,
+    TABLE,
+    VIRTUAL_INTERRUPT,
+)
+from vmexit.accel.soft.native import Engine, Library
 from vmexit.arch.x86.registers import (
     CONTROL,
     CR0_PE,
@@ -25,48 +51,10 @@ from vmexit.arch.x86.registers import (
 from vmexit.arch.x86.segments import TSS_BUSY_BIT, attributes, from_attributes
 from vmexit.core.errors import HostError
 
-# Byte offsets in CPUX86State. A segment cache is: selector (u32), base (u64 at 8), limit (u32 at
-# 16), attributes (u32 at 20); the descriptor tables use the same form.
-EFLAGS = 0x88
-HFLAGS = 0xB0
-SEGMENT = {
-    "es": 0xB8, "cs": 0xD0, "ss": 0xE8, "ds": 0x100, "fs": 0x118, "gs": 0x130,
-    "ldt": 0x148, "tr": 0x160,
-}  # fmt: skip
-TABLE = {"gdt": 0x178, "idt": 0x190}
-CONTROL_OFFSET = {"cr0": 0x1A8, "cr2": 0x1B8, "cr3": 0x1C0, "cr4": 0x1C8, "efer": 0x250}
-# Model-specific registers: the offset, and the bits that the engine keeps of it.
-MSR_OFFSET = {0xC000_0081: 0x12D8, 0xC000_0082: 0x12E8, 0xC000_0083: 0x12F0, 0xC000_0084: 0x12F8}
-STAR, LSTAR, CSTAR, FMASK = MSR_OFFSET.values()
-OLD_EXCEPTION = 0x1578
-VMCB = 0x1580  # where the CPU reads the vector of a virtual interrupt (AMD APM vol. 2, 15.21.4)
-
-# And in CPUState, QEMU's common part before it.
-_INTERRUPT_REQUEST = 0x1C
-VIRTUAL_INTERRUPT, NMI = 0x100, 0x200  # CPU_INTERRUPT_VIRQ, CPU_INTERRUPT_NMI
-
 _SIZE = 0x1600
 _SEARCH = 0x10000  # CPUX86State begins within so many bytes of CPUState
 
-# QEMU's register numbers are the processor's: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, …
-_ENCODED = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-)  # fmt: skip
-_GENERAL_OFFSET = {name: 8 * i for i, name in enumerate(_ENCODED)} | {"rip": EIP}
-# Indices of 64-bit words.
-RAX, RCX, RDX, RBX, RSP, R11 = 0, 1, 2, 3, 4, 11
-
-# hflags, bit by bit (QEMU target/i386/cpu.h calls them HF_…).
-HF_CPL, HF_INHIBIT_IRQ = 3, 1 << 3
-_HF_CS32, _HF_SS32, _HF_ADDSEG, _HF_PE = 1 << 4, 1 << 5, 1 << 6, 1 << 7
-_HF_MP_SHIFT = 9  # CR0.MP, EM, TS are bits 1 to 3 there, 9 to 11 here
-_HF_LMA, _HF_CS64, _HF_OSFXSR = 1 << 14, 1 << 15, 1 << 22
-_HF_SMAP = 1 << 23
 _CR4_OSFXSR, _CR4_SMAP = 1 << 9, 1 << 21
-
-# Attributes of the segments that SYSCALL and SYSENTER load (SDM vol. 2): G, P, S, accessed; D, W, …
-_FLAT_CODE, _FLAT_CODE_64, _FLAT_DATA = 0xC0_9B00, 0xA0_9B00, 0xC0_9300
 
 
 class CpuState:
@@ -84,7 +72,7 @@ class CpuState:
         self._memory = (ctypes.c_char * _SIZE).from_address(self.base)
         view = memoryview(self._memory).cast("B")
         self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
-        self._request = ctypes.c_uint32.from_address(cpu + _INTERRUPT_REQUEST)
+        self._request = ctypes.c_uint32.from_address(cpu + INTERRUPT_REQUEST)
         _prove_request(library, cpu, self._request)
         _prove(self, engine, ids)
 
@@ -114,13 +102,13 @@ class CpuState:
 
     def read_general(self) -> Registers:
         """General registers, RIP and RFLAGS; the flags come from the engine, which is lazy."""
-        values = {name: self.u64[offset // 8] for name, offset in _GENERAL_OFFSET.items()}
+        values = {name: self.u64[offset // 8] for name, offset in GENERAL_OFFSET.items()}
         values["rflags"] = self._engine.reg_read(self._flags)
         return {name: values[name] for name in GENERAL}
 
     def write_general(self, registers: Registers) -> None:
         """Load all of what `read_general()` gives."""
-        for name, offset in _GENERAL_OFFSET.items():
+        for name, offset in GENERAL_OFFSET.items():
             self.u64[offset // 8] = registers[name]
         self._engine.reg_write(self._flags, registers["rflags"] | 2)
 
@@ -173,50 +161,50 @@ class CpuState:
     @property
     def code_64(self) -> bool:
         """Whether 64-bit code runs, rather than compatibility mode."""
-        return bool(self.u32[HFLAGS // 4] & _HF_CS64)
+        return bool(self.u32[HFLAGS // 4] & HF_CS64)
 
     def enter_kernel(self, selector: int, *, long: bool) -> None:
         """Flat ring 0 segments, as SYSCALL and SYSENTER load them: CS, and SS behind it."""
         u32, u64 = self.u32, self.u64
         for name, number, kind in (
-            ("cs", selector & 0xFFFC, _FLAT_CODE_64 if long else _FLAT_CODE),
-            ("ss", (selector & 0xFFFC) + 8, _FLAT_DATA),
+            ("cs", selector & 0xFFFC, FLAT_CODE_64 if long else FLAT_CODE),
+            ("ss", (selector & 0xFFFC) + 8, FLAT_DATA),
         ):
             at = SEGMENT[name]
             u32[at // 4] = number & 0xFFFF
             u64[(at + 8) // 8] = 0
             u32[(at + 16) // 4] = 0xFFFF_FFFF
             u32[(at + 20) // 4] = kind
-        flags = u32[HFLAGS // 4] & ~(HF_CPL | _HF_CS64 | _HF_ADDSEG) | _HF_CS32 | _HF_SS32
+        flags = u32[HFLAGS // 4] & ~(HF_CPL | HF_CS64 | HF_ADDSEG) | HF_CS32 | HF_SS32
         if long:
-            flags |= _HF_CS64
+            flags |= HF_CS64
         elif any(u64[(SEGMENT[name] + 8) // 8] for name in ("ds", "es")):
-            flags |= _HF_ADDSEG
+            flags |= HF_ADDSEG
         u32[HFLAGS // 4] = flags
 
 
 def hflags(system: SystemRegisters, rflags: int) -> int:
     """QEMU's summary of the CPU mode: what translated code depends on."""
     protected = bool(system.cr0 & CR0_PE)
-    flags = (system.cr0 >> 1 & 7) << _HF_MP_SHIFT
+    flags = (system.cr0 >> 1 & 7) << HF_MP_SHIFT
     if system.cr4 & _CR4_OSFXSR:
-        flags |= _HF_OSFXSR
+        flags |= HF_OSFXSR
     if system.cr4 & _CR4_SMAP:
-        flags |= _HF_SMAP
+        flags |= HF_SMAP
     if not protected or rflags & RFLAGS_VM:
-        flags |= _HF_ADDSEG
-        return flags | (_HF_PE | 3 if protected else 0)
-    flags |= _HF_PE | system.ss.dpl
+        flags |= HF_ADDSEG
+        return flags | (HF_PE | 3 if protected else 0)
+    flags |= HF_PE | system.ss.dpl
     if system.efer & EFER_LMA:
-        flags |= _HF_LMA
+        flags |= HF_LMA
         if system.cs.l:
-            return flags | _HF_CS64 | _HF_CS32 | _HF_SS32
+            return flags | HF_CS64 | HF_CS32 | HF_SS32
     if system.cs.db:
-        flags |= _HF_CS32
+        flags |= HF_CS32
     if system.ss.db:
-        flags |= _HF_SS32
+        flags |= HF_SS32
     if not system.cs.db or system.ds.base or system.es.base or system.ss.base:
-        flags |= _HF_ADDSEG
+        flags |= HF_ADDSEG
     return flags
 
 
@@ -237,7 +225,7 @@ def _find(engine: Engine, cpu: int, ids: dict[str, int]) -> int:
 def _prove(state: CpuState, engine: Engine, ids: dict[str, int]) -> None:
     """Write through the public interface, and see it arrive where it is expected."""
     u32, u64 = state.u32, state.u64
-    probes = [(name, offset, 0x1234_5678_0000 + offset) for name, offset in _GENERAL_OFFSET.items()]
+    probes = [(name, offset, 0x1234_5678_0000 + offset) for name, offset in GENERAL_OFFSET.items()]
     probes += [("cr2", CONTROL_OFFSET["cr2"], 0x5678_0000), ("cr3", CONTROL_OFFSET["cr3"], 0x7000)]
     for name, offset, value in probes:
         engine.reg_write(ids[name], value)
@@ -256,7 +244,7 @@ def _prove(state: CpuState, engine: Engine, ids: dict[str, int]) -> None:
         engine.reg_write(ids[name], bits)
         if u64[CONTROL_OFFSET[name] // 8] != bits:
             raise _unknown_layout(name)
-    if not u32[HFLAGS // 4] & _HF_PE or not u32[HFLAGS // 4] & _HF_OSFXSR:
+    if not u32[HFLAGS // 4] & HF_PE or not u32[HFLAGS // 4] & HF_OSFXSR:
         raise _unknown_layout("hflags")
     if u32[OLD_EXCEPTION // 4] != 0xFFFF_FFFF:
         raise _unknown_layout("old_exception")

@@ -20,11 +20,10 @@ from vmexit.accel.soft.native import (
     MemoryCallback,
     MmioReadCallback,
     MmioWriteCallback,
-    StopWords,
-    Stubs,
     address_of,
 )
 from vmexit.accel.soft.replay import Replay
+from vmexit.accel.soft.stubs import StopWords, Stubs
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
 from vmexit.core.memory import PAGE_SIZE, Region

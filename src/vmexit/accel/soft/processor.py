@@ -8,7 +8,9 @@ import ctypes
 from collections.abc import Callable, Iterable, Mapping
 
 from vmexit.accel.base import Exit, ExitReason
-from vmexit.accel.soft.cpu_state import (
+from vmexit.accel.soft.cpu_state import CpuState
+from vmexit.accel.soft.cpuid import Cpuid
+from vmexit.accel.soft.layout import (
     CONTROL_OFFSET,
     CSTAR,
     EFLAGS,
@@ -26,15 +28,12 @@ from vmexit.accel.soft.cpu_state import (
     RDX,
     RSP,
     STAR,
+    SYSCALL_LENGTH,
     VIRTUAL_INTERRUPT,
     VMCB,
-    CpuState,
 )
-from vmexit.accel.soft.cpuid import Cpuid
 from vmexit.accel.soft.mmio import Mmio
 from vmexit.accel.soft.native import (
-    LEAVE_BLOCK,
-    RAISE,
     CpuidCallback,
     Engine,
     InCallback,
@@ -42,13 +41,12 @@ from vmexit.accel.soft.native import (
     MmioReadCallback,
     MmioWriteCallback,
     OutCallback,
-    StopWords,
-    Stubs,
     SyscallCallback,
     address_of,
 )
 from vmexit.accel.soft.ports import PortAccess, bitmap_allows, decode_port_access
 from vmexit.accel.soft.replay import Replay
+from vmexit.accel.soft.stubs import LEAVE_BLOCK, RAISE, StopWords, Stubs
 from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.code import (
     MAX_INSTRUCTION,
@@ -87,9 +85,6 @@ _WITH_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17))
 _MSR_SYSENTER_CS, _MSR_SYSENTER_ESP, _MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
 
 _UNDEFINED_OPCODE, _DOUBLE_FAULT, _GENERAL_PROTECTION = 6, 8, 13
-
-# SYSCALL and SYSENTER have two bytes each, and the engine steps over them after the hook.
-_SYSCALL_LENGTH = 2
 
 # The CPU reads the vector of an interrupt from this page, which answers with an INTA cycle. The
 # guest cannot reach it: its page tables and the CPU's physical addresses end below.
@@ -171,6 +166,8 @@ class Processor:
             (x86_const.UC_X86_INS_CPUID, CpuidCallback(self._on_cpuid)),
         ):
             stub = self._stubs.leaving_hook(self._c(callback))
+            if number == x86_const.UC_X86_INS_SYSCALL:
+                stub = self._stubs.syscall_hook(stub)
             hook(engine, unicorn.UC_HOOK_INSN, stub, instruction=number)
         hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.block_hook)
         hook(engine, unicorn.UC_HOOK_INTR, self._stubs.exception_hook)
@@ -373,7 +370,7 @@ class Processor:
         return 1
 
     def _on_syscall(self, _uc: int, _data: int) -> None:
-        """SYSCALL, over which the engine only steps (SDM vol. 2; APM vol. 3)."""
+        """SYSCALL from other than 64-bit code; see `Stubs.syscall_hook()`."""
         try:
             state = self._state
             u64 = state.u64
@@ -383,7 +380,7 @@ class Processor:
                 return
             flags = state.read_flags()
             long, code64 = bool(efer & EFER_LMA), state.code_64
-            u64[RCX] = state.rip + _SYSCALL_LENGTH
+            u64[RCX] = state.rip + SYSCALL_LENGTH
             star = u64[STAR // 8]
             if long:
                 u64[R11] = flags & ~RFLAGS_RF
@@ -394,7 +391,7 @@ class Processor:
                 target = star & 0xFFFF_FFFF
             state.write_flags(flags & ~RFLAGS_RF)
             state.enter_kernel(star >> 32 & 0xFFFF, long=long)
-            state.rip = target - _SYSCALL_LENGTH
+            state.rip = target - SYSCALL_LENGTH
         except BaseException as error:
             self._fail(error)
 
@@ -411,7 +408,7 @@ class Processor:
             state.write_flags(state.read_flags() & ~(RFLAGS_IF | RFLAGS_VM | RFLAGS_RF))
             state.enter_kernel(selector, long=long)
             state.u64[RSP] = read(_MSR_SYSENTER_ESP) & mask
-            state.rip = (read(_MSR_SYSENTER_EIP) & mask) - _SYSCALL_LENGTH
+            state.rip = (read(_MSR_SYSENTER_EIP) & mask) - SYSCALL_LENGTH
         except BaseException as error:
             self._fail(error)
 

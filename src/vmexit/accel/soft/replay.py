@@ -8,7 +8,7 @@ had accessed is answered from here then, and reaches no device twice.
 from collections import deque
 from typing import NamedTuple
 
-from vmexit.accel.soft.native import LEAVE_BLOCK, StopWords
+from vmexit.accel.soft.stubs import LEAVE_BLOCK, StopWords
 
 # More accesses than any one instruction makes (XSAVE: some hundred words of 8 bytes).
 _KEPT = 1024

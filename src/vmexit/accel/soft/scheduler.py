@@ -3,8 +3,8 @@
 from queue import Empty, SimpleQueue
 
 from vmexit.accel.base import Exit, ExitReason
-from vmexit.accel.soft.native import StopWords
 from vmexit.accel.soft.processor import Processor
+from vmexit.accel.soft.stubs import StopWords
 from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.segments import general, real_mode
 from vmexit.core.irq import Startup
