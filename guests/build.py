@@ -38,7 +38,7 @@ def build(name: str, directory: Path) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         linkable = Path(temporary) / f"{name}.o"
         # The sources choose 16, 32 or 64-bit code themselves.
-        _run("as", "--64", "-o", linkable, SOURCES / f"{name}.S")
+        _run("as", "--64", "-I", SOURCES, "-o", linkable, SOURCES / f"{name}.S")
         _run("ld", "-m", "elf_x86_64", "-T", SOURCES / "flat.ld", "-o", image, linkable)
     image.chmod(0o644)
     return image

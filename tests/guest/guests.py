@@ -25,6 +25,18 @@ build = _load_build()
 # By name, the CPU mode that each starts in.
 GUESTS: dict[str, str] = build.GUESTS
 
+# Those that test_delivery.py runs: not every KVM can, and what they log differs in RF.
+DELIVERY = frozenset(
+    {
+        "exceptions-long",
+        "exceptions-protected",
+        "exceptions-real",
+        "interrupts",
+        "software-interrupts",
+        "system-calls",
+    }
+)
+
 # Those that run for ever, or until N at 0x9000 is reached.
 ENDLESS = frozenset({"endless"})
 COUNTED = frozenset({"out-loop", "ring3-out"})

@@ -262,9 +262,12 @@ class Processor:
         if words[StopWords.STOPPED] and not error:
             return None
         exit = self._exit(error)
-        if exit.reason is ExitReason.HALT and interrupts is not None:
-            vcpu.halted = True
-            return None
+        if exit.reason is ExitReason.HALT:
+            # The shadow of an STI before HLT ends with it; the engine leaves it set.
+            state.u32[HFLAGS // 4] &= ~HF_INHIBIT_IRQ & 0xFFFF_FFFF
+            if interrupts is not None:
+                vcpu.halted = True
+                return None
         if self._observer is not None:
             self._observer.other(self._index, exit.reason.value, exit.detail)
         return exit
@@ -275,7 +278,7 @@ class Processor:
         self._plain.clear()
 
     def can_interrupt(self, vcpu: SoftVcpu) -> bool:
-        """Whether the vCPU's IF is set; the shadow of STI is over by the time it halts."""
+        """Whether the vCPU's IF is set."""
         self.select(vcpu)
         return bool(self._state.u32[EFLAGS // 4] & RFLAGS_IF)
 

@@ -32,6 +32,7 @@ from vmexit.accel.soft.layout import (
     HF_CPL,
     HF_CS32,
     HF_CS64,
+    HF_LMA,
     HF_SS32,
     HFLAGS,
     LSTAR,
@@ -122,17 +123,36 @@ class Stubs:
     def _exception_hook(self) -> int:
         """UC_HOOK_INTR: note the exception (vector in esi) and deliver it; then as for a block.
 
-        An endless chain of exceptions may never reach a block.
+        An endless chain of exceptions may never reach a block. In long mode the engine makes the
+        error code for a gate that it cannot use from twice the vector, which is mended here
+        (SDM vol. 3, 6.13: bit 1 says that it is about the IDT).
         """
+        mend = (
+            b"\x44\x8b\x82" + _long(ERROR_CODE)  # mov r8d, [rdx + ERROR_CODE]
+            + b"\x41\xf6\xc0\x02"  # test r8b, 2
+            + b"\x74\x18"  # je +24
+            + b"\x45\x89\xc1"  # mov r9d, r8d
+            + b"\x41\x83\xe1\x07"  # and r9d, 7
+            + b"\x41\x83\xe0\xf0"  # and r8d, -16
+            + b"\x41\xd1\xe8"  # shr r8d, 1
+            + b"\x45\x09\xc8"  # or r8d, r9d
+            + b"\x44\x89\x82" + _long(ERROR_CODE)  # mov [rdx + ERROR_CODE], r8d
+        )  # fmt: skip
         return self._emit(
-            b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            b"\x48\xba" + _quad(self._state)  # mov rdx, state
+            + b"\x8d\x46\xf6"  # lea eax, [rsi - 10]: #TS, #NP, #SS, #GP
+            + b"\x83\xf8\x03"  # cmp eax, 3
+            + b"\x77" + bytes((12 + len(mend),))  # ja behind it
+            + b"\xf7\x82" + _long(HFLAGS) + _long(HF_LMA)  # test dword [rdx + HFLAGS], LMA
+            + b"\x74" + bytes((len(mend),))  # je behind it
+            + mend
+            + b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
             + b"\x8b\x48\x28"  # mov ecx, [rax + 40]: exceptions
             + b"\xff\x40\x28"  # inc dword [rax + 40]
             + b"\x83\xe1\x03"  # and ecx, 3
             + b"\xc1\xe1\x04"  # shl ecx, 4
             + b"\x48\x8d\x4c\x08\x40"  # lea rcx, [rax + rcx + 64]: ring
             + b"\x89\x31"  # mov [rcx], esi
-            + b"\x48\xba" + _quad(self._state)  # mov rdx, state
             + b"\x44\x8b\x82" + _long(ERROR_CODE)  # mov r8d, [rdx + ERROR_CODE]
             + b"\x44\x89\x41\x04"  # mov [rcx + 4], r8d
             + b"\x4c\x8b\x82" + _long(EIP)  # mov r8, [rdx + EIP]
