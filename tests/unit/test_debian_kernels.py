@@ -6,7 +6,7 @@ import struct
 import subprocess
 
 import pytest
-from kernels import READY, busybox_initrd, debian_kernel
+from kernels import busybox_initrd, debian_kernel
 
 from vmexit.arch.x86.layout import ACPI_TABLES, ram_ranges
 from vmexit.boot import bzimage, linux
@@ -70,7 +70,7 @@ def test_the_initrd_is_a_cpio_with_an_init(tmp_path) -> None:
     assert at == len(archive)
     assert files["dev/console"] == (0o020600, b"", (5, 1))
     mode, init, _ = files["init"]
-    assert mode == 0o100755 and READY.encode() in init
+    assert mode == 0o100755 and b"setsid cttyhack sh" in init
     mode, busybox, _ = files["bin/busybox"]
     assert mode == 0o100755 and struct.unpack_from("<H", busybox, 18) == (62,)  # EM_X86_64
     (tmp_path / "busybox").write_bytes(busybox)
