@@ -14,6 +14,7 @@ from vmexit.accel.soft.layout import (
     CONTROL_OFFSET,
     CSTAR,
     EFLAGS,
+    EIP,
     FMASK,
     HF_CPL,
     HF_INHIBIT_IRQ,
@@ -66,7 +67,7 @@ from vmexit.arch.x86.registers import (
     Registers,
     SystemRegisters,
 )
-from vmexit.core.bus import Bus
+from vmexit.core.bus import Bus, Read, Write
 from vmexit.core.errors import HostError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 from vmexit.core.trace import ExitObserver
@@ -91,7 +92,7 @@ _UNDEFINED_OPCODE, _DOUBLE_FAULT, _GENERAL_PROTECTION = 6, 8, 13
 _VECTOR_PAGE = 1 << 52
 _VECTOR_OFFSET = 0x64  # of V_INTR_VECTOR in a VMCB (AMD APM vol. 2, appendix B)
 
-_MAX_PLAIN = 4096
+_MAX_PLAIN = _MAX_ROUTES = 4096
 
 
 class Processor:
@@ -144,6 +145,10 @@ class Processor:
         self._callbacks: list[object] = []
         # The first thing that went wrong inside a callback, where no exception can pass.
         self._error: BaseException | None = None
+        # Port accesses seen before, by port and size: the device's function, and the offset for it.
+        self._out_routes: dict[int, tuple[Write, int]] = {}
+        self._in_routes: dict[int, tuple[Read, int]] = {}
+        pio.on_change(self._forget_routes)
         self._plain: set[int] = set()  # where an IN or OUT is known not to be a string one
         self._ahead: list[int] = []  # what an INS has read but not consumed yet, last first
         self._ahead_of = (0, 0, 0)  # and which: RIP, port, size
@@ -415,21 +420,65 @@ class Processor:
         except BaseException as error:
             self._fail(error)
 
+    def _forget_routes(self) -> None:
+        self._out_routes.clear()
+        self._in_routes.clear()
+
+    def _is_simple(self) -> bool:
+        """Whether there is nothing to a port access but to make it: ring 0 does it, seen before."""
+        state = self._state
+        return (
+            not state.u32[HFLAGS // 4] & HF_CPL
+            and not self._replay.repeating
+            and not self._words[StopWords.KICK]
+            and state.u64[EIP // 8] in self._plain
+        )
+
     def _on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
+        route = self._out_routes.get(port << 3 | size)
+        if route is not None and self._is_simple():
+            try:
+                route[0](route[1], size, value)
+            except BaseException as error:
+                self._fail(error)
+            if not self._words[StopWords.KICK]:
+                return
+        elif not self._out(port, size, value):
+            return
+        self._made("out", port, size, value)
+
+    def _out(self, port: int, size: int, value: int) -> bool:
+        """Make an OUT, observed or for the first time; False if it was not made now."""
         try:
             if self._replay.repeating and self._replay.answer("out", port, size) is not None:
-                return
+                return False
             if self._refused(port, size):
-                return
+                return False
             if self._observer is not None:
                 data = value.to_bytes(4, "little")[:size]
                 self._observer.io(self._index, True, port, size, 1, data)
+            elif len(self._out_routes) < _MAX_ROUTES:
+                self._out_routes[port << 3 | size] = self._pio.route_write(port, size)
             self._pio.write(port, size, value)
         except BaseException as error:
             self._fail(error)
-        self._made("out", port, size, value)
+        return True
 
     def _on_in(self, _uc: int, port: int, size: int, _data: int) -> int:
+        route = self._in_routes.get(port << 3 | size)
+        if route is not None and not self._ahead and self._is_simple():
+            try:
+                value = route[0](route[1], size)
+            except BaseException as error:
+                self._fail(error)
+                value = (1 << 8 * size) - 1
+            if self._words[StopWords.KICK]:
+                self._made("in", port, size, value)
+            return value
+        return self._in(port, size)
+
+    def _in(self, port: int, size: int) -> int:
+        """Make an IN, observed, in a string, or for the first time."""
         try:
             if self._replay.repeating:
                 answer = self._replay.answer("in", port, size)
@@ -490,6 +539,8 @@ class Processor:
 
     def _read_port(self, port: int, size: int) -> int:
         value = self._pio.read(port, size)
+        if self._observer is None and len(self._in_routes) < _MAX_ROUTES:
+            self._in_routes[port << 3 | size] = self._pio.route_read(port, size)
         if self._observer is not None:
             self._observer.io(self._index, False, port, size, 1, value.to_bytes(size, "little"))
         return value

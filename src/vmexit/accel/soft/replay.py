@@ -33,7 +33,8 @@ class Replay:
         self._words = words
         self._made: deque[Made] = deque(maxlen=_KEPT)
         self._again: deque[Made] = deque()
-        self._repeating = False
+        self.repeating = False
+        """Whether an instruction is executed again."""
         self.unfinished = False
 
     def answer(self, kind: str, address: int, size: int) -> int | None:
@@ -44,15 +45,10 @@ class Replay:
         again.clear()
         return None
 
-    @property
-    def repeating(self) -> bool:
-        """Whether an instruction is executed again."""
-        return self._repeating
-
     def made(self, rip: int, kind: str, address: int, size: int, value: int) -> None:
         """Note an access; if the run is to end, leave the instruction at `rip` that makes it."""
         self.note(rip, kind, address, size, value)
-        if self._words[StopWords.KICK] and not self._repeating:
+        if self._words[StopWords.KICK] and not self.repeating:
             self.leave(rip)
 
     def note(self, rip: int, kind: str, address: int, size: int, value: int) -> None:
@@ -69,10 +65,10 @@ class Replay:
     def repeat(self) -> None:
         """The instruction that was left is executed again from here on."""
         self.unfinished = False
-        self._repeating = True
+        self.repeating = True
 
     def finished(self) -> None:
         """It is done."""
-        self._repeating = False
+        self.repeating = False
         self._again.clear()
         self._made.clear()
