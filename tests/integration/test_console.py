@@ -2,86 +2,17 @@
 
 import os
 import pty
-import select
 import signal
-import subprocess
 import sys
 import termios
 import time
 
 import pytest
 from command import VMEXIT
+from terminal import SECONDS, Terminal
 
 # loop: wait for a byte, send it back.
 ECHO = bytes.fromhex("bafd03 ec a801 74fb baf803 ec ee ebf1")
-
-SECONDS = 60
-
-
-class Terminal:
-    """A pseudo-terminal with the command at its other end, as a session of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.master, slave = os.openpty()
-        self.before = termios.tcgetattr(slave)
-        self.slave = slave  # held open, so that its modes can be looked at afterwards
-        self.output = b""
-        self.process = subprocess.Popen(
-            [*VMEXIT, *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=_take_terminal,
-        )
-
-    def type(self, data: bytes) -> None:
-        while data:
-            # What does not fit waits for the program to read: take its output meanwhile.
-            _, writable, _ = select.select([], [self.master], [], 0.01)
-            if writable:
-                data = data[os.write(self.master, data[:512]) :]
-            self.take()
-
-    def take(self, seconds: float = 0) -> bool:
-        ready, _, _ = select.select([self.master], [], [], seconds)
-        if ready:
-            try:
-                self.output += os.read(self.master, 1 << 16)
-            except OSError:  # the other end is closed
-                return False
-        return bool(ready)
-
-    def expect(self, text: bytes) -> None:
-        end = time.monotonic() + SECONDS
-        while text not in self.output:
-            assert time.monotonic() < end, f"no {text!r} in {self.output[-500:]!r}"
-            self.take(0.1)
-
-    def wait(self) -> int:
-        end = time.monotonic() + SECONDS
-        while self.process.poll() is None:
-            assert time.monotonic() < end, self.output[-500:]
-            self.take(0.05)
-        while self.take(0.01):
-            pass
-        return self.process.returncode
-
-    def mode(self) -> list[object]:
-        return termios.tcgetattr(self.slave)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-
-def _take_terminal() -> None:
-    import fcntl
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
@@ -93,7 +24,7 @@ def terminal(tmp_path, accel):
     def start(*more: str) -> Terminal:
         arguments = ("run", str(image), "--load-address", "0x1000", "--accel", accel)
         made.append(Terminal(*arguments, "--timeout", str(SECONDS), *more))
-        made[-1].expect(b"Ctrl-A h")
+        made[-1].expect(b"Ctrl-A h helps)\r\n")
         return made[-1]
 
     yield start

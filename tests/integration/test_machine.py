@@ -415,3 +415,11 @@ def test_an_observer_that_raises_ends_the_run(accel):
         vm.load_bytes(b"\xe6\x10\xf4")
         with pytest.raises(OSError, match="No space left"):
             vm.run(timeout=60)
+
+
+def test_the_time_stamp_counter_of_the_software_cpu_begins_at_0():
+    with Machine("1M", "soft") as vm:
+        vm.load_bytes(bytes.fromhex("0f31 48c1e220 4809d0 f4"), mode="long")  # rdtsc; rax; hlt
+        vm.run(timeout=60)
+        # Less than a minute of any processor, where the host's has counted since it was started.
+        assert 0 < vm.vcpus[0].regs.rax < 60 * 10_000_000_000

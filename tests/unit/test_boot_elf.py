@@ -131,6 +131,10 @@ def test_a_segment_outside_of_ram_says_how_much_memory_it_needs() -> None:
     data = elf(((7 * MIB, b"kernel", 3 * MIB),), note=None)
     with pytest.raises(ImageError, match="does not fit into memory; use --memory 10M or more"):
         boot_elf.load(memory, data, boot_elf.parse(data), Placement(memory))
+    # The most that it needs, at once.
+    data = elf(((9 * MIB, b"kernel", MIB), (20 * MIB, b"data", MIB)), note=None)
+    with pytest.raises(ImageError, match="does not fit into memory; use --memory 21M or more"):
+        boot_elf.load(memory, data, boot_elf.parse(data), Placement(memory))
     data = elf(((0xF000_0000, b"kernel", MIB),), note=None)
     with pytest.raises(ImageError, match="link it below 0xc0000000"):
         boot_elf.load(memory, data, boot_elf.parse(data), Placement(memory))

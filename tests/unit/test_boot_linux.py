@@ -17,12 +17,12 @@ from test_boot_flat import descriptor_of
 from vmexit.abi.linux_boot import boot_params
 from vmexit.abi.pvh import hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info
 from vmexit.arch.x86 import layout
-from vmexit.arch.x86.e820 import memory_map
+from vmexit.arch.x86.e820 import E820Entry, memory_map
 from vmexit.arch.x86.layout import ACPI_TABLES, HIGH_MEMORY, ram_ranges
 from vmexit.arch.x86.paging import translate
-from vmexit.boot import linux
+from vmexit.boot import linux, real_mode
 from vmexit.core.errors import ConfigError, ImageError
-from vmexit.core.memory import GuestMemory
+from vmexit.core.memory import GuestMemory, Region
 
 MIB = 1 << 20
 INITRD = b"initrd" * 1000
@@ -257,10 +257,12 @@ def test_real_mode_setup_code_gets_its_segments_and_its_header(memory) -> None:
     assert {s.selector for s in (system.ds, system.es, system.fs, system.gs, system.ss)} == {
         base >> 4
     }
-    assert (system.cs.base, system.cs.selector) == (base + 0x200, (base >> 4) + 0x20)
-    assert registers["rip"] == 0 and not registers["rflags"] & 1 << 9
+    assert (system.cs.base, registers["rip"]) == (layout.BIOS_STUB, 0)  # it goes first
+    ip, cs = struct.unpack("<HH", memory.read(layout.BIOS_STUB + 0xA00, 4))
+    assert (cs << 4) + ip == base + 0x200 and not registers["rflags"] & 1 << 9
     setup = memory.read(base, 5 * 512)
     assert setup[:0x1F1] == PVH_BZIMAGE[:0x1F1] and setup[0x26C:] == PVH_BZIMAGE[0x26C : 5 * 512]
+    assert setup[0x1FA:0x1FC] == b"\x04\x0f"  # leave the video mode as it is
     assert setup[0x210] == 0xFF and setup[0x211] == 0x81  # loader, CAN_USE_HEAP | LOADED_HIGH
     (heap_end,) = struct.unpack_from("<H", setup, 0x224)
     assert registers["rsp"] == heap_end + 0x200 <= 0x1_0000
@@ -307,56 +309,27 @@ def test_setup_code_that_leaves_no_stack_is_refused(memory) -> None:
         load(memory, bzimage(sects=127), protocol="16")
 
 
-def test_the_stub_answers_e820_and_fails_everything_else(memory) -> None:
-    """Run on an emulated CPU, calling through the vector table as INT does."""
-    unicorn = pytest.importorskip("unicorn")
-    x86 = unicorn.x86_const
-    load(memory, PVH_BZIMAGE, protocol="16")
-    cpu = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_16)
-    cpu.mem_map(0, 2 * MIB)
-    cpu.mem_write(0, memory.read(0, 2 * MIB))
-    # clc or stc; pushf; call far [vector * 4]; setc [0x702]; hlt
-    names = {
-        n: getattr(x86, f"UC_X86_REG_{n.upper()}")
-        for n in ["eax", "ebx", "ecx", "edx", "edi", "esi"]
-    }
-
-    def call(vector: int, carry: int = 0, **registers: int) -> dict[str, int]:
-        # each vector has code of its own: the CPU caches what it has translated
-        code = (
-            (b"\xf8", b"\xf9")[carry]
-            + b"\x9c\xff\x1e"
-            + struct.pack("<H", 4 * vector)
-            + b"\x0f\x92\x06\x02\x07\xf4"
+def test_the_bios_tells_how_much_memory_there_is(memory) -> None:
+    for size, told in [
+        (2, (1024, 1024, 0)),
+        (16, (15360, 15360, 0)),
+        (24, (23552, 15360, 128)),
+        (4096, (64512, 15360, 0xBF00)),
+    ]:  # up to the hole at 3 GiB
+        ram = memory_map(
+            Region(start, n, 0, memoryview(b""), False) for start, n in ram_ranges(size * MIB)
         )
-        at = 0x1000 + 32 * vector + 16 * carry
-        cpu.mem_write(at, code)
-        cpu.reg_write(x86.UC_X86_REG_ESP, 0x5F0)
-        for name, reg in names.items():
-            cpu.reg_write(reg, registers.get(name, 0))
-        cpu.emu_start(at, at + len(code) - 1)
-        result = {name: cpu.reg_read(reg) for name, reg in names.items()}
-        return result | {"carry": cpu.mem_read(0x702, 1)[0]}
+        image = real_mode.bios((0, 0x1020), ram)
+        assert struct.unpack_from("<6H", image, 0xA00) == (0, 0x1020, *told, len(ram))
+        entries = struct.iter_unpack("<QQI", image[0xA0C : 0xA0C + 20 * len(ram)])
+        assert list(entries) == ram
+        assert image[0xFF0] == 0xEA  # what a reset jumps by is whole
 
-    index, found = 0, []
-    while True:
-        got = call(0x15, eax=0xE820, ebx=index, ecx=24, edx=0x534D4150, edi=0x800, esi=7, carry=1)
-        assert (got["eax"], got["ecx"], got["carry"]) == (0x534D4150, 20, 0)
-        assert (got["edi"], got["esi"]) == (0x800, 7)
-        found.append(struct.unpack("<QQI", cpu.mem_read(0x800, 20)))
-        index = got["ebx"]
-        if index == 0:
-            break
-    assert found == memory_map(memory.regions)
-    assert call(0x15, eax=0xE820, ebx=len(found), edx=0x534D4150)["carry"] == 1
-    assert call(0x15, eax=0xE820, edx=0)["carry"] == 1
-    for vector, eax in ((0x15, 0xE801), (0x10, 0x0003), (0x13, 0x4100), (0x16, 0x0200)):
-        got = call(vector, eax=eax, edx=0x534D4150)
-        assert (got["carry"], got["eax"]) == (1, eax)
-    assert [call(0x08, carry)["carry"] for carry in (0, 1)] == [
-        0,
-        1,
-    ]  # a device's interrupt changes nothing
+
+def test_the_bios_refuses_more_memory_ranges_than_it_has_room_for() -> None:
+    real_mode.bios((0, 0), [E820Entry(0, 1, 1)] * 75)
+    with pytest.raises(ValueError, match="room for 75 memory ranges"):
+        real_mode.bios((0, 0), [E820Entry(0, 1, 1)] * 76)
 
 
 # Where things go

@@ -30,6 +30,7 @@ E820_MAX_ENTRIES_ZEROPAGE = 128
 BOOT_FLAG = 0xAA55
 HEADER_MAGIC = b"HdrS"
 TYPE_OF_LOADER_UNDEFINED = 0xFF
+VIDEO_CURRENT_MODE = 0x0F04  # Documentation/admin-guide/svga.rst
 INITRD_ADDR_MAX_BEFORE_2_03 = 0x37FF_FFFF
 CMDLINE_SIZE_BEFORE_2_06 = 255
 # The command line before 2.02: a magic number and an offset at these places of the boot sector.

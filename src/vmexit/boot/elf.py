@@ -137,7 +137,8 @@ def load(
     no RAM, or something else has its place.
     """
     view = memoryview(data)
-    for segment in kernel.segments:
+    # The last one first: if memory ends too early, that says how much is needed in all.
+    for segment in sorted(kernel.segments, key=lambda s: s.paddr, reverse=True):
         placement.claim(segment.paddr, segment.memsz, "a segment of the kernel")
     for segment in kernel.segments:
         memory.write(segment.paddr, view[segment.offset : segment.offset + segment.filesz])

@@ -1,11 +1,13 @@
 """The 16-bit Linux boot protocol: its setup code in real mode (boot.rst, "Running the Kernel").
 
-The setup code asks a BIOS for the memory map, the video mode and the keyboard. There is no BIOS:
-every interrupt leads to a stub that knows INT 15h E820 and says of everything else that it failed.
+The setup code, and loaders that look like one to be booted so, ask a BIOS for memory map, video and
+keyboard. Here it is bios.bin, built from bios.S beside it: it starts first, and then starts them.
 """
 
 import struct
+from collections.abc import Iterable
 from ctypes import sizeof
+from importlib.resources import files
 from typing import NamedTuple
 
 from vmexit.abi.linux_boot import (
@@ -15,11 +17,13 @@ from vmexit.abi.linux_boot import (
     CL_OFFSET_OFFSET,
     SETUP_HEADER_OFFSET,
     TYPE_OF_LOADER_UNDEFINED,
+    VIDEO_CURRENT_MODE,
     setup_header,
 )
-from vmexit.arch.x86.e820 import E820Entry
+from vmexit.arch.x86.e820 import RAM, E820Entry
 from vmexit.arch.x86.layout import (
     BIOS_STUB,
+    HIGH_MEMORY,
     KERNEL_CMDLINE,
     REAL_MODE_SETUP,
     REAL_MODE_SETUP_OLD,
@@ -37,28 +41,15 @@ _HEAP_END_OLD = 0x9800
 _MIN_STACK = 0x400
 _ENTRY_SEGMENT = 0x20  # the setup code begins behind the boot sector
 
-_INTERRUPTS = 256
-# Interrupts of devices; with them the carry flag is not the stub's to change.
-_DEVICE_INTERRUPTS = (*range(0x08, 0x10), *range(0x70, 0x78))
+_16_MIB = 16 << 20
+_MAX_EXTENDED_KIB = 0xFC00  # a BIOS tells of 64 MiB at most by INT 15h AH=88h
 
-# INT 15h AX=E820h as in ACPI 6.4, 15.1: EBX is the index of the next entry, ES:DI the buffer.
-# In the segment of the stub are the number of entries at 0xfe, and the entries behind it.
-_COUNT, _ENTRIES = 0xFE, 0x100
-_STUB = bytes.fromhex(
-    "55 89e5"  # push bp; mov bp, sp
-    "3d20e8 753f"  # cmp ax, 0xe820; jne fail
-    "6681fa50414d53 7536"  # cmp edx, "SMAP"; jne fail
-    "2e3b1efe00 732f"  # cmp bx, cs:[0xfe]; jae fail
-    "56 57 1e 0e 1f"  # push si; push di; push ds; push cs; pop ds
-    "6bf314 81c60001"  # imul si, bx, 20; add si, 0x100
-    "fc b90a00 f3a5"  # cld; mov cx, 10; rep movsw
-    "1f 5f 5e"  # pop ds; pop di; pop si
-    "6689d0 66b914000000"  # mov eax, edx; mov ecx, 20
-    "43 2e3b1efe00 7203 6631db"  # inc bx; cmp bx, cs:[0xfe]; jb +3; xor ebx, ebx
-    "806606fe 5d cf"  # and byte [bp+6], ~CF; pop bp; iret
-    "804e0601 5d cf"  # fail: or byte [bp+6], CF; pop bp; iret
-)
-_IRET = len(_STUB) - 1
+# bios.S, `parameters`: the entry point (IP, CS), extended memory as INT 15h AH=88h and AX=E801h
+# tell it, and the number of E820 entries, which follow.
+_PARAMETERS = struct.Struct("<6H")
+_PARAMETERS_AT = 0xA00
+_MAP_ENTRY = struct.Struct("<QQI")
+_MAP_END = 0xFF0  # where a processor starts after reset
 
 
 class SetupPlace(NamedTuple):
@@ -93,10 +84,11 @@ def start(
     initrd: range | None,
     memory_map: list[E820Entry],
 ) -> BootEntry:
-    """Copy the setup code, fill in its header, write the stub for the BIOS; registers to start."""
+    """Copy the setup code, fill in its header, write the BIOS; registers to start that with."""
     setup = bytearray(image[: header.setup])
     hdr = setup_header.from_buffer_copy(setup, SETUP_HEADER_OFFSET)
     hdr.type_of_loader = TYPE_OF_LOADER_UNDEFINED
+    hdr.vid_mode = VIDEO_CURRENT_MODE  # as there is no screen to set one on
     hdr.ramdisk_image = hdr.ramdisk_size = 0
     if initrd is not None:
         hdr.ramdisk_image, hdr.ramdisk_size = initrd.start, len(initrd)
@@ -110,24 +102,42 @@ def start(
         struct.pack_into("<H", setup, CL_OFFSET_OFFSET, at.cmdline - at.base)
     setup[SETUP_HEADER_OFFSET : SETUP_HEADER_OFFSET + sizeof(hdr)] = bytes(hdr)
     memory.write(at.base, setup)
-    _write_bios(memory, memory_map)
     segment = at.base >> 4
-    system = real_mode(at.base + 16 * _ENTRY_SEGMENT)
+    memory.write(BIOS_STUB, bios((0, segment + _ENTRY_SEGMENT), memory_map))
+    system = real_mode(BIOS_STUB)
     return BootEntry(general(0) | {"rsp": at.heap_end}, _data_segments(system, segment))
+
+
+def bios(entry: tuple[int, int], memory_map: list[E820Entry]) -> bytes:
+    """The BIOS for BIOS_STUB. It starts at its first byte and goes on to `entry`, its IP and CS.
+
+    Registers and data segments are then as it has found them; it needs a stack.
+    """
+    image = bytearray(files(__package__).joinpath("bios.bin").read_bytes())
+    table = b"".join(_MAP_ENTRY.pack(*entry) for entry in memory_map)
+    at = _PARAMETERS_AT + _PARAMETERS.size
+    if at + len(table) > _MAP_END:
+        raise ValueError(f"the BIOS has room for {(_MAP_END - at) // 20} memory ranges")
+    extended = _extended_memory(memory_map)
+    _PARAMETERS.pack_into(
+        image,
+        _PARAMETERS_AT,
+        *entry,
+        min(extended >> 10, _MAX_EXTENDED_KIB),
+        min(extended, _16_MIB - HIGH_MEMORY) >> 10,
+        max(extended - (_16_MIB - HIGH_MEMORY), 0) >> 16,
+        len(memory_map),
+    )
+    image[at : at + len(table)] = table
+    return bytes(image)
+
+
+def _extended_memory(memory_map: Iterable[E820Entry]) -> int:
+    """The bytes of RAM from 1 MiB on, up to the first hole."""
+    return sum(e.size for e in memory_map if e.type == RAM and e.gpa == HIGH_MEMORY)
 
 
 def _data_segments(system: SystemRegisters, segment: int) -> SystemRegisters:
     """DS, ES, FS, GS and SS at the setup code (boot.rst, "Running the Kernel")."""
     data = system.ds._replace(selector=segment, base=segment << 4)
     return system._replace(ds=data, es=data, fs=data, gs=data, ss=data)
-
-
-def _write_bios(memory: GuestMemory, memory_map: list[E820Entry]) -> None:
-    """The interrupt vector table, and the stub that it points to."""
-    segment = BIOS_STUB >> 4
-    vectors = [(_IRET if n in _DEVICE_INTERRUPTS else 0, segment) for n in range(_INTERRUPTS)]
-    memory.write(0, b"".join(struct.pack("<HH", *vector) for vector in vectors))
-    memory.write(BIOS_STUB, _STUB)
-    memory.write_u16(BIOS_STUB + _COUNT, len(memory_map))
-    table = b"".join(struct.pack("<QQI", *entry) for entry in memory_map)
-    memory.write(BIOS_STUB + _ENTRIES, table)

@@ -188,8 +188,10 @@ def _load_kernel(
     initrd = None
     if config.initrd is not None:
         initrd = read_image(config.initrd, limit=config.memory, what="initrd")
-    memory.write(ACPI_TABLES, acpi.build(config.smp, ACPI_TABLES))
-    protocol, rsdp = config.protocol, ACPI_TABLES
+    protocol, rsdp = config.protocol, 0
+    if config.machine == "microvm":  # the bare one has nothing that they could tell of
+        rsdp = ACPI_TABLES
+        memory.write(rsdp, acpi.build(config.smp, rsdp))
     return linux.load(memory, kernel, initrd, config.append, protocol=protocol, rsdp=rsdp).entry
 
 

@@ -19,7 +19,9 @@ EFER = CONTROL_OFFSET["efer"]
 MSR_OFFSET = {0xC000_0081: 0x12D8, 0xC000_0082: 0x12E8, 0xC000_0083: 0x12F0, 0xC000_0084: 0x12F8}
 STAR, LSTAR, CSTAR, FMASK = MSR_OFFSET.values()
 ERROR_CODE = 0x1508
+EXCEPTION_IS_INT = 0x150C  # not zero: the exception is that of an INT instruction
 OLD_EXCEPTION = 0x1578
+TSC_OFFSET = 0x1588  # added to the host's
 VMCB = 0x1580  # where the CPU reads the vector of a virtual interrupt (AMD APM vol. 2, 15.21.4)
 
 # And in CPUState, QEMU's common part before it.

@@ -28,6 +28,7 @@ from vmexit.accel.soft.layout import (
     RSP,
     STAR,
     SYSCALL_LENGTH,
+    TSC_OFFSET,
     VIRTUAL_INTERRUPT,
     VMCB,
 )
@@ -114,6 +115,9 @@ class Processor:
         ids |= {"gdt": ids["gdtr"], "idt": ids["idtr"]}
         self._state = CpuState(library, engine, cpu, ids)
         self._cpuid = Cpuid(library, self._state.base, cpus)
+        # The TSC begins at 0 with reset (SDM vol. 3, 10.1.1); firmware counts on it.
+        host = library.get_tsc(self._state.base)
+        self._state.u64[TSC_OFFSET // 8] = -host & 0xFFFF_FFFF_FFFF_FFFF
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
         self._replay = Replay(self._words)

@@ -53,7 +53,7 @@ REAL_MODE_SETUP_OLD = 0x9_0000
 # The command line is above the heap of the setup code (Linux boot.rst, cmd_line_ptr).
 KERNEL_CMDLINE = 0x2_0000
 KERNEL_CMDLINE_END = 0x3_0000
-# The stub that real-mode setup code calls instead of a BIOS.
+# The small BIOS that real-mode setup code calls: up to the reset vector of an 8086 at 0xffff0.
 BIOS_STUB = 0xF_F000
 # Base memory ends with 1 KiB of extended BIOS data area, which ends at the VGA window.
 EBDA_START = 0x9_FC00
