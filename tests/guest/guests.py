@@ -25,7 +25,8 @@ build = _load_build()
 # By name, the CPU mode that each starts in.
 GUESTS: dict[str, str] = build.GUESTS
 
-# Those that test_delivery.py runs: not every KVM can, and what they log differs in RF.
+# Those that test_delivery.py and test_storms.py run: not every KVM can, and what they log differs
+# in RF.
 DELIVERY = frozenset(
     {
         "exceptions-long",
@@ -33,6 +34,7 @@ DELIVERY = frozenset(
         "exceptions-real",
         "interrupts",
         "software-interrupts",
+        "storms",
         "system-calls",
     }
 )

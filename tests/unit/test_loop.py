@@ -74,6 +74,20 @@ def test_a_timer_that_is_unset_does_not_fire(loop):
     assert fired == []
 
 
+def test_a_timer_set_again_and_again_behind_another_takes_no_memory(loop):
+    fired: list[int] = []
+    done = threading.Event()
+    first, other = loop.timer(lambda: fired.append(1)), loop.timer(done.set)
+    start = loop.now()
+    first.set(start + 400 * MS)
+    for i in range(10_000):
+        other.set(start + (1_000_000 - i % 7) * MS)
+    assert len(loop._queue) < 100
+    other.set(start + 500 * MS)
+    assert done.wait(60)
+    assert fired == [1]
+
+
 def test_a_timer_may_set_itself_again(loop):
     done = threading.Event()
     count = 0

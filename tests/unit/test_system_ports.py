@@ -15,7 +15,7 @@ from vmexit.devices.system_ports import AcpiPm, Port92, ResetControl
 SECOND = 1_000_000_000
 GSI = 9
 STS, EN, CNT, TMR = 0x600, 0x602, 0x604, 0x608
-TMR_BIT, GBL, PWRBTN = 1, 0x20, 0x100
+TMR_BIT, GBL, PWRBTN, RTC = 1, 0x20, 0x100, 0x400
 
 
 class Calls:
@@ -121,7 +121,7 @@ def test_the_power_button_sets_its_status_and_the_sci_is_status_and_enable() -> 
 def test_enable_and_control_keep_the_bits_that_they_have_in_any_width() -> None:
     pc = Pc()
     pc.put(EN, 0xFFFF)
-    assert pc.get(EN) == TMR_BIT | GBL | PWRBTN
+    assert pc.get(EN) == TMR_BIT | GBL | PWRBTN | RTC
     pc.put(EN + 1, 0x00, 1)
     assert pc.get(EN) == TMR_BIT | GBL
     pc.put(STS, 0x0100_0000, 4)

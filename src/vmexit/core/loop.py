@@ -20,6 +20,9 @@ _TFD_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 
 _SPEC = struct.Struct("=qqqq")  # struct itimerspec: interval and value, each seconds and ns
 
+# Entries of timers that there always may be.
+_FEW = 64
+
 
 class LoopTimer:
     """See `vmexit.core.clock.Timer`."""
@@ -47,6 +50,7 @@ class EventLoop:
         self._lock = threading.Lock()
         self._queue: list[tuple[int, int, LoopTimer]] = []
         self._order = count()
+        self._most = _FEW  # entries in the queue, before it is looked through
         self._armed: int | None = None  # what the timer descriptor waits for
         self._watched: dict[int, Callable[[], None]] = {}
         self._thread: threading.Thread | None = None
@@ -67,7 +71,15 @@ class EventLoop:
                 return
             self._start()
             heapq.heappush(self._queue, (deadline, next(self._order), timer))
+            if len(self._queue) > self._most:
+                self._tidy()
             self._arm()
+
+    def _tidy(self) -> None:
+        """Forget what was replaced: a guest may set its timers any number of times."""
+        current = {entry[2]: entry for entry in self._queue if entry[2].deadline == entry[0]}
+        self._queue[:] = sorted(current.values())
+        self._most = 2 * len(self._queue) + _FEW
 
     def watch(self, fd: int, function: Callable[[], None]) -> None:
         """Call `function` once, when `fd` can be read or has been closed at the other end."""

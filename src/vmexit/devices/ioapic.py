@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from vmexit.core.bus import State
-from vmexit.core.errors import ConfigError
+from vmexit.devices.saved import Saved
 
 PINS = 24
 
@@ -17,7 +17,7 @@ _REMOTE_IRR, _LEVEL, _MASKED, _LOGICAL = 1 << 14, 1 << 15, 1 << 16, 1 << 11
 _READ_ONLY = 1 << 12 | _REMOTE_IRR  # delivery status, which is never "pending" here, too
 _WRITABLE = 0xFF00_0000_0001_FFFF & ~_READ_ONLY
 
-Send = Callable[[int, bool, int, int, bool], None]
+Send = Callable[[int, bool, int, int, bool], bool]
 
 
 class Ioapic:
@@ -26,14 +26,17 @@ class Ioapic:
     widths = (4,)
 
     def __init__(self, send: Send) -> None:
-        """`send(destination, logical, mode, vector, level)` delivers a message to the LAPICs."""
+        """`send(destination, logical, mode, vector, level)` delivers a message to the LAPICs.
+
+        It answers whether any has accepted it.
+        """
         self._send = send
+        self._lines = 0  # levels of the inputs
         self.reset()
 
     def reset(self) -> None:
+        """All but the levels of the inputs, which are the devices'."""
         self._select = self._id = 0
-        self._lines = 0  # levels of the inputs
-        self._pending = 0  # edges that were not delivered yet
         self._entries = [_MASKED] * PINS
 
     def read(self, offset: int, size: int) -> int:
@@ -70,15 +73,17 @@ class Ioapic:
         self._deliver(pin)
 
     def set_level(self, pin: int, level: bool) -> None:
-        """Raise or lower an input."""
+        """Raise or lower an input. An edge at a masked one is lost (3.2.4, interrupt mask)."""
         bit = 1 << pin
-        if level:
-            if not self._lines & bit and not self._entries[pin] & _LEVEL:
-                self._pending |= bit
-            self._lines |= bit
-        else:
+        if not level:
             self._lines &= ~bit
-        self._deliver(pin)
+            return
+        rises = not self._lines & bit
+        self._lines |= bit
+        if self._entries[pin] & _LEVEL:
+            self._deliver(pin)
+        elif rises and not self._entries[pin] & _MASKED:
+            self._message(pin)
 
     def end_of_interrupt(self, vector: int) -> None:
         """A LAPIC is done with a level-triggered interrupt; it comes again if its line is up."""
@@ -88,19 +93,18 @@ class Ioapic:
                 self._deliver(pin)
 
     def _deliver(self, pin: int) -> None:
-        entry, bit = self._entries[pin], 1 << pin
-        if entry & _MASKED:
+        """Send the message of a level that is up, unless one is in service already."""
+        entry = self._entries[pin]
+        if entry & (_LEVEL | _MASKED | _REMOTE_IRR) != _LEVEL or not self._lines >> pin & 1:
             return
-        level = bool(entry & _LEVEL)
-        if level:
-            if not self._lines & bit or entry & _REMOTE_IRR:
-                return
+        # One that nobody has accepted has no end that could be waited for.
+        if self._message(pin):
             self._entries[pin] |= _REMOTE_IRR
-        else:
-            if not self._pending & bit:
-                return
-            self._pending &= ~bit
-        self._send(entry >> 56, bool(entry & _LOGICAL), entry >> 8 & 7, entry & 0xFF, level)
+
+    def _message(self, pin: int) -> bool:
+        entry = self._entries[pin]
+        level, logical = bool(entry & _LEVEL), bool(entry & _LOGICAL)
+        return self._send(entry >> 56, logical, entry >> 8 & 7, entry & 0xFF, level)
 
     def state(self) -> State:
         return {
@@ -108,23 +112,14 @@ class Ioapic:
             "select": self._select,
             "id": self._id,
             "lines": self._lines,
-            "pending": self._pending,
             "entries": list(self._entries),
         }
 
     def restore(self, state: State) -> None:
         """Raises ConfigError for what is no state of an I/O APIC."""
-        numbers = [state.get(name) for name in ("select", "id", "lines", "pending")]
-        entries = state.get("entries")
-        if (
-            state.get("version") != 1
-            or not isinstance(entries, list)
-            or len(entries) != PINS
-            or not all(isinstance(n, int) and 0 <= n < 1 << PINS for n in numbers)
-            or not all(isinstance(n, int) and 0 <= n < 1 << 64 for n in entries)
-        ):
-            raise ConfigError("this is not the state of an I/O APIC, version 1; save it anew")
-        select, number, lines, pending = (n for n in numbers if isinstance(n, int))
-        self._select, self._id = select & 0xFF, number & 0xF
-        self._lines, self._pending = lines, pending
+        saved = Saved(state, "an I/O APIC", 1)
+        select, number = saved.number("select", 0xFF), saved.number("id", 0xF)
+        lines = saved.number("lines", (1 << PINS) - 1)
+        entries = saved.numbers("entries", (1 << 64) - 1, PINS)
+        self._select, self._id, self._lines = select, number, lines
         self._entries = [n & (_WRITABLE | _READ_ONLY) for n in entries]

@@ -7,7 +7,7 @@ reach both the PICs and the I/O APIC, where GSI 0 has pin 2; those up to 23 reac
 import threading
 from collections.abc import Callable
 
-from vmexit.core.bus import State
+from vmexit.core.bus import State, Stateful
 from vmexit.core.clock import Clock
 from vmexit.core.errors import ConfigError
 from vmexit.core.irq import Startup
@@ -31,7 +31,7 @@ class PcIrqChip:
         self._lock = threading.RLock()
         self._notify = notify
         self.pic = PicPair(self._lock, self._pic_changed)
-        self._ioapic = Ioapic(self._from_ioapic)
+        self._ioapic = Ioapic(self.send)
         self._pending = [False] * cpus  # what the vCPUs were last told
         self._lapics = [Lapic(i, self, clock, timer_hz, self._lock) for i in range(cpus)]
         self.vcpus = [_VcpuSide(self, lapic) for lapic in self._lapics]
@@ -53,28 +53,24 @@ class PcIrqChip:
 
     # The APIC bus; the lock is held.
 
-    def _from_ioapic(
-        self, destination: int, logical: bool, mode: int, vector: int, level: bool
-    ) -> None:
-        self.send(destination, logical, mode, vector, level, -1)
-
-    def send(
-        self, destination: int, logical: bool, mode: int, vector: int, level: bool, source: int
-    ) -> None:
+    def send(self, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
         targets = [x for x in self._lapics if x.is_addressed(destination, logical)]
-        if mode == LOWEST_PRIORITY and targets:
-            targets = [min(targets, key=lambda lapic: lapic.priority)]
-        self._deliver(targets, mode, vector, level)
+        if mode == LOWEST_PRIORITY:
+            able = [x for x in targets if x.enabled]
+            targets = [min(able, key=lambda lapic: lapic.priority)] if able else []
+        return self._deliver(targets, mode, vector, level)
 
     def send_to(self, targets: list[Lapic], mode: int, vector: int) -> None:
         self._deliver(targets, mode, vector, False)
 
-    def _deliver(self, targets: list[Lapic], mode: int, vector: int, level: bool) -> None:
+    def _deliver(self, targets: list[Lapic], mode: int, vector: int, level: bool) -> bool:
+        accepted = False
         for lapic in targets:
-            lapic.receive(mode, vector, level)
+            accepted |= lapic.receive(mode, vector, level)
             self.update(lapic)
             if lapic.has_startup or lapic.has_nmi:
                 self._notify()
+        return accepted
 
     def shorthand(self, kind: int, source: Lapic) -> list[Lapic]:
         if kind == TO_SELF:
@@ -148,7 +144,10 @@ class PcIrqChip:
             }
 
     def restore(self, state: State) -> None:
-        """Raises ConfigError for what is no state of this machine's interrupt controllers."""
+        """Raises ConfigError for what is no state of this machine's interrupt controllers.
+
+        Then they are as before.
+        """
         pic, ioapic, lapics = (state.get(name) for name in ("pic", "ioapic", "lapics"))
         if (
             state.get("version") != 1
@@ -156,17 +155,25 @@ class PcIrqChip:
             or not isinstance(ioapic, dict)
             or not isinstance(lapics, list)
             or len(lapics) != len(self._lapics)
+            or not all(isinstance(lapic, dict) for lapic in lapics)
         ):
             raise ConfigError(
                 "this is not the state of these interrupt controllers, version 1; save it anew"
             )
+        parts: list[Stateful] = [self.pic, self._ioapic, *self._lapics]
         with self._lock:
-            self.pic.restore(pic)
-            self._ioapic.restore(ioapic)
-            for lapic, one in zip(self._lapics, lapics, strict=True):
-                lapic.restore(one)
-                self.update(lapic)
-            self._notify()
+            before = [part.state() for part in parts]
+            try:
+                for part, one in zip(parts, [pic, ioapic, *lapics], strict=True):
+                    part.restore(one)
+            except ConfigError:
+                for part, one in zip(parts, before, strict=True):
+                    part.restore(one)
+                raise
+            finally:
+                for lapic in self._lapics:
+                    self.update(lapic)
+                self._notify()
 
 
 class _VcpuSide:

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
-from vmexit.core.errors import ConfigError
 from vmexit.core.irq import Startup
+from vmexit.devices.saved import Saved
 
 # Register offsets (table 11-1).
 ID, VERSION, TPR, APR, PPR, EOI, LDR, DFR, SVR = (
@@ -38,15 +38,15 @@ TO_SELF, TO_ALL, TO_OTHERS = 1, 2, 3
 # A guest may ask for a timer that fires far more often than the host could bear.
 _MIN_PERIOD_NS = 100_000
 _SECOND = 1_000_000_000
+# More than any count down takes, or a clock goes on, and less than what overflows.
+_MAX_LEFT_NS = 1 << 62
 
 
 class ApicBus(Protocol):
     """What connects the APICs of a machine. Called with their lock held."""
 
-    def send(
-        self, destination: int, logical: bool, mode: int, vector: int, level: bool, source: int
-    ) -> None:
-        """Deliver a message to the APICs that `destination` names."""
+    def send(self, destination: int, logical: bool, mode: int, vector: int, level: bool) -> bool:
+        """Deliver a message to the APICs that `destination` names; whether any accepts it."""
         ...
 
     def send_to(self, targets: "list[Lapic]", mode: int, vector: int) -> None:
@@ -109,7 +109,6 @@ class Lapic:
             self._lvt[LVT_LINT0] = EXTINT << 8
         self._divide = 0
         self._initial = 0
-        self._started = 0  # when the timer began to count down
         self._deadline: int | None = None
         self._timer.set(None)
 
@@ -123,10 +122,15 @@ class Lapic:
 
     def deliverable(self) -> int | None:
         """The vector of the interrupt that the vCPU would take now."""
-        if not self._irr or not self._svr & _SVR_ENABLED:
+        if not self._irr or not self.enabled:
             return None
         vector = self._irr.bit_length() - 1
         return vector if vector >> 4 > self._ppr() >> 4 else None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is on; else it takes no interrupts (11.4.7.2)."""
+        return bool(self._svr & _SVR_ENABLED)
 
     def acknowledge(self, vector: int) -> None:
         """The vCPU takes `vector`: it is in service (11.8.4)."""
@@ -181,12 +185,14 @@ class Lapic:
         """For messages of lowest priority."""
         return self._ppr()
 
-    def receive(self, mode: int, vector: int, level: bool) -> None:
-        """A message has arrived."""
+    def receive(self, mode: int, vector: int, level: bool) -> bool:
+        """A message has arrived; whether it is accepted."""
         if mode in (FIXED, LOWEST_PRIORITY):
+            if not self.enabled:
+                return False
             if vector < _LOWEST_VECTOR:
                 self._error(_ESR_RECEIVE_ILLEGAL)
-                return
+                return False
             self._irr |= 1 << vector
             if level:
                 self._tmr |= 1 << vector
@@ -200,6 +206,9 @@ class Lapic:
             self._init_pending, self._startup = True, None
         elif mode == STARTUP:
             self._startup = vector
+        else:
+            return False
+        return True
 
     # Registers.
 
@@ -251,7 +260,7 @@ class Lapic:
             self._dfr = value | 0x0FFF_FFFF
         elif offset == SVR:
             self._svr = value & 0x1FF
-            if not self._svr & _SVR_ENABLED:  # all LVT entries are masked (11.4.7.2)
+            if not self.enabled:  # all LVT entries are masked (11.4.7.2)
                 for entry in self._lvt:
                     self._lvt[entry] |= _LVT_MASKED
         elif offset == ESR:
@@ -267,7 +276,7 @@ class Lapic:
 
     def _write_lvt(self, offset: int, value: int) -> None:
         value &= _LVT_BITS[offset]
-        if not self._svr & _SVR_ENABLED:
+        if not self.enabled:
             value |= _LVT_MASKED
         self._lvt[offset] = value
 
@@ -304,7 +313,7 @@ class Lapic:
             self._bus.send_to(targets, FIXED if mode == LOWEST_PRIORITY else mode, vector)
         else:
             logical = bool(icr & _ICR_LOGICAL)
-            self._bus.send(icr >> 56, logical, mode, vector, False, self.index)
+            self._bus.send(icr >> 56, logical, mode, vector, False)
 
     # The timer (11.5.4).
 
@@ -322,9 +331,7 @@ class Lapic:
             self._count_down(self._initial)
 
     def _count_down(self, ticks: int) -> None:
-        now = self._clock.now()
-        self._started = now - self._nanoseconds(self._initial - min(ticks, self._initial))
-        self._deadline = now + self._nanoseconds(ticks)
+        self._deadline = self._clock.now() + self._nanoseconds(ticks)
         self._timer.set(self._deadline)
 
     def _current(self) -> int:
@@ -369,26 +376,17 @@ class Lapic:
 
     def restore(self, state: State) -> None:
         """Raises ConfigError for what is no state of a LAPIC."""
-        numbers = {name: state.get(name) for name in _NUMBERS}
-        lvt, left, startup = state.get("lvt"), state.get("timer_left"), state.get("startup")
-        if (
-            state.get("version") != 1
-            or not all(isinstance(n, int) and 0 <= n < 1 << _NUMBERS[k] for k, n in numbers.items())
-            or not isinstance(lvt, list)
-            or len(lvt) != len(_LVT_BITS)
-            or not all(isinstance(n, int) for n in lvt)
-            or not (left is None or isinstance(left, int))
-            or not (startup is None or (isinstance(startup, int) and 0 <= startup <= 0xFF))
-        ):
-            raise ConfigError("this is not the state of a LAPIC, version 1; save it anew")
+        saved = Saved(state, "a LAPIC", 1)
+        numbers = {name: saved.number(name, (1 << bits) - 1) for name, bits in _NUMBERS.items()}
+        lvt = saved.numbers("lvt", 0xFFFF_FFFF, len(_LVT_BITS))
+        left = saved.optional("timer_left", _MAX_LEFT_NS, -_MAX_LEFT_NS)
+        nmi, init = saved.flag("nmi"), saved.flag("init_pending")
+        startup = saved.optional("startup", 0xFF)
         for name, number in numbers.items():
             setattr(self, f"_{name}", number)
-        self._lvt = {
-            offset: entry & bits
-            for (offset, bits), entry in zip(_LVT_BITS.items(), lvt, strict=True)
-        }
-        self._nmi, self._init_pending = bool(state.get("nmi")), bool(state.get("init_pending"))
-        self._startup = startup
+        masks = _LVT_BITS.items()
+        self._lvt = {offset: entry & bits for (offset, bits), entry in zip(masks, lvt, strict=True)}
+        self._nmi, self._init_pending, self._startup = nmi, init, startup
         self._deadline = None if left is None else self._clock.now() + left
         self._timer.set(self._deadline)
 

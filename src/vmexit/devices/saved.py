@@ -35,6 +35,15 @@ class Saved:
         """A number from `least` to `top`, or None."""
         return None if self._state.get(key, 0) is None else self.number(key, top, least)
 
+    def numbers(self, key: str, top: int, count: int) -> list[int]:
+        """So many numbers from 0 to `top`."""
+        values = self._state.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error()
+        if not all(isinstance(value, int) and 0 <= value <= top for value in values):
+            raise self.error()
+        return values.copy()
+
     def data(self, key: str, top: int, least: int = 0) -> bytes:
         """From `least` to `top` bytes."""
         value = self._state.get(key)

@@ -90,7 +90,8 @@ class ResetControl:
 PM1_STS, PM1_EN, PM1_CNT, PM_TMR = 0, 2, 4, 8
 PM_SIZE = 12
 TMR, GBL, PWRBTN = 1 << 0, 1 << 5, 1 << 8  # in PM1_STS and, to enable the SCI, in PM1_EN
-PM1_EN_BITS = TMR | GBL | PWRBTN
+RTC = 1 << 10  # never happens (FIX_RTC in the FADT), but Linux enables it and looks whether it is
+PM1_EN_BITS = TMR | GBL | PWRBTN | RTC
 CNT_SCI_EN, CNT_BM_RLD, CNT_SLP_TYP, CNT_SLP_EN = 1 << 0, 1 << 1, 7 << 10, 1 << 13
 SLP_TYP_SHIFT, S5 = 10, 5
 

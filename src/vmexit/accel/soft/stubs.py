@@ -25,6 +25,7 @@ from vmexit.accel.soft.layout import (
     EFER,
     EIP,
     ERROR_CODE,
+    EXCEPTION_IS_INT,
     FLAT_CODE_64,
     FLAT_DATA,
     FMASK,
@@ -87,6 +88,7 @@ class Stubs:
         self._deliver = library.address("x86_cpu_do_interrupt_x86_64")
         self._read_flags = library.address("helper_read_eflags_x86_64")
         self._write_flags = library.address("helper_write_eflags_x86_64")
+        self._read_code = library.address("cpu_ldub_code_x86_64")
         self._engine = engine
         self._cpu = cpu
         self._state = state
@@ -125,8 +127,18 @@ class Stubs:
 
         An endless chain of exceptions may never reach a block. In long mode the engine makes the
         error code for a gate that it cannot use from twice the vector, which is mended here
-        (SDM vol. 3, 6.13: bit 1 says that it is about the IDT).
+        (SDM vol. 3, 6.13: bit 1 says that it is about the IDT). And for INT it has stepped over
+        the instruction, to which a fault in the delivery would have to return; where it goes on
+        otherwise is noted elsewhere.
         """
+        back = (
+            b"\xb8\x02\x00\x00\x00"  # mov eax, 2: INT with a number
+            + b"\x8d\x4e\xfd"  # lea ecx, [rsi - 3]
+            + b"\x83\xf9\x01"  # cmp ecx, 1: INT3, INTO
+            + b"\x77\x02"  # ja +2
+            + b"\xb0\x01"  # mov al, 1
+            + b"\x48\x29\x82" + _long(EIP)  # sub [rdx + EIP], rax
+        )  # fmt: skip
         mend = (
             b"\x44\x8b\x82" + _long(ERROR_CODE)  # mov r8d, [rdx + ERROR_CODE]
             + b"\x41\xf6\xc0\x02"  # test r8b, 2
@@ -140,6 +152,9 @@ class Stubs:
         )  # fmt: skip
         return self._emit(
             b"\x48\xba" + _quad(self._state)  # mov rdx, state
+            + b"\x83\xba" + _long(EXCEPTION_IS_INT) + b"\x00"  # cmp dword [rdx + IS_INT], 0
+            + b"\x74" + bytes((len(back),))  # je behind it
+            + back
             + b"\x8d\x46\xf6"  # lea eax, [rsi - 10]: #TS, #NP, #SS, #GP
             + b"\x83\xf8\x03"  # cmp eax, 3
             + b"\x77" + bytes((12 + len(mend),))  # ja behind it
@@ -168,15 +183,34 @@ class Stubs:
         )  # fmt: skip
 
     def _invalid_hook(self) -> int:
-        """UC_HOOK_INSN_INVALID: #UD, which has a hook of its own; true says that it was handled."""
-        return self._emit(
-            b"\x48\x83\xec\x08"  # sub rsp, 8
-            + b"\xbe\x06\x00\x00\x00"  # mov esi, 6
+        """UC_HOOK_INSN_INVALID: #UD, which has a hook of its own; true says that it was handled.
+
+        INT1 is invalid to the engine, too: a #DB behind it (SDM vol. 2), and that has the other.
+        """
+        undefined = (
+            b"\xbe\x06\x00\x00\x00"  # mov esi, 6
             + b"\x48\xb8" + _quad(self.exception_hook)  # mov rax, exception hook
             + b"\xff\xd0"  # call rax
             + b"\xb8\x01\x00\x00\x00"  # mov eax, 1
             + b"\x48\x83\xc4\x08"  # add rsp, 8
             + b"\xc3"  # ret
+        )  # fmt: skip
+        return self._emit(
+            b"\x48\x83\xec\x08"  # sub rsp, 8
+            + b"\x48\xbf" + _quad(self._state)  # mov rdi, state
+            + b"\x48\x8b\xb7" + _long(EIP)  # mov rsi, [rdi + EIP]
+            + b"\x48\x03\xb7" + _long(SEGMENT["cs"] + 8)  # add rsi, [rdi + base of CS]
+            + b"\x48\xb8" + _quad(self._read_code)  # mov rax, cpu_ldub_code
+            + b"\xff\xd0"  # call rax
+            + b"\x3c\xf1"  # cmp al, 0xf1: INT1
+            + b"\x74" + bytes((len(undefined),))  # je behind it
+            + undefined
+            + b"\x48\xbf" + _quad(self._state)  # mov rdi, state
+            + b"\x48\xff\x87" + _long(EIP)  # inc qword [rdi + EIP]
+            + b"\xbe\x01\x00\x00\x00"  # mov esi, 1
+            + b"\x31\xd2"  # xor edx, edx
+            + b"\x48\xb8" + _quad(self._raise)  # mov rax, raise_exception_err
+            + b"\xff\xd0"  # call rax: does not return
         )  # fmt: skip
 
     def leaving_hook(self, callback: int) -> int:
