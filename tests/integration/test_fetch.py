@@ -3,11 +3,13 @@
 import gzip
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from command import assert_one_line, vmexit
+from command import VMEXIT, assert_one_line, vmexit
 
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.fetch import cpio, debian
@@ -118,6 +120,18 @@ def test_offline_and_with_no_lists(tmp_path):
 
 
 @needs_apt
+def test_a_network_that_leads_nowhere(tmp_path):
+    nowhere = "http://127.0.0.1:9"
+    env = {"http_proxy": nowhere, "https_proxy": nowhere, "XDG_CACHE_HOME": str(tmp_path)}
+    done = vmexit("fetch", "debian", env=env)
+    assert done.status == 4, done
+    last = done.err.splitlines()[-1]
+    assert "127.0.0.1" in last and "check the network" in last and "--kernel vmlinuz" in last
+    assert "Traceback" not in done.err
+    assert list((tmp_path / "vmexit/debian").iterdir()) == []
+
+
+@needs_apt
 def test_where_nothing_can_be_written():
     env = {"XDG_CACHE_HOME": "/proc/nothing"}
     done = vmexit("fetch", "debian", env=env)
@@ -134,3 +148,87 @@ def test_copies_have_names_that_stay(tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["initrd.gz", "vmlinuz"]
     done = vmexit("fetch", "debian", "--output", "/proc/out")
     assert_one_line(done, 2, "/proc/out", "--output")
+
+
+@pytest.fixture
+def slow_apt(tmp_path, monkeypatch):
+    """An apt that downloads for ever; the path of a file with its process id."""
+    folder, pid = tmp_path / "bin", tmp_path / "pid"
+    folder.mkdir()
+    for name, script in {
+        "apt-cache": "case $* in\n*depends*) echo '  Depends: linux-image-1-cloud-amd64';;\n"
+        "*) echo Version: 1;;\nesac\n",
+        "apt-get": f"echo half > half.deb.partial\necho $$ > {pid}\nexec sleep 300\n",
+        "dpkg-deb": "",
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield pid
+    if pid.exists() and alive(number := int(pid.read_text())):
+        os.kill(number, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_fetch_that_is_ended_leaves_nothing_half_done(slow_apt, tmp_path, number):
+    with subprocess.Popen(
+        [*VMEXIT, "fetch", "debian"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as fetch:
+        end = time.monotonic() + 30
+        while not slow_apt.exists() or not slow_apt.read_text():
+            assert time.monotonic() < end and fetch.poll() is None
+            time.sleep(0.05)
+        fetch.send_signal(number)
+        status = fetch.wait(10)
+        assert status != 0
+        if number != signal.SIGKILL:  # apt ends, too
+            while alive(int(slow_apt.read_text())):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert b"Traceback" not in fetch.stderr.read()
+        else:  # it holds our pipe
+            os.kill(int(slow_apt.read_text()), signal.SIGTERM)
+    left = list((tmp_path / "cache/vmexit/debian").iterdir())
+    if number != signal.SIGKILL:
+        assert left == []
+        return
+    (folder,) = left
+    assert folder.name.startswith(".")
+    debian._remove_old(folder.parent)  # it may still be under way
+    assert folder.exists()
+    os.utime(folder, (0, 0))
+    debian._remove_old(folder.parent)
+    assert not folder.exists()
+
+
+@needs_apt
+@pytest.mark.linux
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(os.geteuid() != 0, reason="to become another user one must be root")
+def test_a_user_without_rights_fetches_into_a_home_of_his_own(tmp_path):
+    nobody = 65534
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, nobody, nobody)
+    found = subprocess.run(
+        ["setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups", *VMEXIT, "fetch",
+         "debian"],
+        env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": ""},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    names = sorted(os.listdir(home / ".cache/vmexit/debian"))
+    assert [name.split("-")[0] for name in names] == ["initrd", "vmlinuz"]
