@@ -155,3 +155,28 @@ def test_random_port_writes_do_not_hurt_the_host(microvm):
         stop = machine.run(timeout=0.1)
         assert stop.reason in (StopReason.TIMEOUT, StopReason.RESET, StopReason.POWEROFF)
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 3  # the event loop's
+
+
+def test_a_triple_fault_of_another_processor_names_it(microvm):
+    machine = microvm(
+        "bb0000e0fe c7831003000000000001"  # mov ebx, LAPIC; ICR: for APIC 1
+        "c7830003000000450000 c7830003000008460000 ebfe",  # INIT; SIPI to 0x8000; jmp .
+        smp=2,
+    )
+    machine.memory.write(0x8000, bytes.fromhex("2e0f011e1000 0f0b"))  # lidt cs:[0x10]; ud2
+    machine.memory.write(0x8010, bytes(6))  # an IVT of one byte
+    stop = machine.run(timeout=60)
+    assert (stop.reason, stop.vcpu) == (StopReason.SHUTDOWN, 1)
+    assert "#UD, #GP" in stop.detail and "#DF at rip 0x6: `ud2`" in stop.detail
+
+
+def test_processors_that_all_wait_for_each_other_have_halted(microvm):
+    machine = microvm(
+        "bb0000e0fe c7831003000000000001"
+        "c7830003000000450000 c7830003000008460000"
+        "b900000001 e2fe fa f4",  # a while later: cli; hlt
+        smp=2,
+    )
+    machine.memory.write(0x8000, bytes.fromhex("fa f4 ebfd"))
+    stop = machine.run(timeout=60)
+    assert stop.reason is StopReason.HALT and "interrupts off" in stop.detail

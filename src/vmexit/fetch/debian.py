@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from vmexit.fetch.modules import Modules, module_name
 
 FLAVOURS = ("cloud-amd64", "amd64")
 _BUSYBOX = "busybox-static"
+
+# Folders for a package while it is unpacked; a day, in seconds.
+_PACKAGE, _LONG_AGO = ".package-", 86400
 
 _OWN = "pass a kernel of your own: vmexit run --kernel vmlinuz --initrd initrd.gz"
 
@@ -115,6 +119,14 @@ def _put(path: Path, content: bytes) -> None:
         raise
 
 
+def _remove_old(folder: Path) -> None:
+    """Remove what a fetch has left that was killed, and no fetch can be at any more."""
+    for path in folder.glob(f"{_PACKAGE}*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - _LONG_AGO:
+                shutil.rmtree(path)
+
+
 class _Package:
     """A package, unpacked in a folder."""
 
@@ -203,7 +215,8 @@ class _Apt:
     @contextlib.contextmanager
     def package(self, name: str, folder: Path) -> Iterator[_Package]:
         """Download and unpack package `name`; all of it is removed in the end."""
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".package-") as temporary:
+        _remove_old(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_PACKAGE) as temporary:
             self._download(name, Path(temporary))
             (deb,) = Path(temporary).glob("*.deb")
             root = Path(temporary) / "root"
@@ -229,15 +242,19 @@ class _Apt:
             pass_fds=(writer,),
         ) as process:
             os.close(writer)
-            # dlstatus:item:percent:text (apt's README.progress-reporting)
-            with open(reader, encoding="utf-8", errors="replace") as status:
-                for line in status:
-                    parts = line.split(":")
-                    if parts[0] == "dlstatus" and len(parts) > 2:
-                        with contextlib.suppress(ValueError):
-                            self._progress(f"fetching {name}", float(parts[2]) / 100)
-            assert process.stderr is not None
-            errors = process.stderr.read()
+            try:
+                # dlstatus:item:percent:text (apt's README.progress-reporting)
+                with open(reader, encoding="utf-8", errors="replace") as status:
+                    for line in status:
+                        parts = line.split(":")
+                        if parts[0] == "dlstatus" and len(parts) > 2:
+                            with contextlib.suppress(ValueError):
+                                self._progress(f"fetching {name}", float(parts[2]) / 100)
+                assert process.stderr is not None
+                errors = process.stderr.read()
+            except BaseException:  # a signal that ends this, too
+                process.terminate()
+                raise
         if process.returncode:
             lines = [line for line in errors.splitlines() if line.startswith("E:")]
             why = lines[0].removeprefix("E: ") if lines else f"status {process.returncode}"
