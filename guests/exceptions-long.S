@@ -62,8 +62,18 @@
 1:  mov ds, eax
 2:  or byte ptr [gate_11 + 5], 0x80
 
+    # No stack for the frame: #UD becomes #SS, and that again, so #DF. So does #PF without its own.
+    EXPECT 1f, 2f
+    mov rsp, NOT_CANONICAL + 0x800
+1:  ud2
+2:  mov esp, STACK
+    mov rbx, ABSENT_PAGE + 0x800
+    mov [ist_1], rbx
+    EXPECT 1f, 2f
+1:  mov al, [rbx]
+2:  mov qword ptr [ist_1], IST1
+
     # To ring 3: each exception comes back to the stack of the TSS.
-    mov esp, STACK
     ENTER_USER user, back
 user:
     EXPECT 1f, 2f
@@ -75,6 +85,9 @@ user:
 1:  mov al, [rbx]                   # #PF: present, user
 2:  EXPECT 1f, 2f
 1:  mov [rbx], al                   # #PF: present, write, user
+2:  mov rbx, ABSENT_PAGE + 0x456
+    EXPECT 1f, 2f
+1:  mov [rbx], al                   # #PF: write, user
 2:  LEAVE_USER
 
 back:

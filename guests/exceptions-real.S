@@ -1,8 +1,8 @@
 # Makes interrupts and exceptions in real mode, and logs what their handlers find on the stack.
 # mode: real
 
-# A record is five 16-bit words: vector, IP less BX, CS less the guest's, FLAGS, FLAGS of the handler.
-# They begin at 2000:0; DI points behind the last one. The handler goes on at SI.
+# A record is five 16-bit words: vector, IP less BX, CS less the guest's, FLAGS, FLAGS of the
+# handler. They begin at 2000:0; DI points behind the last one. The handler goes on at SI.
 
     .intel_syntax noprefix
 
@@ -10,6 +10,8 @@
     .set STACK, 0x8000
     .set SINGLE_STEP, 1 << 8
     .set INTERRUPTS, 1 << 9
+    .set FLAGS, INTERRUPTS + 0x8d7  # all that tell of a result, and the bit that is always 1
+    .set RESTORED, 0x7000
 
     .macro VECTOR number
     mov word ptr [\number * 4], offset handler_\number - 0x1000
@@ -53,9 +55,12 @@ start:
 2:  EXPECT 1f, 2f
 1:  ud2                             # #UD
 2:  EXPECT 2f, 2f
-    sti
+    push FLAGS
+    popf
 1:  int 0x80                        # behind it, with IF in the flags
-2:  EXPECT 2f, 2f
+2:  pushf
+    pop word ptr [RESTORED]         # IRET has brought them back
+    EXPECT 2f, 2f
 1:  int3
 2:  cli
     EXPECT 2f, 2f

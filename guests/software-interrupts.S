@@ -17,7 +17,9 @@
 2:  EXPECT 1f, 2f
 1:  int 0x90                        # beyond the IDT: #GP, vector * 8 + 2
 2:  cli
-    ENTER_USER user, back
+    EXPECT 1f, 2f
+1:  int 2                           # no gate: #GP, vector * 8 + 2
+2:  ENTER_USER user, back
 user:
     EXPECT 2f, 2f
 1:  int3                            # gates that ring 3 may use

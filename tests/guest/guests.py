@@ -29,13 +29,24 @@ GUESTS: dict[str, str] = build.GUESTS
 # in RF.
 DELIVERY = frozenset(
     {
+        "compatibility",
+        "double-fault",
         "exceptions-long",
         "exceptions-protected",
         "exceptions-real",
+        "gates-protected",
+        "int1",
+        "interrupt-sources",
         "interrupts",
+        "nested-exceptions",
+        "processors",
         "software-interrupts",
         "storms",
+        "syscall-32",
+        "sysenter",
+        "sysenter-protected",
         "system-calls",
+        "task-gate",
     }
 )
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -211,17 +212,19 @@ def test_a_fetch_that_is_ended_leaves_nothing_half_done(slow_apt, tmp_path, numb
 @pytest.mark.linux
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(os.geteuid() != 0, reason="to become another user one must be root")
-def test_a_user_without_rights_fetches_into_a_home_of_his_own(tmp_path):
+def test_a_user_without_rights_fetches_into_a_home_of_his_own():
+    # Not in tmp_path, which any other run of pytest closes to all but root.
+    with tempfile.TemporaryDirectory() as home:
+        _fetch_as_nobody(home)
+
+
+def _fetch_as_nobody(home: str) -> None:
     nobody = 65534
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    home = tmp_path / "home"
-    home.mkdir()
     os.chown(home, nobody, nobody)
     found = subprocess.run(
         ["setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups", *VMEXIT, "fetch",
          "debian"],
-        env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": ""},
+        env={**os.environ, "HOME": home, "XDG_CACHE_HOME": ""},
         cwd="/",
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -230,5 +233,5 @@ def test_a_user_without_rights_fetches_into_a_home_of_his_own(tmp_path):
         check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    names = sorted(os.listdir(home / ".cache/vmexit/debian"))
+    names = sorted(os.listdir(f"{home}/.cache/vmexit/debian"))
     assert [name.split("-")[0] for name in names] == ["initrd", "vmlinuz"]
