@@ -85,6 +85,7 @@ def test_a_guest_that_stays_in_its_panic_is_ended_by_ctrl_c(smp):
         assert time.monotonic() - began < 2
 
 
+@SOAK
 def test_both_clocks_of_the_machine_go_alike():
     with boot("quiet") as guest:
         folder = "/sys/devices/system/clocksource/clocksource0"
