@@ -34,7 +34,7 @@ def interrupts(guest: Guest) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("flavour", ["cloud-amd64", "amd64"])
+@pytest.mark.parametrize("flavour", ["cloud-amd64", pytest.param("amd64", marks=SOAK)])
 def test_the_kernel_warns_of_nothing(flavour):
     with boot("quiet", flavour=flavour) as guest:
         said = guest.run("dmesg -r | grep '^<[0-4]>'").splitlines()
