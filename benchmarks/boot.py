@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from measure import Row, Unavailable, attempt, differences, interleave, ratios, spread
-from start import QEMU, command
+from start import QEMU, as_installed, command
 
 from vmexit.core.errors import VmexitError
 from vmexit.fetch.debian import Fetched, fetch
@@ -94,14 +94,13 @@ def _patiently(command: list[str]) -> Times:
 
 
 def _once(command: list[str]) -> Times:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     begin = time.perf_counter()
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=as_installed(),
     ) as process:
         assert process.stdout is not None
         try:

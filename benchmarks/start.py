@@ -92,16 +92,19 @@ def command() -> list[str]:
     return [str(script)] if script.exists() else [sys.executable, "-m", "vmexit"]
 
 
+def as_installed() -> dict[str, str]:
+    """The environment of a command that may write byte code, which some environments forbid."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+
 def _once(arguments: list[str]) -> Times:
-    # As installed, with byte code: some environments forbid writing it.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     begin = time.perf_counter()
     with subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment,
+        env=as_installed(),
     ) as process:
         assert process.stdout is not None
         try:

@@ -6,7 +6,6 @@ standard output waits for its reader, as any program does. No wait outlasts the 
 """
 
 import errno
-import math
 import os
 import select
 import sys
@@ -15,7 +14,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from vmexit.backends.console import Console, is_our_terminal
-from vmexit.backends.wait import Ending, never, ready, reason, write_all
+from vmexit.backends.wait import Ending, never, ready, reason, write_output
 from vmexit.core.errors import ConfigError, HostError, shown
 from vmexit.core.loop import EventLoop
 
@@ -103,14 +102,8 @@ class _Descriptor:
         self._ending = ending
 
     def write(self, data: bytes) -> None:
-        if self._out < 0:
-            return
-        try:
-            write_all(self._out, data, math.inf, self._ending)
-        except OSError as error:
-            raise HostError(
-                f"cannot write the guest's output: {error.strerror}; send it elsewhere"
-            ) from error
+        if self._out >= 0:
+            write_output(self._out, data, self._ending)
 
     def read(self, size: int) -> bytes:
         if self._in < 0 or not ready(self._in, select.POLLIN):

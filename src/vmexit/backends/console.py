@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from vmexit.backends.wait import Ending, write_all
+from vmexit.backends.wait import Ending, write_all, write_output
 from vmexit.core.errors import HostError
 from vmexit.core.loop import EventLoop
 
@@ -97,12 +97,7 @@ class Console:
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
 
     def write(self, data: bytes) -> None:
-        try:
-            write_all(1, data, float("inf"), self._ending)
-        except OSError as error:
-            raise HostError(
-                f"cannot write the guest's output: {error.strerror}; send it elsewhere"
-            ) from error
+        write_output(1, data, self._ending)
 
     def read(self, size: int) -> bytes:
         with self._lock:

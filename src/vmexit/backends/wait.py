@@ -1,12 +1,13 @@
 """Waiting for descriptors, never past the end of a run, and what went wrong with them in words."""
 
+import math
 import os
 import select
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from vmexit.core.errors import shown
+from vmexit.core.errors import HostError, shown
 
 # So much goes into a pipe that has room at all, without waiting (POSIX: PIPE_BUF is at least this).
 _PIECE = 512
@@ -44,6 +45,16 @@ def write_all(fd: int, data: bytes, patience: float, ending: Ending) -> None:
     while data and wait_writable(fd, patience, ending):
         with suppress(BlockingIOError):  # it does not block, and is full again
             data = data[os.write(fd, data[:_PIECE]) :]
+
+
+def write_output(fd: int, data: bytes, ending: Ending) -> None:
+    """Write what a guest puts out, however slow the reader is. Raises HostError."""
+    try:
+        write_all(fd, data, math.inf, ending)
+    except OSError as error:
+        raise HostError(
+            f"cannot write the guest's output: {error.strerror}; send it elsewhere"
+        ) from error
 
 
 def reason(error: OSError | OverflowError | ValueError | TypeError) -> str:

@@ -149,6 +149,12 @@ class _Package:
         raise HostError(f"the package has no file {pattern}; {_OWN}")
 
 
+def _why(errors: str, status: int) -> str:
+    """What apt says went wrong: its first line that is an error."""
+    lines = [line for line in errors.splitlines() if line.startswith("E:")]
+    return lines[0].removeprefix("E: ") if lines else f"status {status}"
+
+
 class _Apt:
     """apt's command-line clients, with the system's package lists or lists of our own."""
 
@@ -169,8 +175,7 @@ class _Apt:
             check=False,
         )
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("E:")]
-            why = lines[0].removeprefix("E: ") if lines else f"status {done.returncode}"
+            why = _why(done.stderr, done.returncode)
             raise HostError(f"{tool} failed: {why}; {_OWN}")
         return done.stdout
 
@@ -256,6 +261,5 @@ class _Apt:
                 process.terminate()
                 raise
         if process.returncode:
-            lines = [line for line in errors.splitlines() if line.startswith("E:")]
-            why = lines[0].removeprefix("E: ") if lines else f"status {process.returncode}"
+            why = _why(errors, process.returncode)
             raise HostError(f"cannot fetch {name}: {why}; check the network, or {_OWN}")

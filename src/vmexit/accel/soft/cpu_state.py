@@ -158,11 +158,6 @@ class CpuState:
         """Load RFLAGS."""
         self._engine.reg_write(self._flags, value | 2)
 
-    @property
-    def code_64(self) -> bool:
-        """Whether 64-bit code runs, rather than compatibility mode."""
-        return bool(self.u32[HFLAGS // 4] & HF_CS64)
-
     def enter_kernel(self, selector: int, *, long: bool) -> None:
         """Flat ring 0 segments, as SYSCALL and SYSENTER load them: CS, and SS behind it."""
         u32, u64 = self.u32, self.u64

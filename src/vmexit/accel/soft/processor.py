@@ -17,7 +17,6 @@ from vmexit.accel.soft.layout import (
     FMASK,
     HF_INHIBIT_IRQ,
     HFLAGS,
-    LSTAR,
     NMI,
     OLD_EXCEPTION,
     R11,
@@ -372,13 +371,13 @@ class Processor:
                 self._raise(_UNDEFINED_OPCODE)
                 return
             flags = state.read_flags()
-            long, code64 = bool(efer & EFER_LMA), state.code_64
+            long = bool(efer & EFER_LMA)  # compatibility mode then
             u64[RCX] = state.rip + SYSCALL_LENGTH
             star = u64[STAR // 8]
             if long:
                 u64[R11] = flags & ~RFLAGS_RF
                 flags &= ~u64[FMASK // 8] & 0xFFFF_FFFF
-                target = u64[(LSTAR if code64 else CSTAR) // 8]
+                target = u64[CSTAR // 8]
             else:
                 flags &= ~(RFLAGS_IF | RFLAGS_VM)
                 target = star & 0xFFFF_FFFF
