@@ -10,12 +10,15 @@ import ctypes
 import struct
 
 from vmexit.accel.soft.layout import (
+    CLASS,
+    CLASS_ENTER,
     CONTROL_OFFSET,
     EIP,
     FLAT_CODE,
     FLAT_CODE_64,
     FLAT_DATA,
     GENERAL_OFFSET,
+    HALTED,
     HF_ADDSEG,
     HF_CPL,
     HF_CS32,
@@ -73,8 +76,15 @@ class CpuState:
         view = memoryview(self._memory).cast("B")
         self.u8, self.u32, self.u64 = view, view.cast("I"), view.cast("Q")
         self._request = ctypes.c_uint32.from_address(cpu + INTERRUPT_REQUEST)
+        self._halted = ctypes.c_uint32.from_address(cpu + HALTED)
+        functions = ctypes.c_uint64.from_address(cpu + CLASS).value
+        self._entry = ctypes.c_uint64.from_address(functions + CLASS_ENTER)
         _prove_request(library, cpu, self._request)
         _prove(self, engine, ids)
+        if self._entry.value != library.address("x86_cpu_exec_enter_x86_64"):
+            raise _unknown_layout("cpu_exec_enter")
+        if not library.resume_clears(HALTED):
+            raise _unknown_layout("halted")
 
     def close(self) -> None:
         """Let go of the memory; nothing may be read from here afterwards."""
@@ -99,6 +109,15 @@ class CpuState:
     def requested(self) -> int:
         """What of that it has not taken yet."""
         return self._request.value
+
+    @property
+    def halted(self) -> bool:
+        """Whether the engine ended behind a HLT."""
+        return bool(self._halted.value)
+
+    def set_entry(self, function: int) -> None:
+        """Have the engine call this in place of cpu_exec_enter(cpu) as it begins to execute."""
+        self._entry.value = function
 
     def read_general(self) -> Registers:
         """General registers, RIP and RFLAGS; the flags come from the engine, which is lazy."""

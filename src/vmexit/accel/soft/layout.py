@@ -26,6 +26,9 @@ VMCB = 0x1580  # where the CPU reads the vector of a virtual interrupt (AMD APM 
 
 # And in CPUState, QEMU's common part before it.
 INTERRUPT_REQUEST = 0x1C
+HALTED = 0x8198  # not zero behind a HLT
+CLASS = 0x81B0  # the functions that QEMU has for a CPU of this kind
+CLASS_ENTER = 0x80  # and among them: cpu_exec_enter
 VIRTUAL_INTERRUPT, NMI = 0x100, 0x200  # CPU_INTERRUPT_VIRQ, CPU_INTERRUPT_NMI
 
 # QEMU's register numbers are the processor's: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, …

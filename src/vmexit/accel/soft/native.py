@@ -9,6 +9,13 @@ from vmexit.core.errors import HostError
 UNICORN_VERSION = "2.1.4"
 
 
+# How check_exit_request() begins: mov rsi, [rdi + 0x9970]: the engine; cmp byte [rsi + …], 0.
+_CHECK_BEGINS = bytes.fromhex("48 8b b7 70 99 00 00 80 be")
+_ENGINE_SIZE = 0x3A00  # a lower limit, in bytes
+
+# Where an engine has the function that finds a MemoryRegion by guest physical address.
+_MEMORY_MAPPING = 0x120
+
 # uc_ctl() requests without arguments: the number, and "write" in the two highest bits.
 _CTL_TB_FLUSH = 10 | 1 << 30
 _CTL_TLB_FLUSH = 11 | 1 << 30
@@ -64,6 +71,9 @@ class Library:
     def __init__(self, path: str) -> None:
         """`path` is where the Python package has loaded it from."""
         self.cdll = ctypes.CDLL(path)
+        # It returns at once, so that to let other Python threads run would only cost time.
+        self.emu_stop = ctypes.PyDLL(path).uc_emu_stop
+        self.emu_stop.argtypes = [ctypes.c_void_p]
         self.get_cpu = self.cdll.qemu_get_cpu_x86_64
         self.get_cpu.restype = ctypes.c_void_p
         self.get_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int]
@@ -91,8 +101,6 @@ class Library:
             ctypes.c_uint64,
             ctypes.c_size_t,
         ]
-        self.emu_stop = self.cdll.uc_emu_stop
-        self.emu_stop.argtypes = [ctypes.c_void_p]
         self.mmio_map = self.cdll.uc_mmio_map
         self.mmio_map.argtypes = [
             ctypes.c_void_p,
@@ -130,6 +138,7 @@ class Library:
         self.context_free = self.cdll.uc_context_free
         self.context_free.argtypes = [ctypes.c_void_p]
 
+        self._no_check = self._find_no_check()
         self.ctl = self.cdll.uc_ctl
         self.ctl.argtypes = [ctypes.c_void_p, ctypes.c_int]
 
@@ -150,6 +159,43 @@ class Library:
         )
         if error:
             raise HostError(f"Unicorn refused hook {kind} (error {error}); use --accel kvm")
+
+    def check_at_accesses(self, engine: int, wanted: bool) -> None:
+        """Whether to translate a test for a stop behind each memory access and instruction, too.
+
+        There a stop comes too late to undo what the instruction did, and too early to go on behind
+        it. At the beginning of a block the test is always.
+        """
+        ctypes.c_uint8.from_address(engine + self._no_check).value = not wanted
+
+    def _find_no_check(self) -> int:
+        """Where in an engine the byte is that leaves those tests out; the code that reads it says.
+
+        Raises HostError if it is not that of the release which is known.
+        """
+        code = ctypes.string_at(self.address("check_exit_request_x86_64"), len(_CHECK_BEGINS) + 5)
+        begin, at, end = code[:-5], int.from_bytes(code[-5:-1], "little"), code[-1]
+        if begin != _CHECK_BEGINS or end != 0 or at > _ENGINE_SIZE:
+            raise HostError(
+                "this Unicorn tests for a stop otherwise than release 2.1.4 does; "
+                "install unicorn==2.1.4, or use --accel kvm"
+            )
+        return at
+
+    def replace_find_region(self, engine: int, function: int) -> None:
+        """Have `engine` call this in place of find_memory_mapping(). Raises HostError."""
+        entry = ctypes.c_uint64.from_address(engine + _MEMORY_MAPPING)
+        if entry.value != address_of(self.find_region):
+            raise HostError(
+                "this Unicorn finds its memory otherwise than release 2.1.4 does; "
+                "install unicorn==2.1.4, or use --accel kvm"
+            )
+        entry.value = function
+
+    def resume_clears(self, offset: int) -> bool:
+        """Whether resume_all_vcpus() begins by clearing the word at `offset` in CPUState."""
+        code = ctypes.string_at(self.address("resume_all_vcpus_x86_64"), 64)
+        return b"\x41\xc7\x85" + offset.to_bytes(4, "little") + bytes(4) in code
 
     def flush_translations(self, engine: int) -> None:
         """Forget all translated code: memory may have changed under it."""

@@ -52,13 +52,17 @@ class PortIo:
         self._plain: set[int] = set()  # where an IN or OUT is known not to be a string one
         self._ahead: list[int] = []  # what an INS has read but not consumed yet, last first
         self._ahead_of = (0, 0, 0)  # and which: RIP, port, size
-        self._postponed = False  # a kick waits until all that is consumed
 
     def serve(self, index: int, observer: ExitObserver | None) -> None:
         """The accesses to come are those of vCPU `index`."""
         self._index = index
         self._observer = observer
         self.forget_ahead()
+
+    @property
+    def in_string(self) -> bool:
+        """Whether the next instruction is an INS that has yet to consume what it read ahead."""
+        return bool(self._ahead) and self._ahead_of[0] == self._state.rip
 
     def begin(self) -> None:
         """A run begins: code may have changed."""
@@ -191,14 +195,8 @@ class PortIo:
 
     def _take_ahead(self, rip: int, port: int, size: int) -> int:
         if (rip, port, size) == self._ahead_of:
-            value = self._ahead.pop()
-            if self._postponed and not self._ahead:
-                self._postponed = False
-                self._words[StopWords.KICK] = 1
-            return value
+            return self._ahead.pop()
         # The INS was left in the middle, by an exception: what it had read is lost, as on KVM.
-        if self._postponed:
-            self._words[StopWords.KICK] = 1
         self.forget_ahead()
         return self._first_in(rip, port, size)
 
@@ -222,10 +220,6 @@ class PortIo:
         values = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
         self._ahead = values[:0:-1]
         self._ahead_of = (rip, port, size)
-        if self._ahead and self._words[StopWords.KICK]:
-            # What was read is consumed first, or the device would have lost it.
-            self._words[StopWords.KICK] = 0
-            self._postponed = True
         return values[0]
 
     def _port_access(self) -> PortAccess | None:
@@ -241,10 +235,8 @@ class PortIo:
         if value is not None:
             keep = 0 if size == 4 else state.u64[0] >> 8 * size << 8 * size
             state.u64[0] = keep | value
-        self._words[StopWords.STOPPED] = 1
         self._words[StopWords.LEAVE] = LEAVE_BLOCK
 
     def forget_ahead(self) -> None:
         """The vCPU goes on elsewhere: what a REP INS has read for later is lost, as on KVM."""
         self._ahead.clear()
-        self._postponed = False

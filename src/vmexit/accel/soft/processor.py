@@ -45,6 +45,7 @@ from vmexit.accel.soft.native import (
 )
 from vmexit.accel.soft.port_io import PortIo
 from vmexit.accel.soft.replay import Replay
+from vmexit.accel.soft.stopping import Stopper
 from vmexit.accel.soft.stubs import RAISE, StopWords, Stubs
 from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.code import (
@@ -104,6 +105,7 @@ class Processor:
         self._index = 0
         self._observer: ExitObserver | None = None
         engine.reg_read(x86_const.UC_X86_REG_RAX)  # the engine makes its CPU at the first use
+        library.check_at_accesses(self._handle, False)
         cpu: int = library.get_cpu(self._handle, -1)
         prefix = "UC_X86_REG_"
         ids = {
@@ -119,6 +121,7 @@ class Processor:
         self._state.u64[TSC_OFFSET // 8] = -host & 0xFFFF_FFFF_FFFF_FFFF
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
+        self._stopper = Stopper(library, self._handle, self._words)
         self._replay = Replay(self._words)
         self._ports = PortIo(
             self._state, memory, pio, self._words, self._replay, self._fail, self._raise
@@ -138,11 +141,11 @@ class Processor:
         # The first thing that went wrong inside a callback, where no exception can pass.
         self._error: BaseException | None = None
         self._contexts: list[int] = []
-        self._install(holes)
+        self._install(holes, cpus)
         self._reset_context = self._new_context()
         library.context_save(self._handle, self._reset_context)
 
-    def _install(self, holes: list[tuple[int, int]]) -> None:
+    def _install(self, holes: list[tuple[int, int]], cpus: int) -> None:
         import unicorn
         from unicorn import x86_const
 
@@ -158,7 +161,9 @@ class Processor:
             if number == x86_const.UC_X86_INS_SYSCALL:
                 stub = self._stubs.syscall_hook(stub)
             hook(engine, unicorn.UC_HOOK_INSN, stub, instruction=number)
-        hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.block_hook)
+        self._state.set_entry(self._stubs.entry)
+        if cpus > 1:
+            hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.turn_hook)
         hook(engine, unicorn.UC_HOOK_INTR, self._stubs.exception_hook)
         hook(engine, unicorn.UC_HOOK_INSN_INVALID, self._stubs.invalid_hook)
         for gpa, size in holes:
@@ -167,7 +172,22 @@ class Processor:
             if region.readonly:
                 self._mmio.add_rom(region, self._stubs)
         self._map_vector_page()
+        self._speed_up_writes()
         self._stubs.seal()
+
+    def _speed_up_writes(self) -> None:
+        """Answer at once where RAM is.
+
+        The engine looks it up twice at each write to a page which the guest may execute, as all
+        data of a kernel is for most of its start.
+        """
+        library, engine = self._library, self._handle
+        find = address_of(library.find_region)
+        for memory in self._memory.regions:
+            region = 0 if memory.readonly else library.find_region(engine, memory.gpa)
+            if region and region == library.find_region(engine, memory.end - 1):
+                find = self._stubs.find_region(memory.gpa, memory.end, region, find)
+        library.replace_find_region(engine, find)
 
     def _map_vector_page(self) -> None:
         read = self._c(MmioReadCallback(self._on_vector))
@@ -220,7 +240,7 @@ class Processor:
 
     def ask_to_stop(self, word: int) -> None:
         """Set the stop word KICK or ATTENTION; from any thread."""
-        self._words[word] = 1
+        self._stopper.ask(word)
 
     def go_on(self, word: int) -> None:
         """Clear a stop word."""
@@ -238,17 +258,18 @@ class Processor:
             state.request(
                 (VIRTUAL_INTERRUPT if interrupts.pending() else 0) | (NMI if vcpu.nmi else 0)
             )
-        words[StopWords.STOPPED] = 0
         words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
-        error = self._library.emu_start(self._handle, state.rip, 0, 0, 0)
-        if self._replay.unfinished:
+        self._stopper.running(True)
+        error: int = self._library.emu_start(self._handle, state.rip, 0, 0, 0)
+        if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
+        self._stopper.running(False)
         if vcpu.nmi and not state.requested & NMI:
             vcpu.nmi = False
         if self._error is not None:
             failure, self._error = self._error, None
             raise failure
-        if words[StopWords.STOPPED] and not error:
+        if not error and not state.halted and not self._is_double_fault():
             return None
         exit = self._exit(error)
         if exit.reason is ExitReason.HALT:
@@ -272,24 +293,35 @@ class Processor:
         return bool(self._state.u32[EFLAGS // 4] & RFLAGS_IF)
 
     def _finish(self) -> int:
-        """Execute the instruction that was left, and no more; returns the engine's error."""
-        words = self._words
-        words[StopWords.HOLD] = 1
+        """Execute the instruction that was left, and no more; returns the engine's error.
+
+        An INS goes on until it has consumed what it read ahead: the device has given it.
+        """
+        library, engine = self._library, self._handle
+        self._stopper.hold(True)
         self._replay.repeat()
-        # The limit of one instruction holds for code that is translated with it only.
-        self._library.flush_translations(self._handle)
-        error: int = self._library.emu_start(self._handle, self._state.rip, 0, 0, 1)
-        self._library.flush_translations(self._handle)
+        # The limit of one instruction holds for code that is translated with it, and with tests.
+        library.check_at_accesses(engine, True)
+        library.flush_translations(engine)
+        error: int = library.emu_start(engine, self._state.rip, 0, 0, 1)
+        self._replay.repeated()
+        while not error and self._ports.in_string:
+            error = library.emu_start(engine, self._state.rip, 0, 0, 1)
+        library.check_at_accesses(engine, False)
+        library.flush_translations(engine)
         self._replay.finished()
-        words[StopWords.HOLD] = 0
-        words[StopWords.STOPPED] = 1
+        self._stopper.hold(False)
         return error
+
+    def _is_double_fault(self) -> bool:
+        """Whether the engine ended for an exception within the delivery of a double fault."""
+        return self._state.u32[OLD_EXCEPTION // 4] == _DOUBLE_FAULT
 
     def _exit(self, error: int) -> Exit:
         import unicorn
 
         state = self._state
-        if not error and state.u32[OLD_EXCEPTION // 4] != _DOUBLE_FAULT:
+        if not error and not self._is_double_fault():
             return Exit(ExitReason.HALT, vcpu=self._index)
         registers, system = self.registers(), self.system_registers()
         _, instruction = next_instruction(self._memory, registers, system)
@@ -332,7 +364,7 @@ class Processor:
     def _fail(self, error: BaseException) -> None:
         if self._error is None:
             self._error = error
-        self._words[StopWords.KICK] = 1
+        self._stopper.ask(StopWords.KICK)
 
     def _raise(self, vector: int, error_code: int = 0) -> None:
         """The instruction whose hook this is raises an exception instead."""
@@ -432,6 +464,7 @@ class Processor:
 
     def close(self) -> None:
         if self._callbacks:
+            self._stopper.close()
             self._callbacks.clear()
             self._mmio.close()
             self._state.close()

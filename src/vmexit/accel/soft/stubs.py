@@ -4,8 +4,8 @@ Stopping is one reason for the machine code. `uc_emu_stop` from another thread l
 middle of what has already happened, and from a hook it lets the rest of the translated block run.
 These stops are exact:
 
-- at the beginning of a block. A hook runs there, so it must cost next to nothing: it tests a word
-  that a kick sets, and calls `uc_emu_stop` if it is not zero.
+- at the beginning of a block, where the engine itself tests for a stop; see stopping.py. A stub
+  at the entry of the engine's loop sees what was asked for before.
 - in a port access. Unicorn has then written the whole CPU state back, so the block can be left by
   `cpu_loop_exit`, once the callback has finished the instruction by itself. That function never
   returns, so Python must not be on the stack: a stub calls the callback, then tests a second word.
@@ -50,10 +50,9 @@ class StopWords:
 
     KICK = 0  # not zero: stop at the next block, or after the access under way
     ATTENTION = 1  # not zero: stop at the next block
-    STOPPED = 2  # the block hook did stop
     LEAVE = 3  # after an access, 1: leave the block at once; 2: raise an exception instead
     HOLD = 4  # not zero: do not stop at a block
-    BLOCKS = 5  # counts blocks: with RIP it names one execution of one instruction
+    BLOCKS = 5  # counts blocks, where several vCPUs take turns
     LOADS = 6  # not zero: an instruction is about to access MMIO, rather than the page walk
     SLICE_END = 7  # stop at the block with this number
     VECTOR = 8  # of the exception to raise
@@ -86,13 +85,22 @@ class Stubs:
         self._loop_exit = library.address("cpu_loop_exit_x86_64")
         self._raise = library.address("raise_exception_err_x86_64")
         self._deliver = library.address("x86_cpu_do_interrupt_x86_64")
+        self._enter = library.address("x86_cpu_exec_enter_x86_64")
         self._read_flags = library.address("helper_read_eflags_x86_64")
         self._write_flags = library.address("helper_write_eflags_x86_64")
         self._read_code = library.address("cpu_ldub_code_x86_64")
         self._engine = engine
         self._cpu = cpu
         self._state = state
-        self.block_hook = self._block_hook()
+        self._stop_if_asked = self._emit(
+            b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            + b"\x48\x83\x38\x00"  # cmp qword [rax], 0: kick, attention
+            + b"\x75\x01"  # jne +1
+            + b"\xc3"  # ret
+            + self._stop_unless_held()
+        )  # fmt: skip
+        self.entry = self._entry()
+        self.turn_hook = self._turn_hook()
         self.exception_hook = self._exception_hook()
         self.invalid_hook = self._invalid_hook()
 
@@ -103,27 +111,42 @@ class Stubs:
         self._used = -(-(at + len(code)) // 16) * 16
         return self._base + at
 
-    def _block_hook(self) -> int:
-        """The hook at the beginning of each block; rdi is the engine already."""
-        return self._emit(
-            b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
-            + b"\xff\x40\x14"  # inc dword [rax + 20]: blocks
-            + b"\x48\x83\x38\x00"  # cmp qword [rax], 0: kick, attention
-            + b"\x75\x09"  # jne +9
-            + b"\x8b\x48\x14"  # mov ecx, [rax + 20]
-            + b"\x3b\x48\x1c"  # cmp ecx, [rax + 28]: slice end
+    def _stop_unless_held(self) -> bytes:
+        """Behind it nothing comes; rax is the words, rdi the engine."""
+        return (
+            b"\x83\x78\x10\x00"  # cmp dword [rax + 16], 0: hold
             + b"\x74\x01"  # je +1
             + b"\xc3"  # ret
-            + b"\x83\x78\x10\x00"  # cmp dword [rax + 16], 0: hold
-            + b"\x74\x01"  # je +1
-            + b"\xc3"  # ret
-            + b"\xc7\x40\x08\x01\x00\x00\x00"  # mov dword [rax + 8], 1: stopped
             + b"\x48\xb8" + _quad(self._emu_stop)  # mov rax, uc_emu_stop
             + b"\xff\xe0"  # jmp rax
         )  # fmt: skip
 
+    def _entry(self) -> int:
+        """For QEMU's cpu_exec_enter(cpu): the engine has forgotten what was asked before."""
+        return self._emit(
+            b"\x48\x83\xec\x08"  # sub rsp, 8
+            + b"\x48\xb8" + _quad(self._enter)  # mov rax, x86_cpu_exec_enter
+            + b"\xff\xd0"  # call rax
+            + b"\x48\x83\xc4\x08"  # add rsp, 8
+            + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
+            + b"\x48\xb8" + _quad(self._stop_if_asked)  # mov rax, …
+            + b"\xff\xe0"  # jmp rax
+        )  # fmt: skip
+
+    def _turn_hook(self) -> int:
+        """UC_HOOK_BLOCK where vCPUs take turns: a turn is so many blocks; rdi is the engine."""
+        return self._emit(
+            b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            + b"\xff\x40\x14"  # inc dword [rax + 20]: blocks
+            + b"\x8b\x48\x14"  # mov ecx, [rax + 20]
+            + b"\x3b\x48\x1c"  # cmp ecx, [rax + 28]: slice end
+            + b"\x74\x01"  # je +1
+            + b"\xc3"  # ret
+            + self._stop_unless_held()
+        )  # fmt: skip
+
     def _exception_hook(self) -> int:
-        """UC_HOOK_INTR: note the exception (vector in esi) and deliver it; then as for a block.
+        """UC_HOOK_INTR: note the exception (vector in esi) and deliver it; then stop if asked to.
 
         An endless chain of exceptions may never reach a block. In long mode the engine makes the
         error code for a gate that it cannot use from twice the vector, which is mended here
@@ -178,7 +201,7 @@ class Stubs:
             + b"\xff\xd0"  # call rax
             + b"\x48\x83\xc4\x08"  # add rsp, 8
             + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
-            + b"\x48\xb8" + _quad(self.block_hook)  # mov rax, block hook
+            + b"\x48\xb8" + _quad(self._stop_if_asked)  # mov rax, …
             + b"\xff\xe0"  # jmp rax
         )  # fmt: skip
 
@@ -211,6 +234,21 @@ class Stubs:
             + b"\x31\xd2"  # xor edx, edx
             + b"\x48\xb8" + _quad(self._raise)  # mov rax, raise_exception_err
             + b"\xff\xd0"  # call rax: does not return
+        )  # fmt: skip
+
+    def find_region(self, start: int, end: int, region: int, otherwise: int) -> int:
+        """In place of find_memory_mapping(engine, gpa): `region` for `[start, end)`, quickly."""
+        return self._emit(
+            b"\x48\x89\xf0"  # mov rax, rsi
+            + b"\x48\xb9" + _quad(start)  # mov rcx, start
+            + b"\x48\x29\xc8"  # sub rax, rcx
+            + b"\x48\xb9" + _quad(end - start)  # mov rcx, size
+            + b"\x48\x39\xc8"  # cmp rax, rcx
+            + b"\x48\xb8" + _quad(region)  # mov rax, region
+            + b"\x72\x0c"  # jb behind the jump
+            + b"\x48\xb8" + _quad(otherwise)  # mov rax, otherwise
+            + b"\xff\xe0"  # jmp rax
+            + b"\xc3"  # ret
         )  # fmt: skip
 
     def leaving_hook(self, callback: int) -> int:
