@@ -15,7 +15,8 @@ SECONDS = 60
 class Terminal:
     """A pseudo-terminal with the command at its other end, as a session of its own."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, stdout: int | None = None) -> None:
+        """Standard output is the terminal, too, unless it is given."""
         self.master, slave = os.openpty()
         self.before = termios.tcgetattr(slave)
         self.slave = slave  # held open, so that its modes can be looked at afterwards
@@ -23,7 +24,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [*VMEXIT, *arguments],
             stdin=slave,
-            stdout=slave,
+            stdout=slave if stdout is None else stdout,
             stderr=slave,
             start_new_session=True,
             preexec_fn=_take_terminal,

@@ -21,9 +21,9 @@ def terminal(tmp_path, accel):
     image.write_bytes(ECHO)
     made: list[Terminal] = []
 
-    def start(*more: str) -> Terminal:
+    def start(*more: str, stdout: int | None = None) -> Terminal:
         arguments = ("run", str(image), "--load-address", "0x1000", "--accel", accel)
-        made.append(Terminal(*arguments, "--timeout", str(SECONDS), *more))
+        made.append(Terminal(*arguments, "--timeout", str(SECONDS), *more, stdout=stdout))
         made[-1].expect(b"Ctrl-A h helps)\r\n")
         return made[-1]
 
@@ -60,6 +60,16 @@ def test_ctrl_a_h_helps_and_ctrl_a_twice_sends_one(terminal):
     t.type(b"\x01\x01z\x01q.")  # Ctrl-A q is no command, and goes nowhere
     t.expect(b".")
     assert t.output == b"\x01z."
+
+
+def test_help_for_an_output_that_nobody_reads_any_more_harms_nothing(terminal):
+    reader, writer = os.pipe()
+    os.close(reader)
+    t = terminal(stdout=writer)
+    os.close(writer)
+    t.type(b"\x01h\x01x")
+    assert t.wait() == 130
+    assert b"Broken pipe" not in t.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -151,6 +151,29 @@ def test_copies_have_names_that_stay(tmp_path):
     assert_one_line(done, 2, "/proc/out", "--output")
 
 
+def test_each_version_of_a_kernel_keeps_its_own_files(tmp_path, monkeypatch):
+    """Debian updates a kernel under the same name: modules must not meet another one's."""
+    folder, version = tmp_path / "bin", tmp_path / "version"
+    folder.mkdir()
+    for name, script in {
+        "apt-cache": "case $* in\n*depends*) echo '  Depends: linux-image-1-cloud-amd64';;\n"
+        f"*) echo Version: $(cat {version});;\nesac\n",
+        "apt-get": "touch a.deb\n",
+        "dpkg-deb": f"mkdir -p $3/boot $3/bin; touch $3/bin/busybox\n"
+        f"cp {version} $3/boot/vmlinuz-1-cloud-amd64\n",
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    found = []
+    for number in ("1", "2", "1"):
+        version.write_text(number)
+        found.append(debian.fetch("cloud-amd64", (), lambda what, done: None, tmp_path / "cache"))
+        assert found[-1].kernel.read_text() == number
+    assert found[0] == found[2] != found[1]
+    assert found[0].kernel.read_text() == "1"
+
+
 @pytest.fixture
 def slow_apt(tmp_path, monkeypatch):
     """An apt that downloads for ever; the path of a file with its process id."""

@@ -66,6 +66,7 @@ def test_the_fadt_says_where_the_fixed_hardware_is() -> None:
     assert u16(46) == 9 and u32(48) == 0  # SCI_INT; SMI_CMD: always in ACPI mode
     assert (u32(56), u32(64), u32(76)) == (0x600, 0x604, 0x608)
     assert (fadt[88], fadt[89], fadt[91]) == (4, 2, 4)
+    assert fadt[108] == 0x32  # the RTC's register of centuries
     assert u16(109) == 1 << 0 | 1 << 2 | 1 << 3  # legacy devices, no 8042, no VGA, no MSI; RTC
     flags = u32(112)
     assert flags & 1 << 10 and flags & 1 << 8 and flags & 1  # RESET_REG_SUP, TMR_VAL_EXT, WBINVD

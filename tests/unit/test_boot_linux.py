@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kernel_images import PACK, bzimage, elf
 from test_boot_flat import descriptor_of
 
+from vmexit import Machine
 from vmexit.abi.linux_boot import boot_params
 from vmexit.abi.pvh import hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info
 from vmexit.arch.x86 import layout
@@ -387,6 +388,13 @@ def test_memory_that_is_too_small_says_how_much_is_needed_and_that_is_enough(pro
         attempt(needed)
         with pytest.raises(ImageError):
             attempt(needed - 1)
+
+
+def test_too_little_memory_for_the_acpi_tables_says_so_too(tmp_path) -> None:
+    path = tmp_path / "kernel"
+    path.write_bytes(PVH_BZIMAGE)
+    with pytest.raises(ImageError, match=r"the ACPI tables .* does not fit .*use --memory 1M"):
+        Machine("512K", "soft", kernel=path)
 
 
 def test_an_initrd_that_no_memory_would_be_enough_for(memory) -> None:

@@ -688,8 +688,8 @@ def test_a_level_that_nobody_has_accepted_is_tried_again():
     pc.chip.set_level(9, True)
     assert not pc.entry(9) & REMOTE_IRR
     pc.write(l.SVR, ENABLE, 1)
-    pc.route(9, LEVEL | 0x40, to=1)
     assert pc.take(1) == 0x40
+    assert pc.entry(9) & REMOTE_IRR
 
 
 def test_the_ioapic_reaches_whom_its_entry_names():
@@ -754,7 +754,48 @@ def test_a_pic_interrupt_that_is_gone_at_the_inta_cycle_is_irq_7():
     assert pc.vcpus[0].pending()
     pc.chip.pic.master.write(1, 1, 0x10)  # masked
     assert not pc.vcpus[0].pending()
-    assert pc.vcpus[0].acknowledge() == 0xFF  # from the LAPIC: the PIC has withdrawn its INTR
+    assert pc.vcpus[0].acknowledge() == 0x37
+    pc.chip.pic.master.write(0, 1, 0x0B)
+    assert pc.chip.pic.master.read(0, 1) == 0  # none is in service
+
+
+def test_an_nmi_of_a_level_is_one_edge_and_no_end_is_waited_for():
+    pc = Pc()
+    pc.route(9, LEVEL | l.NMI << 8 | 0x40)
+    for _ in range(2):
+        pc.chip.set_level(9, True)
+        assert pc.vcpus[0].take_nmi()
+        assert not pc.vcpus[0].take_nmi()
+        assert not pc.entry(9) & REMOTE_IRR
+        pc.chip.set_level(9, False)
+
+
+def test_whether_an_nmi_may_come_is_known_for_each_vcpu():
+    pc = Pc(2)
+    assert [vcpu.nmi_may_come() for vcpu in pc.vcpus] == [False, False]
+    pc.route(9, l.NMI << 8, to=1)
+    assert [vcpu.nmi_may_come() for vcpu in pc.vcpus] == [False, True]
+    pc.route(9, MASKED | l.NMI << 8, to=1)
+    assert [vcpu.nmi_may_come() for vcpu in pc.vcpus] == [False, False]
+
+
+def test_init_leaves_the_id_and_masks_lint0():
+    pc = Pc()
+    pc.write(l.ID, 5 << 24)
+    pc.write(l.LVT_LINT0, 0x700)
+    pc.chip.send(5, False, l.INIT, 0, False)
+    assert pc.read(l.ID) == 5 << 24
+    assert pc.read(l.LVT_LINT0) == MASKED
+
+
+def test_an_error_interrupt_is_an_edge_even_where_a_level_had_its_vector():
+    pc = Pc()
+    pc.route(9, LEVEL | 0x40)
+    pc.chip.set_level(9, True)
+    assert pc.take() == 0x40
+    pc.write(l.LVT_ERROR, 0x40)
+    pc.send(0x01)  # an illegal vector
+    assert pc.read(l.TMR + 0x20) == 0
 
 
 # Telling the vCPUs.

@@ -250,6 +250,18 @@ def test_looped_back_nothing_comes_from_outside() -> None:
     assert pc.receive() == b"outside"
 
 
+def test_a_test_in_loopback_sees_its_own_bytes_and_input_of_before_comes_after_it() -> None:
+    pc = Pc(ier=RDI, fcr=FIFO[1])
+    pc.wire.deliver(b"ab")
+    pc.out(MCR, OUT2 | LOOP)
+    pc.out(DATA, 0x55)
+    assert pc.get(DATA) == 0x55 and pc.get(LSR) & DR == 0
+    pc.out(FCR, FIFO[1] | 2)  # clear the receiver
+    pc.out(MCR, OUT2)
+    pc.wire.deliver()
+    assert pc.receive() == b"ab"
+
+
 # Line and modem status, priorities, the gate.
 
 

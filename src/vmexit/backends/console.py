@@ -124,29 +124,37 @@ class Console:
         if not data:
             return
         with self._lock:
-            for key in data:
-                self._key(key)
+            commands = [self._key(key) for key in data]
             self._paused = len(self._input) >= _LIMIT
             if not self._paused:
                 self._loop.watch(0, self._take)
             some = bool(self._input)
+        for command in commands:
+            if command is not None:
+                command()
         if some:
             self._call_waiting()
 
-    def _key(self, key: int) -> None:
+    def _key(self, key: int) -> Callable[[], None] | None:
+        """Take a key; the command that it ends, to be done without the lock."""
         if not self._escaped:
             if key == _ESCAPE:
                 self._escaped = True
             else:
                 self._input.append(key)
-            return
+            return None
         self._escaped = False
         if key in _QUIT:
-            self._leave()
-        elif key in _HELP:
-            write_all(1, _HELP_TEXT, 1, self._ending)
-        elif key == _ESCAPE:
+            return self._leave
+        if key in _HELP:
+            return self._help
+        if key == _ESCAPE:
             self._input.append(key)
+        return None
+
+    def _help(self) -> None:
+        with suppress(OSError):  # whoever read the output has gone
+            write_all(1, _HELP_TEXT, 1, self._ending)
 
     def _call_waiting(self) -> None:
         with self._lock:

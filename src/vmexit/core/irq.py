@@ -52,6 +52,10 @@ class VcpuInterrupts(Protocol):
         """Whether a non-maskable interrupt waits; it is taken by asking."""
         ...
 
+    def nmi_may_come(self) -> bool:
+        """Whether some device's interrupt would reach this vCPU as a non-maskable one."""
+        ...
+
     def take_startup(self) -> "Startup | None":
         """An INIT or a start-up request that has come for this vCPU; taken by asking."""
         ...

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from vmexit.arch.x86.layout import RTC_CENTURY
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
 from vmexit.core.irq import IrqLine
@@ -28,8 +29,7 @@ INDEX_MASK = 0x7F  # bit 7 masks the NMI, which nothing raises here
 
 ALARM = (1, 3, 5)  # seconds, minutes, hours
 A, B, C, D = 10, 11, 12, 13
-CENTURY_REGISTER = 0x32
-TIME = (0, 2, 4, 6, 7, 8, 9, CENTURY_REGISTER)  # in the order of rtc_calendar
+TIME = (0, 2, 4, 6, 7, 8, 9, RTC_CENTURY)  # in the order of rtc_calendar
 
 A_UIP, A_DIVIDER, A_DIVIDER_RUNS, A_RATE = 1 << 7, 7 << 4, 2 << 4, 0xF
 B_SET, B_PIE, B_AIE, B_UIE, B_BINARY, B_24H = 1 << 7, 1 << 6, 1 << 5, 1 << 4, 1 << 2, 1 << 1

@@ -1,8 +1,9 @@
 """I/O APIC (Intel 82093AA data sheet, section 3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vmexit.core.bus import State
+from vmexit.devices.lapic import FIXED, LOWEST_PRIORITY, NMI
 from vmexit.devices.saved import Saved
 
 PINS = 24
@@ -80,7 +81,7 @@ class Ioapic:
             return
         rises = not self._lines & bit
         self._lines |= bit
-        if self._entries[pin] & _LEVEL:
+        if _is_level(self._entries[pin]):
             self._deliver(pin)
         elif rises and not self._entries[pin] & _MASKED:
             self._message(pin)
@@ -92,10 +93,21 @@ class Ioapic:
                 self._entries[pin] = entry & ~_REMOTE_IRR
                 self._deliver(pin)
 
+    def deliver_levels(self) -> None:
+        """A LAPIC takes interrupts now: those that it refused come again."""
+        for pin in range(PINS):
+            self._deliver(pin)
+
+    def nmi_targets(self) -> Iterator[tuple[int, bool]]:
+        """Destinations of the inputs that are NMIs, and whether they are logical ones."""
+        for entry in self._entries:
+            if not entry & _MASKED and entry >> 8 & 7 == NMI:
+                yield entry >> 56, bool(entry & _LOGICAL)
+
     def _deliver(self, pin: int) -> None:
         """Send the message of a level that is up, unless one is in service already."""
         entry = self._entries[pin]
-        if entry & (_LEVEL | _MASKED | _REMOTE_IRR) != _LEVEL or not self._lines >> pin & 1:
+        if not _is_level(entry) or entry & (_MASKED | _REMOTE_IRR) or not self._lines >> pin & 1:
             return
         # One that nobody has accepted has no end that could be waited for.
         if self._message(pin):
@@ -123,3 +135,8 @@ class Ioapic:
         entries = saved.numbers("entries", (1 << 64) - 1, PINS)
         self._select, self._id, self._lines = select, number, lines
         self._entries = [n & (_WRITABLE | _READ_ONLY) for n in entries]
+
+
+def _is_level(entry: int) -> bool:
+    """Level-triggered, with an end of interrupt to come: an NMI and its like have none."""
+    return bool(entry & _LEVEL) and entry >> 8 & 7 in (FIXED, LOWEST_PRIORITY)

@@ -80,6 +80,9 @@ class PcIrqChip:
     def end_of_interrupt(self, vector: int) -> None:
         self._ioapic.end_of_interrupt(vector)
 
+    def accepts_again(self) -> None:
+        self._ioapic.deliver_levels()
+
     def update(self, lapic: Lapic) -> None:
         pending = self._is_pending(lapic)
         if pending != self._pending[lapic.index]:
@@ -101,15 +104,14 @@ class PcIrqChip:
 
     def acknowledge(self, lapic: Lapic) -> int:
         with self._lock:
-            if lapic.accepts_pic and self.pic.pending():
-                vector = self.pic.acknowledge()
+            found = lapic.deliverable()
+            if lapic.accepts_pic and (self.pic.pending() or found is None):
+                vector = self.pic.acknowledge()  # its spurious one, if it has withdrawn its INTR
+            elif found is None:
+                vector = lapic.spurious
             else:
-                found = lapic.deliverable()
-                if found is None:
-                    vector = lapic.spurious
-                else:
-                    lapic.acknowledge(found)
-                    vector = found
+                lapic.acknowledge(found)
+                vector = found
             # The vCPU forgets its request now, so it must hear of the next one in any case.
             self._pending[lapic.index] = False
             self.update(lapic)
@@ -118,6 +120,10 @@ class PcIrqChip:
     def take_nmi(self, lapic: Lapic) -> bool:
         with self._lock:
             return lapic.take_nmi()
+
+    def nmi_may_come(self, lapic: Lapic) -> bool:
+        with self._lock:
+            return any(lapic.is_addressed(*target) for target in self._ioapic.nmi_targets())
 
     def take_startup(self, lapic: Lapic) -> Startup | None:
         with self._lock:
@@ -192,12 +198,15 @@ class _VcpuSide:
     def take_nmi(self) -> bool:
         return self._lapic.has_nmi and self._chip.take_nmi(self._lapic)
 
+    def nmi_may_come(self) -> bool:
+        return self._chip.nmi_may_come(self._lapic)
+
     def take_startup(self) -> Startup | None:
         return self._chip.take_startup(self._lapic) if self._lapic.has_startup else None
 
 
 class LapicPage:
-    """Registers of 4 bytes, 16 bytes apart (Intel SDM vol. 3, 11.4.1)."""
+    """Registers of 4 bytes, 16 bytes apart (Intel SDM vol. 3, 11.4.1). Any thread may enter."""
 
     widths = (4,)
 
@@ -221,7 +230,7 @@ class LapicPage:
 
 
 class IoapicPage:
-    """The two windows of the I/O APIC."""
+    """The two windows of the I/O APIC. Any thread may enter."""
 
     widths = (4,)
 

@@ -61,6 +61,10 @@ class ApicBus(Protocol):
         """A level-triggered interrupt is over: the IOAPICs are told."""
         ...
 
+    def accepts_again(self) -> None:
+        """An APIC was switched on: the IOAPICs send what it refused."""
+        ...
+
     def update(self, lapic: "Lapic") -> None:
         """Something changed that may decide whether `lapic` has an interrupt for its vCPU."""
         ...
@@ -92,21 +96,21 @@ class Lapic:
         So firmware leaves it: virtual wire mode (MultiProcessor Specification 1.4, 3.6.2.2).
         """
         self.init()
+        self._id = self.index
+        if self.index == 0:
+            self._lvt[LVT_LINT0] = EXTINT << 8
         self._nmi = False
         self._init_pending = False
         self._startup: int | None = None
 
     def init(self) -> None:
-        """The state after INIT (11.4.7.3)."""
-        self._id = self.index
+        """The state after INIT (11.4.7.3): all but the ID."""
         self._tpr = self._ldr = self._esr = self._esr_next = 0
         self._icr = 0
         self._dfr = 0xFFFF_FFFF
         self._svr = 0xFF
         self._irr = self._isr = self._tmr = 0  # 256 bits each
         self._lvt = dict.fromkeys(_LVT_BITS, _LVT_MASKED)
-        if self.index == 0:
-            self._lvt[LVT_LINT0] = EXTINT << 8
         self._divide = 0
         self._initial = 0
         self._deadline: int | None = None
@@ -259,7 +263,10 @@ class Lapic:
         elif offset == DFR:
             self._dfr = value | 0x0FFF_FFFF
         elif offset == SVR:
+            was_enabled = self.enabled
             self._svr = value & 0x1FF
+            if self.enabled and not was_enabled:
+                self._bus.accepts_again()
             if not self.enabled:  # all LVT entries are masked (11.4.7.2)
                 for entry in self._lvt:
                     self._lvt[entry] |= _LVT_MASKED
@@ -298,6 +305,7 @@ class Lapic:
         entry = self._lvt[LVT_ERROR]
         if not entry & _LVT_MASKED and entry & 0xFF >= _LOWEST_VECTOR:
             self._irr |= 1 << (entry & 0xFF)
+            self._tmr &= ~(1 << (entry & 0xFF))
 
     def _send(self) -> None:
         """The interrupt command register was written (11.6.1)."""

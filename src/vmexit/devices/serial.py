@@ -245,6 +245,7 @@ class Serial:
 
     def _receive(self, byte: int) -> None:
         """A byte that was looped back. If there is no room, one is lost: data sheet, 8.4."""
+        self._put_back()  # a test of the port is to see its own bytes only
         full = self._room() <= 0
         self._overrun |= full
         if not self._fcr & FCR_ENABLE:
@@ -272,13 +273,18 @@ class Serial:
             self._untold += len(taken)
         self._update()
 
+    def _put_back(self) -> None:
+        """What came from outside and the guest cannot have seen comes again later."""
+        if self._untold:
+            self._unread = bytes(self._received[-self._untold :]) + self._unread
+            del self._received[-self._untold :]
+        self._untold = 0
+
     def _clear(self) -> None:
         """Empty the receiver. What the guest cannot have seen comes again: on a wire it would be
         lost, but here it may be a file, and an operating system sets the port up bit by bit.
         """
-        if self._untold:
-            self._unread = bytes(self._received[-self._untold :]) + self._unread
-        self._untold = 0
+        self._put_back()
         self._received.clear()
 
     def _must_arm(self) -> bool:

@@ -88,9 +88,10 @@ def _make(
 ) -> Fetched:
     label = package.removeprefix("linux-image-")
     # What the files are made from is in their names, so that nothing stale is taken for new.
-    made_from = "\n".join((apt.version(package), apt.version(_BUSYBOX), init_script(), *modules))
+    version = apt.version(package)
+    made_from = "\n".join((version, apt.version(_BUSYBOX), init_script(), *modules))
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:12]
-    kernel, initrd = folder / f"vmlinuz-{label}", folder / f"initrd-{label}-{digest}.gz"
+    kernel, initrd = folder / f"vmlinuz-{label}_{version}", folder / f"initrd-{label}-{digest}.gz"
     if kernel.exists() and initrd.exists():
         return Fetched(kernel, initrd)
     with apt.package(package, folder) as contents:

@@ -10,6 +10,7 @@ from vmexit.arch.x86.layout import ACPI_TABLES, ROM_MAX_SIZE, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
 from vmexit.boot.image import ImageKind, detect, read_image
+from vmexit.boot.placement import check_ram
 from vmexit.core.bus import Bus, Stateful
 from vmexit.core.errors import HostError, ImageError, shown
 from vmexit.core.loop import EventLoop
@@ -191,7 +192,9 @@ def _load_kernel(
     protocol, rsdp = config.protocol, 0
     if config.machine == "microvm":  # the bare one has nothing that they could tell of
         rsdp = ACPI_TABLES
-        memory.write(rsdp, acpi.build(config.smp, rsdp))
+        tables = acpi.build(config.smp, rsdp)
+        check_ram(memory, rsdp, len(tables), "the ACPI tables")
+        memory.write(rsdp, tables)
     return linux.load(memory, kernel, initrd, config.append, protocol=protocol, rsdp=rsdp).entry
 
 

@@ -8,6 +8,7 @@ The offsets are those of the one release that vmexit is pinned to; `CpuState` pr
 EIP = 0x80
 EFLAGS = 0x88
 HFLAGS = 0xB0
+HFLAGS2 = 0xB4
 SEGMENT = {
     "es": 0xB8, "cs": 0xD0, "ss": 0xE8, "ds": 0x100, "fs": 0x118, "gs": 0x130,
     "ldt": 0x148, "tr": 0x160,
@@ -46,6 +47,7 @@ HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 1 << 4, 1 << 5, 1 << 6, 1 << 7
 HF_MP_SHIFT = 9  # CR0.MP, EM, TS are bits 1 to 3 there, 9 to 11 here
 HF_LMA, HF_CS64, HF_OSFXSR = 1 << 14, 1 << 15, 1 << 22
 HF_SMAP = 1 << 23
+HF2_NMI = 1 << 2  # in HFLAGS2: an NMI is in service, and another one waits for IRET
 
 # Attributes of the segments that SYSCALL and SYSENTER load (SDM vol. 2): G, P, S, accessed; D, W, …
 FLAT_CODE, FLAT_CODE_64, FLAT_DATA = 0xC0_9B00, 0xA0_9B00, 0xC0_9300

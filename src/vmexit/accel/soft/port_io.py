@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from vmexit.accel.soft.cpu_state import CpuState
-from vmexit.accel.soft.layout import EFLAGS, EIP, HF_CPL, HF_INHIBIT_IRQ, HFLAGS
+from vmexit.accel.soft.layout import EFLAGS, EIP, HF_CPL, HF_INHIBIT_IRQ, HFLAGS, SEGMENT
 from vmexit.accel.soft.ports import PortAccess, bitmap_allows, decode_port_access
 from vmexit.accel.soft.replay import Replay
 from vmexit.accel.soft.stubs import LEAVE_BLOCK, StopWords
@@ -21,6 +21,8 @@ _MAX_PLAIN = _MAX_ROUTES = 4096
 
 _GENERAL_PROTECTION = 13
 
+_CS_BASE = (SEGMENT["cs"] + 8) // 8  # as a 64-bit word
+
 
 class PortIo:
     """The ports of one engine. `on_out` and `on_in` are hooks: they let no exception out."""
@@ -34,8 +36,12 @@ class PortIo:
         replay: Replay,
         fail: Callable[[BaseException], None],
         throw: Callable[[int], None],
+        withhold: Callable[[], None],
     ) -> None:
-        """`fail` takes what a device raises; `throw` makes the guest have an exception instead."""
+        """`fail` takes what a device raises; `throw` makes the guest have an exception instead.
+
+        `withhold` is called when an INS has read ahead: no interrupt may come before the rest.
+        """
         self._state = state
         self._memory = memory
         self._pio = bus
@@ -43,13 +49,15 @@ class PortIo:
         self._replay = replay
         self._fail = fail
         self._throw = throw
+        self._withhold = withhold
         self._index = 0
         self._observer: ExitObserver | None = None
         # Port accesses seen before, by port and size: the device's function, and the offset for it.
         self._out_routes: dict[int, tuple[Write, int]] = {}
         self._in_routes: dict[int, tuple[Read, int]] = {}
         bus.on_change(self._forget_routes)
-        self._plain: set[int] = set()  # where an IN or OUT is known not to be a string one
+        # Linear addresses where an IN or OUT is known not to be a string one.
+        self._plain: set[int] = set()
         self._ahead: list[int] = []  # what an INS has read but not consumed yet, last first
         self._ahead_of = (0, 0, 0)  # and which: RIP, port, size
 
@@ -79,7 +87,7 @@ class PortIo:
             not state.u32[HFLAGS // 4] & HF_CPL
             and not self._replay.repeating
             and not self._words[StopWords.KICK]
-            and state.u64[EIP // 8] in self._plain
+            and state.u64[EIP // 8] + state.u64[_CS_BASE] in self._plain
         )
 
     def on_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
@@ -137,7 +145,7 @@ class PortIo:
             rip = self._state.rip
             if self._ahead:
                 value = self._take_ahead(rip, port, size)
-            elif rip in self._plain:
+            elif self._is_plain():
                 value = self._read_port(port, size)
             else:
                 value = self._first_in(rip, port, size)
@@ -151,11 +159,11 @@ class PortIo:
         """A port access was made, and perhaps it was the last one of the run."""
         rip = self._state.rip
         kicked = self._words[StopWords.KICK] and not self._replay.repeating
-        if rip in self._plain and not kicked:
+        if self._is_plain() and not kicked:
             return
         access = self._port_access()
         if access is None or not access.string:
-            self._note_plain(rip)
+            self._note_plain()
             if kicked and access is not None:
                 self._leave(access, value if kind == "in" else None, size)
         elif access.repeated:
@@ -164,11 +172,14 @@ class PortIo:
         else:
             self._replay.made(rip, kind, port, size, value)
 
-    def _note_plain(self, rip: int) -> None:
-        """No string access is at `rip`: no need to look at it again in this run."""
+    def _is_plain(self) -> bool:
+        return self._state.u64[EIP // 8] + self._state.u64[_CS_BASE] in self._plain
+
+    def _note_plain(self) -> None:
+        """This is no string access: no need to look at it again in this run."""
         if len(self._plain) >= _MAX_PLAIN:
             self._plain.clear()
-        self._plain.add(rip)
+        self._plain.add(self._state.u64[EIP // 8] + self._state.u64[_CS_BASE])
 
     def _refused(self, port: int, size: int) -> bool:
         """Whether the code may not use the port: the engine leaves that check to us.
@@ -196,7 +207,7 @@ class PortIo:
     def _take_ahead(self, rip: int, port: int, size: int) -> int:
         if (rip, port, size) == self._ahead_of:
             return self._ahead.pop()
-        # The INS was left in the middle, by an exception: what it had read is lost, as on KVM.
+        # The INS was left in the middle, by a fault: what it had read is lost, as on KVM.
         self.forget_ahead()
         return self._first_in(rip, port, size)
 
@@ -204,7 +215,7 @@ class PortIo:
         """An IN not seen before: the start of a REP INS reads ahead, as KVM does."""
         access = self._port_access()
         if access is None or not access.string:
-            self._note_plain(rip)
+            self._note_plain()
             return self._read_port(port, size)
         if not access.repeated:
             return self._read_port(port, size)
@@ -213,13 +224,15 @@ class PortIo:
         in_page = registers["rdi"] % PAGE_SIZE
         if not registers["rflags"] & RFLAGS_DF:
             in_page = PAGE_SIZE - in_page
-        count = max(1, min(in_page, _INS_AHEAD // size, registers["rcx"] & mask))
+        count = max(1, min(in_page // size, _INS_AHEAD // size, registers["rcx"] & mask))
         data = self._pio.read_string(port, size, count)
         if self._observer is not None:
             self._observer.io(self._index, False, port, size, count, data)
         values = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
         self._ahead = values[:0:-1]
         self._ahead_of = (rip, port, size)
+        if self._ahead:
+            self._withhold()
         return values[0]
 
     def _port_access(self) -> PortAccess | None:

@@ -15,8 +15,10 @@ from vmexit.accel.soft.layout import (
     CSTAR,
     EFLAGS,
     FMASK,
+    HF2_NMI,
     HF_INHIBIT_IRQ,
     HFLAGS,
+    HFLAGS2,
     NMI,
     OLD_EXCEPTION,
     R11,
@@ -124,7 +126,14 @@ class Processor:
         self._stopper = Stopper(library, self._handle, self._words)
         self._replay = Replay(self._words)
         self._ports = PortIo(
-            self._state, memory, pio, self._words, self._replay, self._fail, self._raise
+            self._state,
+            memory,
+            pio,
+            self._words,
+            self._replay,
+            self._fail,
+            self._raise,
+            self._withhold,
         )
         self._mmio = Mmio(
             library,
@@ -136,6 +145,7 @@ class Processor:
             self._fail,
         )
         self._vcpu: SoftVcpu | None = None  # whose state the CPU has
+        self._withheld = 0  # interrupts that were requested, and are not for now
         # What must outlive this call: C holds the addresses of these.
         self._callbacks: list[object] = []
         # The first thing that went wrong inside a callback, where no exception can pass.
@@ -264,8 +274,9 @@ class Processor:
         if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
         self._stopper.running(False)
-        if vcpu.nmi and not state.requested & NMI:
+        if vcpu.nmi and not (state.requested | self._withheld) & NMI:
             vcpu.nmi = False
+        self._withheld = 0
         if self._error is not None:
             failure, self._error = self._error, None
             raise failure
@@ -277,6 +288,8 @@ class Processor:
             state.u32[HFLAGS // 4] &= ~HF_INHIBIT_IRQ & 0xFFFF_FFFF
             if interrupts is not None:
                 vcpu.halted = True
+                vcpu.interruptible = bool(state.u32[EFLAGS // 4] & RFLAGS_IF)
+                vcpu.in_nmi = bool(state.u32[HFLAGS2 // 4] & HF2_NMI)
                 return None
         if self._observer is not None:
             self._observer.other(self._index, exit.reason.value, exit.detail)
@@ -287,17 +300,14 @@ class Processor:
         self._library.flush_translations(self._handle)
         self._ports.begin()
 
-    def can_interrupt(self, vcpu: SoftVcpu) -> bool:
-        """Whether the vCPU's IF is set."""
-        self.select(vcpu)
-        return bool(self._state.u32[EFLAGS // 4] & RFLAGS_IF)
-
     def _finish(self) -> int:
         """Execute the instruction that was left, and no more; returns the engine's error.
 
         An INS goes on until it has consumed what it read ahead: the device has given it.
         """
         library, engine = self._library, self._handle
+        self._withheld |= self._state.requested
+        self._state.request(0)
         self._stopper.hold(True)
         self._replay.repeat()
         # The limit of one instruction holds for code that is translated with it, and with tests.
@@ -365,6 +375,13 @@ class Processor:
         if self._error is None:
             self._error = error
         self._stopper.ask(StopWords.KICK)
+
+    def _withhold(self) -> None:
+        """No interrupt may come until `_finish()` has finished the INS, soon."""
+        if self._state.requested:
+            self._withheld |= self._state.requested
+            self._state.request(0)
+            self._stopper.ask(StopWords.ATTENTION)
 
     def _raise(self, vector: int, error_code: int = 0) -> None:
         """The instruction whose hook this is raises an exception instead."""

@@ -6,7 +6,7 @@ from vmexit.accel.base import Exit, ExitReason
 from vmexit.accel.soft.processor import Processor
 from vmexit.accel.soft.stubs import StopWords
 from vmexit.accel.soft.vcpu import SoftVcpu
-from vmexit.arch.x86.segments import general, real_mode
+from vmexit.arch.x86.segments import real_mode
 from vmexit.core.irq import Startup
 
 # Blocks in one turn where several vCPUs want to run: about a millisecond.
@@ -38,8 +38,9 @@ class Scheduler:
         """Nothing was attached."""
 
     def kick(self) -> None:
-        self._kicked = True
+        # In this order: whoever sees the flag clears the word, which must not be set afterwards.
         self._processor.ask_to_stop(StopWords.KICK)
+        self._kicked = True
         self._rouse()
 
     def attention(self) -> None:
@@ -90,7 +91,7 @@ class Scheduler:
             return False
         vcpu.nmi |= interrupts.take_nmi()
         if vcpu.halted and (
-            vcpu.nmi or (interrupts.pending() and self._processor.can_interrupt(vcpu))
+            (vcpu.nmi and not vcpu.in_nmi) or (vcpu.interruptible and interrupts.pending())
         ):
             vcpu.halted = False
         return not vcpu.halted
@@ -98,17 +99,17 @@ class Scheduler:
     def _start(self, vcpu: SoftVcpu, startup: Startup) -> None:
         """INIT and SIPI (Intel SDM vol. 3, 9.4): a SIPI counts only after an INIT."""
         if startup.vector is None:
-            vcpu.waits_for_sipi = True
-            vcpu.halted = vcpu.nmi = False
+            vcpu.reset()
+            vcpu.waits_for_sipi = vcpu.index > 0  # the first begins at the reset vector
         elif vcpu.waits_for_sipi:
             vcpu.waits_for_sipi = False
             vcpu.set_system_registers(real_mode(startup.vector << 12))
-            vcpu.set_registers(general(0))
+            vcpu.set_registers(vcpu.registers() | {"rip": 0})
 
     def _wait(self) -> Exit | None:
         """Wait until something happens; an exit if nothing can."""
         asleep = [vcpu for vcpu in self._vcpus if not vcpu.waits_for_sipi]
-        if not any(self._processor.can_interrupt(vcpu) for vcpu in asleep):
+        if not any(_may_wake(vcpu) for vcpu in asleep):
             number = asleep[0].index if asleep else 0
             return Exit(ExitReason.HALT, "halted with interrupts off", vcpu=number)
         self._waiting = True
@@ -127,3 +128,11 @@ class Scheduler:
                 self._wake.get_nowait()
         except Empty:
             return
+
+
+def _may_wake(vcpu: SoftVcpu) -> bool:
+    """Whether anything can end the HLT of `vcpu`."""
+    if vcpu.interruptible:
+        return True
+    interrupts = vcpu.interrupts
+    return interrupts is not None and not vcpu.in_nmi and interrupts.nmi_may_come()

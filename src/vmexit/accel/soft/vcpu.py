@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from vmexit.arch.x86.registers import Registers, SystemRegisters
+from vmexit.arch.x86.registers import RFLAGS_IF, Registers, SystemRegisters
+from vmexit.arch.x86.segments import reset
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.trace import ExitObserver
 
@@ -26,11 +27,22 @@ class SoftVcpu:
         self.observer = observer
         self.context = 0  # the engine's, by address
         self.halted = False
+        self.interruptible = False  # while it is halted: whether its IF is set,
+        self.in_nmi = False  # and whether it is within an NMI, in which no other one comes
         self.nmi = False  # a non-maskable interrupt waits
         # All but the first wait for it after reset (Intel SDM vol. 3, 9.4.1).
         self.waits_for_sipi = interrupts is not None and index > 0
         self._processor = processor
         processor.add(self)
+        if self.waits_for_sipi:
+            self.reset()
+
+    def reset(self) -> None:
+        """The state after power-on and after INIT (Intel SDM vol. 3, 9.1.1)."""
+        registers, system = reset()
+        self.set_system_registers(system)
+        self.set_registers(registers)
+        self.halted = self.nmi = False
 
     def registers(self) -> Registers:
         self._processor.select(self)
@@ -38,8 +50,11 @@ class SoftVcpu:
 
     def set_registers(self, registers: Registers) -> None:
         self._processor.select(self)
+        before = self._processor.registers()
         self._processor.set_registers(registers)
-        self.halted = False  # whoever sets them wants it to run from there
+        self.interruptible = bool(registers["rflags"] & RFLAGS_IF)
+        if registers["rip"] != before["rip"]:
+            self.halted = False  # whoever sets it wants the vCPU to run from there
 
     def system_registers(self) -> SystemRegisters:
         self._processor.select(self)

@@ -9,6 +9,7 @@ import struct
 from vmexit.arch.x86 import aml
 from vmexit.arch.x86.layout import (
     BIOS_STUB,
+    COM1_GSI,
     COM1_PORT,
     IOAPIC_ADDRESS,
     LAPIC_ADDRESS,
@@ -17,6 +18,9 @@ from vmexit.arch.x86.layout import (
     PM_TIMER_PORT,
     RESET_PORT,
     RESET_VALUE,
+    RTC_CENTURY,
+    RTC_GSI,
+    RTC_PORT,
     SCI_IRQ,
     SLEEP_TYPE_S5,
 )
@@ -55,7 +59,6 @@ _PCAT_COMPAT = 1 << 0
 _LAPIC_ENABLED = 1 << 0
 _ACTIVE_HIGH_LEVEL = 0b1101
 _ALL_PROCESSORS = 0xFF
-_RTC_PORT, _RTC_IRQ, _COM1_IRQ = 0x70, 8, 4
 
 
 def build(cpus: int, at: int, devices: bytes = b"") -> bytes:
@@ -130,7 +133,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
         PM1A_EVENT_PORT, 0, PM1A_CONTROL_PORT, 0, 0, PM_TIMER_PORT, 0, 0,
         _PM1_EVENT_SIZE, _PM1_CONTROL_SIZE, 0, _PM_TIMER_SIZE, 0, 0, 0, 0,
         _NO_C2_LATENCY, _NO_C3_LATENCY, 0, 0,
-        0, 0, 0, 0, 0, boot_architecture, 0,
+        0, 0, 0, 0, RTC_CENTURY, boot_architecture, 0,
         flags, _port(RESET_PORT, 1, _ACCESS_BYTE), RESET_VALUE, 0, 0,
         0, dsdt,  # X_FIRMWARE_CTRL 0: the 32-bit field has it
         event, nowhere, control, nowhere, nowhere, timer, nowhere, nowhere, nowhere, nowhere,
@@ -156,12 +159,12 @@ def _definitions(devices: bytes) -> bytes:
         "COM1",
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(1)),
-        aml.name("_CRS", aml.resource_template(aml.io(COM1_PORT, 8), aml.irq(_COM1_IRQ))),
+        aml.name("_CRS", aml.resource_template(aml.io(COM1_PORT, 8), aml.irq(COM1_GSI))),
     )
     rtc = aml.device(
         "RTC",
         aml.name("_HID", aml.eisa_id("PNP0B00")),
-        aml.name("_CRS", aml.resource_template(aml.io(_RTC_PORT, 2), aml.irq(_RTC_IRQ))),
+        aml.name("_CRS", aml.resource_template(aml.io(RTC_PORT, 2), aml.irq(RTC_GSI))),
     )
     sleep = aml.integer(SLEEP_TYPE_S5)
     zero = aml.integer(0)

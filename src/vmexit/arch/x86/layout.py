@@ -95,6 +95,7 @@ PIT_GSI = 0
 PORT61 = 0x61
 RTC_PORT = 0x70
 RTC_GSI = 8
+RTC_CENTURY = 0x32  # the register that the FADT names
 # Two ports that are not neighbours: port 0x61 is between them.
 I8042_DATA_PORT = 0x60
 I8042_COMMAND_PORT = 0x64
