@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -627,3 +628,20 @@ c.close()
         [sys.executable, "-c", IMPORT + code], input=b"some input", timeout=25, check=False
     )
     assert done.returncode == 0
+
+
+def test_a_client_that_reads_nothing_holds_a_guest_up_once_only(tmp_path) -> None:
+    path = tmp_path / "socket"
+    loop = EventLoop(lambda error: None)
+    chardev = backends.open_chardev(f"unix:{path}", loop)
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            chardev.write(bytes(1 << 20))  # more than the socket takes
+            begin = time.monotonic()
+            for _ in range(5000):
+                chardev.write(b"x")
+            assert time.monotonic() - begin < 20  # 20 ms each would be 100 s
+    finally:
+        chardev.close()
+        loop.close()

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from fakes import Pins
+from fakes import ManualClock, Pins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -260,6 +260,35 @@ def test_a_test_in_loopback_sees_its_own_bytes_and_input_of_before_comes_after_i
     pc.out(MCR, OUT2)
     pc.wire.deliver()
     assert pc.receive() == b"ab"
+
+
+def test_input_comes_no_faster_than_a_line_brings_it() -> None:
+    """16 KiB at once, then 11520 bytes a second; the backend is asked again when there is room."""
+    clock = ManualClock()
+    pins, wire = Pins(), Wire()
+    serial = Serial(wire, pins.line(GSI), clock)
+    for register, value in ((FCR, FIFO[8]), (MCR, OUT2), (IER, RDI)):
+        serial.write(register, 1, value)
+    wire.incoming += bytes(40_000)
+
+    def drain() -> int:
+        wire.deliver()
+        number = 0
+        while serial.read(LSR, 1) & DR:
+            serial.read(DATA, 1)
+            number += 1
+            wire.deliver()
+        return number
+
+    assert abs(drain() - (16 << 10)) <= 16
+    assert drain() == 0 and not wire.waiting
+    clock.advance(100_000_000)
+    assert 1100 <= drain() <= 1200
+    total = 0
+    for _ in range(100):
+        clock.advance(10_000_000)
+        total += drain()
+    assert 11_400 <= total <= 11_600
 
 
 # Line and modem status, priorities, the gate.

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from vmexit.backends.console import Console, is_our_terminal
-from vmexit.backends.wait import Ending, never, ready, reason, write_output
+from vmexit.backends.wait import Ending, Output, never, ready, reason
 from vmexit.core.errors import ConfigError, HostError, shown
 from vmexit.core.loop import EventLoop
 
@@ -99,11 +99,11 @@ class _Descriptor:
         self._out = out
         self._in = into
         self._loop = loop
-        self._ending = ending
+        self._output = Output(out, ending)
 
     def write(self, data: bytes) -> None:
         if self._out >= 0:
-            write_output(self._out, data, self._ending)
+            self._output.write(data)
 
     def read(self, size: int) -> bytes:
         if self._in < 0 or not ready(self._in, select.POLLIN):

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from vmexit.backends.wait import Ending, write_all, write_output
+from vmexit.backends.wait import Ending, Output, write_all
 from vmexit.core.errors import HostError
 from vmexit.core.loop import EventLoop
 
@@ -51,6 +51,7 @@ class Console:
     def __init__(self, loop: EventLoop, ending: Ending, leave: Callable[[], None]) -> None:
         self._loop = loop
         self._ending = ending
+        self._output = Output(1, ending)
         self._leave = leave
         self._lock = threading.Lock()
         self._input = bytearray()
@@ -97,7 +98,7 @@ class Console:
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
 
     def write(self, data: bytes) -> None:
-        write_output(1, data, self._ending)
+        self._output.write(data)
 
     def read(self, size: int) -> bytes:
         with self._lock:

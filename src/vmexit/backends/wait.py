@@ -3,6 +3,7 @@
 import math
 import os
 import select
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,7 +35,7 @@ def ready(fd: int, event: int, seconds: float = 0) -> bool:
 def wait_writable(fd: int, patience: float, ending: Ending) -> bool:
     """Wait until `fd` takes data; False after `patience` seconds, or when the run ends."""
     until = time.monotonic() + patience
-    while not ready(fd, select.POLLOUT, _SLICE):
+    while not ready(fd, select.POLLOUT, min(_SLICE, patience)):
         if ending() or time.monotonic() >= until:
             return False
     return True
@@ -47,14 +48,41 @@ def write_all(fd: int, data: bytes, patience: float, ending: Ending) -> None:
             data = data[os.write(fd, data[:_PIECE]) :]
 
 
-def write_output(fd: int, data: bytes, ending: Ending) -> None:
-    """Write what a guest puts out, however slow the reader is. Raises HostError."""
-    try:
-        write_all(fd, data, math.inf, ending)
-    except OSError as error:
-        raise HostError(
-            f"cannot write the guest's output: {error.strerror}; send it elsewhere"
-        ) from error
+class Output:
+    """What a guest puts out, to a descriptor, however slow the reader is.
+
+    A guest writes byte by byte, and each wait would cost more than the write. A file never makes
+    one wait, and a pipe that has room at all has it for a whole page (pipe(7)).
+    """
+
+    def __init__(self, fd: int, ending: Ending) -> None:
+        self._fd = fd
+        self._ending = ending
+        mode = 0
+        with suppress(OSError):  # it is closed, as writing will tell
+            mode = os.fstat(fd).st_mode
+        self._room_when_ready = _PIECE if stat.S_ISFIFO(mode) else 0
+        self._is_file = stat.S_ISREG(mode)
+        self._room = 0
+
+    def write(self, data: bytes) -> None:
+        """Write all of it. Several threads may; raises HostError."""
+        try:
+            # Two threads that both see the last of the room write less than a page.
+            if self._is_file or len(data) <= self._room:
+                with suppress(BlockingIOError):  # somebody else has filled it
+                    written = os.write(self._fd, data)
+                    self._room -= written
+                    data = data[written:]
+            if data:
+                self._room = 0
+                write_all(self._fd, data, math.inf, self._ending)
+                if self._room_when_ready and ready(self._fd, select.POLLOUT):
+                    self._room = self._room_when_ready
+        except OSError as error:
+            raise HostError(
+                f"cannot write the guest's output: {error.strerror}; send it elsewhere"
+            ) from error
 
 
 def reason(error: OSError | OverflowError | ValueError | TypeError) -> str:

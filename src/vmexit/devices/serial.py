@@ -1,7 +1,9 @@
 """A 16550A UART. Output is instant, so the transmitter is always empty.
 
 Register names and bits are those of the National PC16550D data sheet, section 8. Breaks, parity and
-framing errors do not exist, and the divisor has no effect. A character timeout, which tells of
+framing errors do not exist, and the divisor has no effect. Input that interrupts comes no faster,
+in the long run, than a line at full speed would bring it: an operating system has buffers for that,
+and no way to say that they are full. A character timeout, which tells of
 bytes below the trigger level, comes at once instead of after the time of four characters.
 """
 
@@ -10,7 +12,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmexit.core.bus import State
+from vmexit.core.clock import Clock
 from vmexit.core.irq import IrqLine
+from vmexit.core.rate import TokenBucket
 from vmexit.devices.saved import Saved
 
 # Offsets. RBR, THR and DLL share 0, IER and DLM share 1, by direction and by LCR.DLAB.
@@ -38,6 +42,11 @@ TRIGGER_LEVELS = (1, 4, 8, 14)
 POLLING_READS = 8
 
 
+_PACE = 115_200 // 10  # characters a second: with a divisor of 1, and 10 bits for each
+# What may come at once: Linux's line disciplines and tty buffers take several times as much.
+_BURST = 16 << 10
+
+
 class CharBackend(Protocol):
     """The host side of a serial port. No call waits, and none may call the serial port."""
 
@@ -62,9 +71,14 @@ class Serial:
 
     widths = (1,)
 
-    def __init__(self, backend: CharBackend, irq: IrqLine | None = None) -> None:
+    def __init__(
+        self, backend: CharBackend, irq: IrqLine | None = None, clock: Clock | None = None
+    ) -> None:
+        """Without a `clock` input is as fast as the guest takes it."""
         self._backend = backend
         self._irq = irq
+        self._pace = TokenBucket(clock, _PACE, _BURST) if clock is not None else None
+        self._later = clock.timer(self._go_on) if clock is not None else None
         self._lock = threading.Lock()
         self._taking = threading.Lock()
         self._level = False  # of the interrupt line
@@ -261,9 +275,28 @@ class Serial:
         """The number of bytes that may come from outside now."""
         if self._mcr & MCR_LOOP:
             return 0
-        if self._irq is None or self._ier & IER_RECEIVED or self._status_reads >= POLLING_READS:
+        if self._irq is not None and self._ier & IER_RECEIVED:
+            return min(self._room(), self._paced())
+        if self._irq is None or self._status_reads >= POLLING_READS:
             return self._room()
         return 0
+
+    def _paced(self) -> int:
+        """How much the line may have brought; later there will be more."""
+        if self._pace is None or self._later is None:
+            return FIFO_SIZE
+        tokens = self._pace.tokens
+        if not tokens:
+            self._later.set(self._pace.ready_at(FIFO_SIZE))
+        return tokens
+
+    def _go_on(self) -> None:
+        """The line has brought more."""
+        with self._lock:
+            self._accept()
+            arm = self._must_arm()
+        if arm:
+            self._backend.when_readable(self._readable)
 
     def _accept(self) -> None:
         """Take what was left over, if there is room for it now."""
@@ -271,6 +304,8 @@ class Serial:
             taken, self._unread = self._unread[:wanted], self._unread[wanted:]
             self._received += taken
             self._untold += len(taken)
+            if self._pace is not None:
+                self._pace.take(len(taken))
         self._update()
 
     def _put_back(self) -> None:

@@ -72,8 +72,8 @@ class Library:
         """`path` is where the Python package has loaded it from."""
         self.cdll = ctypes.CDLL(path)
         # It returns at once, so that to let other Python threads run would only cost time.
-        self.emu_stop = ctypes.PyDLL(path).uc_emu_stop
-        self.emu_stop.argtypes = [ctypes.c_void_p]
+        self.cpu_exit = ctypes.PyDLL(path).cpu_exit
+        self.cpu_exit.argtypes = [ctypes.c_void_p]
         self.get_cpu = self.cdll.qemu_get_cpu_x86_64
         self.get_cpu.restype = ctypes.c_void_p
         self.get_cpu.argtypes = [ctypes.c_void_p, ctypes.c_int]

@@ -123,7 +123,7 @@ class Processor:
         self._state.u64[TSC_OFFSET // 8] = -host & 0xFFFF_FFFF_FFFF_FFFF
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
-        self._stopper = Stopper(library, self._handle, self._words)
+        self._stopper = Stopper(library, cpu, self._words)
         self._replay = Replay(self._words)
         self._ports = PortIo(
             self._state,

@@ -1,10 +1,13 @@
 """Stops at the beginning of a block, asked for from any thread.
 
 The engine tests for a stop at the beginning of each block by itself, for a word of its own that
-`uc_emu_stop` sets. What it lacks is what this adds: a stop that is asked for while the engine
-starts is not lost, since a stub at its entry looks at vmexit's words (see stubs.py), and neither is
-one that comes while the engine's loop clears its word: the loop has no memory barrier between that
-and its look at the request, so whoever asks makes one on all processors, and asks again.
+`cpu_exit` sets. Its loop begins anew then, and a stub at the loop's entry looks at vmexit's words
+and calls `uc_emu_stop` (see stubs.py). That ends the run, but may not come from elsewhere: until it
+ends, the engine would call no hooks any more, and a port that the guest reads would give 0.
+
+The stub also sees a stop that was asked for while the engine started, which the engine forgets. And
+none is lost while the loop clears the engine's word: it has no memory barrier between that and its
+look at the request, so whoever asks makes one on all processors, and asks again.
 """
 
 import ctypes
@@ -22,14 +25,17 @@ _PRIVATE_EXPEDITED, _REGISTER_PRIVATE_EXPEDITED = 1 << 3, 1 << 4
 class Stopper:
     """Stops one engine. `ask` may be called from any thread; the rest by the one that runs it."""
 
-    def __init__(self, library: Library, engine: int, words: memoryview) -> None:
-        """`words` are the stubs'. Raises HostError where the kernel has no such barrier."""
-        self._emu_stop = library.emu_stop
-        self._engine = engine
+    def __init__(self, library: Library, cpu: int, words: memoryview) -> None:
+        """`cpu` is the engine's CPUState, `words` are the stubs'.
+
+        Raises HostError where the kernel has no such barrier.
+        """
+        self._cpu_exit = library.cpu_exit
+        self._cpu = cpu
         self._words = words
         self._runner = 0
         self._lock = threading.Lock()
-        # Quick, and without letting go of the interpreter: see `Library.emu_stop`.
+        # Quick, and without letting go of the interpreter: see `Library.cpu_exit`.
         self._syscall = ctypes.PyDLL(None).syscall
         if self._syscall(_SYS_MEMBARRIER, _REGISTER_PRIVATE_EXPEDITED, 0, 0):
             raise HostError(
@@ -42,13 +48,13 @@ class Stopper:
         self._words[word] = 1
         if self._runner == threading.get_ident():  # in a callback
             if not self._words[StopWords.HOLD]:
-                self._emu_stop(self._engine)
+                self._cpu_exit(self._cpu)
             return
         with self._lock:
-            if self._engine and not self._words[StopWords.HOLD]:
-                self._emu_stop(self._engine)
+            if self._cpu and not self._words[StopWords.HOLD]:
+                self._cpu_exit(self._cpu)
                 self._syscall(_SYS_MEMBARRIER, _PRIVATE_EXPEDITED, 0, 0)
-                self._emu_stop(self._engine)
+                self._cpu_exit(self._cpu)
 
     def running(self, runs: bool) -> None:
         """This thread is about to start the engine, or has."""
@@ -62,4 +68,4 @@ class Stopper:
     def close(self) -> None:
         """The engine is about to go."""
         with self._lock:
-            self._engine = 0
+            self._cpu = 0

@@ -1,0 +1,31 @@
+"""Limits to how much of something there may be in a time."""
+
+from vmexit.core.clock import Clock
+
+_SECOND = 1_000_000_000
+
+
+class TokenBucket:
+    """`burst` at once, and `rate` a second in the long run. The caller guards it."""
+
+    def __init__(self, clock: Clock, rate: int, burst: int) -> None:
+        self._clock = clock
+        self._rate = rate
+        self._full = burst * _SECOND // rate  # nanoseconds to fill it
+        # Kept as the moment at which the bucket would have been empty.
+        self._empty_at = clock.now() - self._full
+
+    @property
+    def tokens(self) -> int:
+        """How much there may be now."""
+        passed = min(self._clock.now() - self._empty_at, self._full)
+        return max(passed, 0) * self._rate // _SECOND
+
+    def take(self, number: int) -> None:
+        """So much there was; it may be more than there are tokens."""
+        start = max(self._empty_at, self._clock.now() - self._full)
+        self._empty_at = start + -(-number * _SECOND // self._rate)
+
+    def ready_at(self, number: int) -> int:
+        """When there will be so many tokens, on the clock."""
+        return self._empty_at + -(-number * _SECOND // self._rate)
