@@ -1,10 +1,11 @@
 """The devices of a machine: which there are, and where the guest finds them."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 from vmexit.arch.x86 import layout
 from vmexit.core.bus import Bus, Device, Stateful
-from vmexit.core.irq import IrqLine
+from vmexit.core.irq import IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
 from vmexit.devices.irqchip import PcIrqChip
 from vmexit.machine.config import MachineConfig
@@ -12,6 +13,10 @@ from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
 OnClose = Callable[[Callable[[], None]], object]
+
+
+class StatefulIrqChip(IrqChip, Stateful, Protocol):
+    """Interrupt controllers, in this process or in the kernel."""
 
 
 class Board:
@@ -46,7 +51,7 @@ class Board:
 
         return stop
 
-    def attach_common(self, chip: PcIrqChip | None) -> None:
+    def attach_common(self, chip: IrqChip | None) -> None:
         """What every machine has: serial port, debug console, debug-exit port."""
         config = self._config
         if config.serial is not None:
@@ -59,7 +64,7 @@ class Board:
             self._on_close(backend.close)
             self.serial_where = backend.where
             irq = IrqLine(chip, layout.COM1_GSI) if chip is not None else None
-            self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq))
+            self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq, self._loop))
         if config.debugcon is not None:
             from vmexit.backends.chardev import File, Stdout
             from vmexit.devices.debugcon import Debugcon
@@ -78,11 +83,26 @@ class Board:
 
             self._port("debug-exit", config.debug_exit, 1, DebugExit(end), wide=True)
 
-    def attach_pc(self, chip: PcIrqChip, current: Callable[[], int]) -> None:
-        """What a kernel expects of a PC. `current()` is the vCPU that makes an access."""
+    def attach_irqchip(self, chip: PcIrqChip, current: Callable[[], int]) -> None:
+        """The interrupt controllers and the timer, where the accelerator has none.
+
+        `current()` is the vCPU that makes an access.
+        """
+        from vmexit.devices.pit import Pit
+
+        self._mmio.attach(layout.LAPIC_ADDRESS, layout.LAPIC_SIZE, chip.lapic_page(current))
+        self._mmio.attach(layout.IOAPIC_ADDRESS, layout.IOAPIC_SIZE, chip.ioapic_page())
+        self._pio.attach(layout.PIC_MASTER_PORT, 2, chip.pic.master)
+        self._pio.attach(layout.PIC_SLAVE_PORT, 2, chip.pic.slave)
+        self._pio.attach(layout.ELCR_PORT, 2, chip.pic.elcr)
+        pit = Pit(self._loop, IrqLine(chip, layout.PIT_GSI))
+        self._port("pit", layout.PIT_PORT, 4, pit)
+        self._pio.attach(layout.PORT61, 1, pit.port61)
+
+    def attach_pc(self, chip: StatefulIrqChip) -> None:
+        """What else a kernel expects of a PC."""
         from vmexit.devices.cmos import Cmos
         from vmexit.devices.i8042 import I8042
-        from vmexit.devices.pit import Pit
         from vmexit.devices.system_ports import AcpiPm, Port92, ResetControl
 
         def irq(gsi: int) -> IrqLine:
@@ -90,15 +110,7 @@ class Board:
 
         reset = self._stop(StopReason.RESET, "the guest asked for a reset")
         power_off = self._stop(StopReason.POWEROFF, "the guest switched the power off")
-        self._mmio.attach(layout.LAPIC_ADDRESS, layout.LAPIC_SIZE, chip.lapic_page(current))
-        self._mmio.attach(layout.IOAPIC_ADDRESS, layout.IOAPIC_SIZE, chip.ioapic_page())
         self.devices["irqchip"] = chip
-        self._pio.attach(layout.PIC_MASTER_PORT, 2, chip.pic.master)
-        self._pio.attach(layout.PIC_SLAVE_PORT, 2, chip.pic.slave)
-        self._pio.attach(layout.ELCR_PORT, 2, chip.pic.elcr)
-        pit = Pit(self._loop, irq(layout.PIT_GSI))
-        self._port("pit", layout.PIT_PORT, 4, pit)
-        self._pio.attach(layout.PORT61, 1, pit.port61)
         low, *high = (size for _, size in layout.ram_ranges(self._config.memory))
         cmos = Cmos(self._loop, irq(layout.RTC_GSI), low_memory=low, high_memory=sum(high))
         self._port("cmos", layout.RTC_PORT, 2, cmos)

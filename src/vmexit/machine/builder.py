@@ -16,7 +16,7 @@ from vmexit.core.errors import HostError, ImageError, shown
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
-from vmexit.machine.board import Board
+from vmexit.machine.board import Board, StatefulIrqChip
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
 
@@ -45,9 +45,9 @@ class _Engine(NamedTuple):
     accelerator: Accelerator
     vm: Vm
     vcpus: list[Vcpu]
-    chip: "PcIrqChip | None"
-    current: Callable[[], int]
-    """The number of the vCPU that makes an access."""
+    chip: StatefulIrqChip | None = None
+    in_process: "tuple[PcIrqChip, Callable[[], int]] | None" = None
+    """The same chip, if it is ours, and what tells the number of the vCPU that makes an access."""
 
     def close(self) -> None:
         self.vm.close()
@@ -68,19 +68,21 @@ class _Wanted(NamedTuple):
 def _create_kvm(wanted: _Wanted) -> _Engine:
     from vmexit.accel.kvm.system import System
 
-    if wanted.config.machine != "bare":
-        raise HostError(
-            f"the {wanted.config.machine} machine runs on the software CPU only, so far; "
-            "use --accel soft"
-        )
+    config = wanted.config
     with ExitStack() as stack:
         accelerator = System()
         stack.callback(accelerator.close)
-        vm = accelerator.create_vm(wanted.memory, wanted.pio, wanted.mmio)
+        if config.accel == "auto" and config.machine != "bare":
+            from vmexit.accel.kvm.probe import why_no_kernels
+
+            if why := why_no_kernels(accelerator):
+                raise HostError(f"{why}; use --accel soft")
+        vm = accelerator.create_vm(wanted.memory, wanted.pio, wanted.mmio, config.smp)
         stack.callback(vm.close)
-        vcpu = vm.create_vcpu(0, wanted.observer)
+        chip = vm.create_irqchip() if config.machine == "microvm" else None
+        vcpus: list[Vcpu] = [vm.create_vcpu(i, wanted.observer) for i in range(config.smp)]
         stack.pop_all()
-        return _Engine(accelerator, vm, [vcpu], None, lambda: 0)
+        return _Engine(accelerator, vm, vcpus, chip)
 
 
 def _create_soft(wanted: _Wanted) -> _Engine:
@@ -103,7 +105,8 @@ def _create_soft(wanted: _Wanted) -> _Engine:
             for i in range(config.smp)
         ]
         stack.pop_all()
-        return _Engine(accelerator, vm, vcpus, chip, lambda: vm.current)
+        in_process = None if chip is None else (chip, lambda: vm.current)
+        return _Engine(accelerator, vm, vcpus, chip, in_process)
 
 
 _CREATE = {"kvm": _create_kvm, "soft": _create_soft}
@@ -141,8 +144,10 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         stack.callback(engine.close)
         board = Board(config, pio, mmio, request, loop, stack.callback)
         board.attach_common(engine.chip)
+        if engine.in_process is not None:
+            board.attach_irqchip(*engine.in_process)
         if engine.chip is not None:
-            board.attach_pc(engine.chip, engine.current)
+            board.attach_pc(engine.chip)
         stack.callback(loop.close)  # again, and now before what it watches
         first = engine.vcpus[0]
         first.set_system_registers(entry.system)

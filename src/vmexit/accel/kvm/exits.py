@@ -1,6 +1,7 @@
 """What KVM's rarer exits mean, in words (KVM API 5)."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from vmexit.abi.kvm import (
     KVM_EXIT_FAIL_ENTRY,
@@ -14,7 +15,7 @@ from vmexit.abi.kvm import (
 from vmexit.abi.kvm_run import kvm_run
 from vmexit.accel.base import Exit, ExitReason, SystemEvent
 from vmexit.arch.x86.code import code_bits, describe_instruction, dump, linear_ip, next_instruction
-from vmexit.arch.x86.registers import Registers, SystemRegisters
+from vmexit.arch.x86.registers import CR0_PE, Registers, SystemRegisters
 from vmexit.core.errors import GuestCrash
 from vmexit.core.memory import GuestMemory
 
@@ -101,5 +102,16 @@ def _internal_error(
         instruction = describe_instruction(code, linear_ip(regs, system), code_bits(regs, system))
     return (
         f"KVM could not emulate the instruction at rip {regs['rip']:#x}: {instruction} "
-        f"(suberror {suberror}, {name})"
+        f"(suberror {suberror}, {name}); {_why_emulated(regs, system)}"
     )
+
+
+def _why_emulated(regs: Registers, system: SystemRegisters) -> str:
+    """What made KVM emulate an instruction at all, as far as one can tell."""
+    if Path("/sys/module/kvm_pvm").exists():
+        return "kvm_pvm emulates all of ring 0 and knows only some instructions: use --accel soft"
+    if not system.cr0 & CR0_PE:
+        unrestricted = Path("/sys/module/kvm_intel/parameters/unrestricted_guest")
+        if unrestricted.exists() and unrestricted.read_text().strip() == "N":
+            return "this processor emulates real mode (kvm_intel has no unrestricted guest)"
+    return "KVM emulates what accesses MMIO or a ROM, or runs from there"

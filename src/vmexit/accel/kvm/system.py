@@ -83,10 +83,7 @@ class System:
         return known
 
     def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1) -> KvmVm:
-        """KVM_CREATE_VM (KVM API 4.2), with `memory` in its slots. Raises HostError.
-
-        KVM has no use for `cpus` before the vCPUs are made.
-        """
+        """KVM_CREATE_VM (KVM API 4.2), with `memory` in its slots. Raises HostError."""
         while True:
             try:
                 fd = ioctl(self.fd, KVM_CREATE_VM, 0)
@@ -95,7 +92,7 @@ class System:
                 continue
             except OSError as error:
                 raise HostError(_why_no_vm(self.path, error)) from error
-        return KvmVm(self, fd, memory, pio, mmio)
+        return KvmVm(self, fd, memory, pio, mmio, cpus)
 
     def close(self) -> None:
         """Close the descriptor; VMs made from it live on."""

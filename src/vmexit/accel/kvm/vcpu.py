@@ -174,7 +174,8 @@ class KvmVcpu:
                 if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
                     self._complete()
                     raise  # not KVM_RUN's error but one from a device, some frames below
-                if error.errno != errno.EINTR:
+                # EAGAIN: a vCPU that waits for its SIPI was woken.
+                if error.errno not in (errno.EINTR, errno.EAGAIN):
                     raise HostError(
                         f"KVM_RUN failed on vCPU {self.index}: {error.strerror}"
                     ) from error

@@ -18,12 +18,18 @@ from vmexit.abi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
 )
 from vmexit.abi.kvm_caps import (
+    KVM_CAP_IRQCHIP,
+    KVM_CAP_PIT2,
     KVM_CAP_READONLY_MEM,
     KVM_CAP_SET_IDENTITY_MAP_ADDR,
     KVM_CAP_SET_TSS_ADDR,
+    KVM_CAP_TSC_DEADLINE_TIMER,
 )
 from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_userspace_memory_region
+from vmexit.accel.kvm.cpuid import pack, parse
+from vmexit.accel.kvm.irqchip import KvmIrqChip
 from vmexit.accel.kvm.vcpu import KvmVcpu
+from vmexit.arch.x86.cpuid import ECX_HYPERVISOR, ECX_TSC_DEADLINE, with_topology
 from vmexit.arch.x86.layout import KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
@@ -38,8 +44,12 @@ if TYPE_CHECKING:
 class KvmVm:
     """One VM; made by `System.create_vm()`."""
 
-    def __init__(self, system: "System", fd: int, memory: GuestMemory, pio: Bus, mmio: Bus) -> None:
+    def __init__(
+        self, system: "System", fd: int, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int
+    ) -> None:
         self.fd = fd
+        self._cpus = cpus
+        self._irqchip: KvmIrqChip | None = None
         self._system = system
         self._memory = memory
         self._pio = pio
@@ -100,6 +110,20 @@ class KvmVm:
         ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
         return bitmap.raw
 
+    def create_irqchip(self) -> KvmIrqChip:
+        """Interrupt controllers and the timer of a PC in the kernel; before the first vCPU.
+
+        HLT is no exit any more then: it waits in KVM_RUN. Raises HostError.
+        """
+        for name, capability in (
+            ("KVM_CAP_IRQCHIP", KVM_CAP_IRQCHIP),
+            ("KVM_CAP_PIT2", KVM_CAP_PIT2),
+        ):
+            if not self._system.check_extension(capability):
+                raise HostError(f"this KVM lacks {name}, which interrupts need; use --accel soft")
+        self._irqchip = KvmIrqChip(self.fd)
+        return self._irqchip
+
     def create_vcpu(
         self,
         index: int,
@@ -108,7 +132,7 @@ class KvmVm:
     ) -> KvmVcpu:
         """KVM_CREATE_VCPU (KVM API 4.7), with the CPUID that KVM supports. Raises HostError."""
         if interrupts is not None:
-            raise HostError("interrupts are delivered by the software CPU only; use --accel soft")
+            raise HostError("KVM's interrupt controllers are its own; use --accel soft")
         try:
             fd = ioctl(self.fd, KVM_CREATE_VCPU, index)
         except OSError as error:
@@ -134,8 +158,20 @@ class KvmVm:
                 f"cannot map vCPU {index}: {error.strerror}; raise the limits (ulimit -n, -v)"
             ) from error
         self._vcpus.append(vcpu)
-        vcpu.set_cpuid(self._system.supported_cpuid())
+        vcpu.set_cpuid(self._cpuid(index))
         return vcpu
+
+    def _cpuid(self, index: int) -> bytes:
+        supported = self._system.supported_cpuid()
+        if self._irqchip is None:
+            return supported
+        table = with_topology(parse(supported), index, self._cpus)
+        leaf = table[1, None]
+        ecx = leaf.ecx | ECX_HYPERVISOR
+        if self._system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER):
+            ecx |= ECX_TSC_DEADLINE
+        table[1, None] = leaf._replace(ecx=ecx)
+        return pack(table)
 
     @property
     def executors(self) -> list[KvmVcpu]:
