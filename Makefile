@@ -6,9 +6,9 @@ BIN    := $(VENV)/bin
 HANG   := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 # Byte code makes starting up twice as fast.
 unexport PYTHONDONTWRITEBYTECODE
-LINUX  := --kernel build/debian/vmlinuz --initrd build/debian/initrd.gz --append console=ttyS0
+LINUX  := --kernel build/debian/vmlinuz --initrd build/debian/initrd.gz --append 'console=ttyS0 panic=-1'
 
-.PHONY: help setup demo test test-long lint format bench clean
+.PHONY: help setup demo test test-lab test-long lint format bench clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -30,7 +30,7 @@ demo: setup      ## boot Debian's kernel to a shell (where there is no apt: a sm
 	@echo "== vmexit fetch debian --output build/debian"
 	@if $(BIN)/vmexit fetch debian --output build/debian; then \
 	  echo "== vmexit run $(LINUX)"; \
-	  if [ -t 0 ]; then exec $(BIN)/vmexit run $(LINUX); fi; \
+	  if [ -t 0 ]; then $(BIN)/vmexit run $(LINUX) || [ $$? = 130 ]; exit; fi; \
 	  echo 'uname -a; poweroff -f' | $(BIN)/vmexit run $(LINUX) --timeout 300; \
 	else \
 	  echo "== vmexit run guests/long-hello.bin --mode long --stats"; \
@@ -40,6 +40,10 @@ demo: setup      ## boot Debian's kernel to a shell (where there is no apt: a sm
 test: setup      ## the test suite
 	@echo "== tests"
 	@$(BIN)/python -m pytest -m "not soak" $(HANG) $(TESTS)
+
+test-lab: setup  ## the tests on Linux's own KVM, in an emulated machine: docs/kvm-lab.md
+	@$(BIN)/python -m pytest -q --collect-only tests/lab >/dev/null  # byte code, which the lab cannot keep
+	@tools/kvm-lab --smp 2 -- $(BIN)/python -m pytest tests/lab -m "not lab_tool"
 
 test-long: setup ## the test suite with all repetitions
 	@$(BIN)/python -m pytest $(TESTS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build the test guests: NAME.S becomes NAME.bin, a flat image for `vmexit run`.
+"""Build the test guests: NAME.S becomes NAME.bin, a flat image, or NAME.kernel for `vmexit run`.
 
 Needs binutils (`as` and `ld`). The images are in the repository, so only who changes a guest
 needs this.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 
-_MODE = re.compile(r"^# mode: (real|protected|long)$", re.MULTILINE)
+_MODE = re.compile(r"^# mode: (real|protected|long|multiboot)$", re.MULTILINE)
 
 
 class BuildError(Exception):
@@ -24,22 +24,26 @@ class BuildError(Exception):
 def _mode(source: Path) -> str:
     found = _MODE.search(source.read_text(encoding="ascii"))
     if found is None:
-        raise BuildError(f"{source}: no line `# mode: real`, `protected` or `long`; add one")
+        raise BuildError(f"{source}: no line `# mode: real`, protected, long or multiboot; add one")
     return found[1]
 
 
-# Every guest by name, with the CPU mode that it starts in.
-GUESTS: dict[str, str] = {source.stem: _mode(source) for source in sorted(SOURCES.glob("*.S"))}
+_MODES: dict[str, str] = {source.stem: _mode(source) for source in sorted(SOURCES.glob("*.S"))}
+# Every flat image by name, with the CPU mode that it starts in.
+GUESTS = {name: mode for name, mode in _MODES.items() if mode != "multiboot"}
+# And every multiboot kernel.
+KERNELS = [name for name, mode in _MODES.items() if mode == "multiboot"]
 
 
 def build(name: str, directory: Path) -> Path:
     """Build guest `name` into `directory`; returns the image. Raises BuildError."""
-    image = directory / f"{name}.bin"
+    script, suffix = ("multiboot.ld", "kernel") if name in KERNELS else ("flat.ld", "bin")
+    image = directory / f"{name}.{suffix}"
     with tempfile.TemporaryDirectory() as temporary:
         linkable = Path(temporary) / f"{name}.o"
         # The sources choose 16, 32 or 64-bit code themselves.
         _run("as", "--64", "-I", SOURCES, "-o", linkable, SOURCES / f"{name}.S")
-        _run("ld", "-m", "elf_x86_64", "-T", SOURCES / "flat.ld", "-o", image, linkable)
+        _run("ld", "-m", "elf_x86_64", "-T", SOURCES / script, "-o", image, linkable)
     image.chmod(0o644)
     return image
 
@@ -61,12 +65,12 @@ def main() -> int:
         "--output", metavar="DIR", type=Path, default=SOURCES, help="default: beside the sources"
     )
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.guests if name not in GUESTS]
+    unknown = [name for name in arguments.guests if name not in _MODES]
     if unknown:
-        parser.error(f"no guest {unknown[0]}; there are {', '.join(GUESTS)}")
+        parser.error(f"no guest {unknown[0]}; there are {', '.join(_MODES)}")
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        for name in arguments.guests or GUESTS:
+        for name in arguments.guests or _MODES:
             print(build(name, arguments.output))
     except (BuildError, OSError) as error:
         print(f"build.py: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vmexit.backends.wait import PATIENCE, never, reason, write_all
+from vmexit.backends.wait import PATIENCE, never, write_all
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
@@ -349,6 +349,8 @@ def _run(arguments: argparse.Namespace) -> int:
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
             _say(f"serial port at {vm.serial_where}")
+        if _is_mute(arguments):
+            _say("without --append console=ttyS0 Linux says nothing on the serial port")
         gc.enable()
         try:
             stop = vm.run(arguments.timeout)
@@ -360,6 +362,19 @@ def _run(arguments: argparse.Namespace) -> int:
         elif stop.status == 124:
             _say(f"timeout: the guest still ran after {arguments.timeout:g} s")
         return stop.status & 0xFF
+
+
+def _is_mute(arguments: argparse.Namespace) -> bool:
+    """Whether it is Linux that runs, and nobody will see anything of it."""
+    if arguments.kernel is None or arguments.serial == "null":
+        return False
+    from vmexit.boot.image import detect
+
+    with open(arguments.kernel, "rb") as file:
+        kind = detect(file.read(4096))
+    return kind.name == "bzimage" and not any(
+        option in arguments.append for option in ("console=", "earlyprintk=", "earlycon")
+    )
 
 
 def _or(value: int | None, default: int) -> int:
@@ -403,8 +418,9 @@ class _Output:
     A reader that does not read is waited for, but not beyond the end of the run: `ending()`.
     """
 
-    def __init__(self, fd: int, name: str, piece: int) -> None:
+    def __init__(self, fd: int, name: str, piece: int, *, replaces: bool = False) -> None:
         self._fd = fd
+        self._replaces = replaces
         self._name = name
         self._piece = piece  # so many characters are written at once
         self._text: list[str] = []
@@ -414,20 +430,17 @@ class _Output:
     @classmethod
     def to_file(cls, path: str) -> "_Output":
         """Raises ConfigError if it cannot be made."""
-        try:
-            # Not blocking: a FIFO without a reader would hold us up for ever.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-            return cls(os.open(path, flags, 0o666), path, 1 << 15)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"cannot write {shown(path)}: {reason(error)}; use another path"
-            ) from error
+        from vmexit.backends.files import open_output
+
+        descriptor, replaces = open_output(path)
+        return cls(descriptor, path, 1 << 15, replaces=replaces)
 
     def start(self, ending: Callable[[], bool]) -> None:
         """The run begins: only now is what the file had before given up."""
         self.ending = ending
-        with suppress(OSError):  # EINVAL: a pipe has no length
-            os.ftruncate(self._fd, 0)
+        if self._replaces:
+            with suppress(OSError):  # EINVAL: a pipe has no length
+                os.ftruncate(self._fd, 0)
 
     def write(self, text: str) -> None:
         self._text.append(text)
@@ -462,7 +475,7 @@ class _Output:
 def _fetch(arguments: argparse.Namespace) -> int:
     from vmexit.fetch.debian import fetch
 
-    modules = [name for name in arguments.modules.split(",") if name]
+    modules = [name for part in arguments.modules.split(",") if (name := part.strip())]
     with _progress() as progress:
         found = fetch(arguments.flavour, modules, progress)
     if arguments.output is not None:
@@ -470,7 +483,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
     _print(f"kernel {found.kernel}\ninitrd {found.initrd}")
     _say(
         f"run it: vmexit run --kernel {_quoted(found.kernel)} "
-        f"--initrd {_quoted(found.initrd)} --append console=ttyS0"
+        f"--initrd {_quoted(found.initrd)} --append 'console=ttyS0 panic=-1'"
     )
     return 0
 

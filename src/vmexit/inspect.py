@@ -27,7 +27,7 @@ def describe(
     data = read_image(path)
     kind = detect(data)
     lines = [f"{path}: {kind.description}, {len(data)} bytes"]
-    if kind.name == "bzimage" or (kind.name == "elf" and is_kernel_elf(data)):
+    if kind.name in ("bzimage", "multiboot") or (kind.name == "elf" and is_kernel_elf(data)):
         lines += _describe_kernel(path, data)
     elif kind.name == "elf":
         lines += _describe_elf(path, data)

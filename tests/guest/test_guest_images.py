@@ -25,13 +25,15 @@ build = _load_build()
 def test_each_source_has_its_image_and_each_image_its_source() -> None:
     images = {image.stem for image in GUESTS_DIRECTORY.glob("*.bin")}
     assert images == set(build.GUESTS)
+    kernels = {image.stem for image in GUESTS_DIRECTORY.glob("*.kernel")}
+    assert kernels == set(build.KERNELS)
 
 
-@pytest.mark.parametrize("name", build.GUESTS)
+@pytest.mark.parametrize("name", [*build.GUESTS, *build.KERNELS])
 def test_image_is_what_its_source_builds_to(name: str, tmp_path: Path) -> None:
-    built = build.build(name, tmp_path).read_bytes()
-    committed = (GUESTS_DIRECTORY / f"{name}.bin").read_bytes()
-    assert built == committed, f"guests/{name}.bin is stale: run guests/build.py {name}"
+    built = build.build(name, tmp_path)
+    committed = (GUESTS_DIRECTORY / built.name).read_bytes()
+    assert built.read_bytes() == committed, f"{built.name} is stale: run guests/build.py {name}"
 
 
 @pytest.mark.parametrize("name", build.GUESTS)

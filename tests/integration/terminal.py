@@ -15,14 +15,16 @@ SECONDS = 60
 class Terminal:
     """A pseudo-terminal with the command at its other end, as a session of its own."""
 
-    def __init__(self, *arguments: str, stdout: int | None = None) -> None:
+    def __init__(
+        self, *arguments: str, stdout: int | None = None, command: list[str] = VMEXIT
+    ) -> None:
         """Standard output is the terminal, too, unless it is given."""
         self.master, slave = os.openpty()
         self.before = termios.tcgetattr(slave)
         self.slave = slave  # held open, so that its modes can be looked at afterwards
         self.output = b""
         self.process = subprocess.Popen(
-            [*VMEXIT, *arguments],
+            [*command, *arguments],
             stdin=slave,
             stdout=slave if stdout is None else stdout,
             stderr=slave,
@@ -53,6 +55,15 @@ class Terminal:
             assert time.monotonic() < end, f"no {text!r} in {self.output[-500:]!r}"
             self.take(0.1)
 
+    def mode(self) -> list[int]:
+        return termios.tcgetattr(self.slave)
+
+    def wait_until_raw(self) -> None:
+        end = time.monotonic() + SECONDS
+        while self.mode()[3] & termios.ICANON:
+            assert time.monotonic() < end, self.output[-500:]
+            time.sleep(0.01)
+
     def wait(self) -> int:
         end = time.monotonic() + SECONDS
         while self.process.poll() is None:
@@ -61,9 +72,6 @@ class Terminal:
         while self.take(0.01):
             pass
         return self.process.returncode
-
-    def mode(self) -> list[object]:
-        return termios.tcgetattr(self.slave)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 
@@ -132,6 +133,28 @@ def test_log_exits_and_stats_go_to_standard_error(accel):
     table = [line.split() for line in lines[11:]]
     assert ["io", "out", "0x0010/2", "10", "90.9%"] in table
     assert ["total", "11"] in table
+
+
+@pytest.mark.parametrize(
+    ("options", "shell", "adds"),
+    [
+        (("--log-exits",), "2>>", "io out port 0x00f4"),
+        (("--trace", "/dev/stdout"), ">>", '"exit":"io"'),
+        (("--trace", "/dev/fd/5"), "5>>", '"exit":"io"'),
+        (("--serial", "file:/dev/stderr"), "2>>", ""),
+        (("--debugcon", "0x402=/dev/stdout"), ">>", ""),
+    ],
+)
+def test_what_a_standard_stream_leads_to_is_added_to(accel, tmp_path, options, shell, adds):
+    log = tmp_path / "log"
+    log.write_text("precious\n")
+    command = shlex.join(
+        [*VMEXIT, "run", "--accel", accel, str(GUESTS / "debug-exit.bin"), *options]
+    )
+    done = subprocess.run(["sh", "-c", f"{command} {shell}{log}"], timeout=60, check=False)
+    assert done.returncode == 0x21 << 1 | 1
+    text = log.read_text()
+    assert text.startswith("precious\n") and adds in text and "\0" not in text
 
 
 def test_the_serial_port_to_a_file_and_to_nowhere(accel, tmp_path):

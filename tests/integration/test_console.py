@@ -25,6 +25,7 @@ def terminal(tmp_path, accel):
         arguments = ("run", str(image), "--load-address", "0x1000", "--accel", accel)
         made.append(Terminal(*arguments, "--timeout", str(SECONDS), *more, stdout=stdout))
         made[-1].expect(b"Ctrl-A h helps)\r\n")
+        made[-1].wait_until_raw()
         return made[-1]
 
     yield start
@@ -84,6 +85,33 @@ def test_the_terminal_is_as_before_after_a_timeout(terminal):
     t = terminal("--timeout", "0.5")
     assert t.wait() == 124
     assert t.mode() == t.before
+
+
+PAUSES = """
+import vmexit
+with vmexit.Machine("1M", {accel!r}, serial="stdio") as vm:
+    vm.load_bytes({code!r}, at=0x1000)
+    for _ in range(2):
+        vm.run(timeout=1)
+        print("said", input("ask> "))
+"""
+
+
+def test_between_two_runs_the_terminal_is_the_programs(accel):
+    t = Terminal(PAUSES.format(accel=accel, code=ECHO), command=[sys.executable, "-c"])
+    try:
+        for word in (b"one", b"two"):
+            t.wait_until_raw()
+            t.type(b"g")  # the guest's
+            t.expect(b"g")
+            t.expect(b"ask> ")
+            assert t.mode() == t.before
+            t.output = b""
+            t.type(word + b"\n")
+            t.expect(b"said " + word)
+        assert t.wait() == 0
+    finally:
+        t.close()
 
 
 def test_a_paste_of_100_kb_arrives_whole(terminal):

@@ -67,7 +67,7 @@ def test_modules_come_after_what_they_need(tmp_path):
     assert [name for name, _ in modules.in_order(["a"])] == ["d", "b", "c", "a"]
     assert modules.in_order(["built_in"]) == []
     assert {name for name, _ in modules.in_order(["loop1"])} == {"loop1", "loop2"}
-    with pytest.raises(ConfigError, match="no module 'loop'; it has loop1, loop2"):
+    with pytest.raises(ConfigError, match="no module 'loop'; is it loop2 or loop1"):
         modules.in_order(["loop"])
 
 

@@ -501,8 +501,8 @@ def typed() -> Iterator[int]:
 
 def test_a_terminal_that_does_not_control_the_process_can_be_read(typed) -> None:
     """As under setsid, or with a terminal passed on from another session."""
-    code = "c = open_chardev('stdio')\ndata = b''\nwhile len(data) < 6: data += c.read(6)\n"
-    code += "c.write(data)"
+    code = "c = open_chardev('stdio')\nc.running(True)\ndata = b''\n"
+    code += "while len(data) < 6: data += c.read(6)\nc.write(data)"
     done = run(code, stdin=typed, stdout=subprocess.PIPE, start_new_session=True)
     assert (done.stdout, done.stderr) == (b"typed\n", b"")
 
@@ -520,6 +520,7 @@ if os.WIFSTOPPED(status):
     os.kill(pid, signal.SIGKILL)
     sys.exit("stopped")
 c = open_chardev("stdio")
+c.running(True)
 data = b""
 while len(data) < 6:
     data += c.read(6)

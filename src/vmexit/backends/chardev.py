@@ -5,7 +5,6 @@ standard output waits for its reader, as any program does. No wait outlasts the 
 `ending` tells of that.
 """
 
-import errno
 import os
 import select
 import sys
@@ -14,8 +13,9 @@ from contextlib import suppress
 from typing import Protocol
 
 from vmexit.backends.console import Console, is_our_terminal
-from vmexit.backends.wait import Ending, Output, never, ready, reason
-from vmexit.core.errors import ConfigError, HostError, shown
+from vmexit.backends.files import open_output
+from vmexit.backends.wait import Ending, Output, never, ready
+from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
 
 
@@ -31,6 +31,11 @@ class Chardev(Protocol):
     def write(self, data: bytes) -> None: ...
     def read(self, size: int) -> bytes: ...
     def when_readable(self, function: Callable[[], None]) -> None: ...
+
+    def running(self, runs: bool) -> None:
+        """A run begins, or has ended."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -86,6 +91,9 @@ class Null:
     def when_readable(self, function: Callable[[], None]) -> None:
         """Never."""
 
+    def running(self, runs: bool) -> None:
+        """It makes no difference."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -117,6 +125,9 @@ class _Descriptor:
         """Call `function` once, from the loop, when there is input or an end of it."""
         if self._in >= 0 and self._loop is not None:
             self._loop.watch(self._in, function)
+
+    def running(self, runs: bool) -> None:
+        """It makes no difference."""
 
     def close(self) -> None:
         """Forget the descriptors, which stay open."""
@@ -156,13 +167,10 @@ class File(_Descriptor):
     """A file, emptied first; input there is none."""
 
     def __init__(self, path: str, ending: Ending = never) -> None:
-        try:
-            # Not blocking: a FIFO without a reader would hold us up for ever.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
-            out = os.open(path, flags, 0o666)
-        except (OSError, ValueError) as error:
-            why = "nobody reads it" if getattr(error, "errno", 0) == errno.ENXIO else reason(error)
-            raise ConfigError(f"cannot write {shown(path)}: {why}; use another path") from error
+        out, replaces = open_output(path)
+        if replaces:
+            with suppress(OSError):  # EINVAL: a pipe has no length
+                os.ftruncate(out, 0)
         super().__init__(out, -1, None, ending)
 
     def close(self) -> None:

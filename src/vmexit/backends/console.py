@@ -1,8 +1,8 @@
 """The terminal that the program was started from, as a guest's console.
 
-It is switched to raw mode: each key goes to the guest at once, Ctrl-C among them. Ctrl-A begins a
-command to vmexit instead. Output keeps its processing, so that a guest's bare line feed begins a
-line at the left.
+While the guest runs it is in raw mode: each key goes to the guest at once, Ctrl-C among them.
+Ctrl-A begins a command to vmexit instead. Output keeps its processing, so that a guest's bare line
+feed begins a line at the left. Between two runs the terminal is the program's, as it was before.
 """
 
 import atexit
@@ -62,16 +62,26 @@ class Console:
         if sys.stdout is not None:
             sys.stdout.flush()
         try:
-            self._before: list[int | list[bytes | int]] | None = termios.tcgetattr(0)
-            self._set_raw()
+            self._before = termios.tcgetattr(0)
         except termios.error as error:
-            raise HostError(
-                f"cannot set the terminal up: {error.args[-1]}; use --serial pty"
-            ) from error
+            raise _refusal(error) from error
+        self._raw = False
         atexit.register(self._restore)
-        loop.watch(0, self._take)
+
+    def running(self, runs: bool) -> None:
+        if runs:
+            try:
+                self._set_raw()
+            except termios.error as error:
+                raise _refusal(error) from error
+            self._loop.watch(0, self._take)
+        else:
+            self._loop.unwatch(0)
+            self._restore()
 
     def _set_raw(self) -> None:
+        self._before = termios.tcgetattr(0)
+        self._raw = True
         mode = termios.tcgetattr(0)
         iflag, oflag, cflag, lflag = 0, 1, 2, 3
         mode[iflag] &= ~(
@@ -92,10 +102,10 @@ class Console:
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
 
     def _restore(self) -> None:
-        before, self._before = self._before, None
-        if before is not None:
+        if self._raw:
+            self._raw = False
             with suppress(termios.error):  # the terminal is gone
-                termios.tcsetattr(0, termios.TCSADRAIN, before)
+                termios.tcsetattr(0, termios.TCSADRAIN, self._before)
 
     def write(self, data: bytes) -> None:
         self._output.write(data)
@@ -169,3 +179,7 @@ class Console:
         self._soon.set(None)
         self._restore()
         atexit.unregister(self._restore)
+
+
+def _refusal(error: termios.error) -> HostError:
+    return HostError(f"cannot set the terminal up: {error.args[-1]}; use --serial pty")

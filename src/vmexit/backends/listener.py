@@ -131,6 +131,9 @@ class Listener:
             self._silent = not data
             return data
 
+    def running(self, runs: bool) -> None:
+        """It makes no difference."""
+
     def close(self) -> None:
         """Stop listening; the path of a Unix socket is removed."""
         self._waiting = None

@@ -2,9 +2,10 @@
 
 import re
 
-from vmexit.boot import bzimage, linux
+from vmexit.boot import bzimage, linux, multiboot
 from vmexit.boot.bzimage import BzImage
 from vmexit.boot.elf import ElfKernel
+from vmexit.boot.image import find_multiboot
 from vmexit.core.errors import ImageError
 
 # `linux_banner` of init/version.c; the other strings that begin so have no number there.
@@ -13,6 +14,8 @@ _BANNER = re.compile(rb"Linux version \d[ -~]{,500}")
 
 def describe(data: bytes, path: str) -> list[str]:
     """Lines on the kernel `data`, read from `path`. Raises ImageError if it is none."""
+    if find_multiboot(data) is not None:
+        return _multiboot_lines(data, path)
     kernel = linux.read(data)
     banner = _BANNER.search(kernel.vmlinux)
     lines = []
@@ -29,12 +32,15 @@ def describe(data: bytes, path: str) -> list[str]:
     if kernel.elf is not None:
         lines += _elf_lines(kernel.elf)
     lines.append(f"it can be booted by: {', '.join(kernel.offers())}")
-    lines.append(f"run it with: vmexit run --kernel {path}")
+    more = " --initrd INITRD --append console=ttyS0" if banner is not None else ""
+    lines.append(f"run it with: vmexit run --kernel {path}{more}")
     return lines
 
 
 def is_kernel_elf(data: bytes) -> bool:
-    """Whether an ELF file is a kernel: it has a PVH note, or Linux's banner."""
+    """Whether an ELF file is a kernel: a multiboot header, a PVH note, or Linux's banner."""
+    if find_multiboot(data) is not None:
+        return True
     try:
         kernel = linux.read(data)
     except ImageError:
@@ -42,6 +48,23 @@ def is_kernel_elf(data: bytes) -> bool:
     if kernel.elf is not None and kernel.elf.pvh_entry is not None:
         return True
     return _BANNER.search(kernel.vmlinux) is not None
+
+
+def _multiboot_lines(data: bytes, path: str) -> list[str]:
+    kernel = multiboot.parse(data)
+    if kernel.elf is not None:
+        lines = _elf_lines(kernel.elf)
+    else:
+        taken = kernel.taken
+        lines = [f"loaded at {taken.start:#x}..{taken.stop - 1:#x}, entry {kernel.entry:#x}"]
+    if kernel.flags & multiboot.WANT_VIDEO:
+        lines.append("it asks for a video mode, which there is not")
+    offered = ["multiboot"]
+    if kernel.elf is not None and kernel.elf.pvh_entry is not None:
+        offered.append("pvh")
+    lines.append(f"it can be booted by: {', '.join(offered)}")
+    lines.append(f"run it with: vmexit run --kernel {path}")
+    return lines
 
 
 def _header_lines(data: bytes, header: BzImage) -> list[str]:

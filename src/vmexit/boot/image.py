@@ -73,12 +73,13 @@ def detect(data: bytes) -> ImageKind:
     """Name what `data` is, by its magic numbers; `flat` if it has none."""
     if data[:4] == _ELF:
         bits = {1: "32-bit", 2: "64-bit"}.get(data[4] if len(data) > 4 else 0, "unknown-size")
-        return ImageKind("elf", f"a {bits} ELF file")
+        multiboot = "a multiboot 1 kernel: " if find_multiboot(data) is not None else ""
+        return ImageKind("elf", f"{multiboot}a {bits} ELF file")
     if data[0x202:0x206] == _BZIMAGE_MAGIC:
         return ImageKind("bzimage", "a Linux kernel (bzImage)")
-    if _has_multiboot(data, _MULTIBOOT):
+    if find_multiboot(data) is not None:
         return ImageKind("multiboot", "a multiboot 1 kernel")
-    if _has_multiboot(data, _MULTIBOOT2):
+    if _find_header(data, _MULTIBOOT2) is not None:
         return ImageKind("multiboot2", "a multiboot 2 kernel")
     packed = compression.detect(data)
     if packed in COMPRESSIONS:
@@ -104,13 +105,24 @@ _MULTIBOOT = _Multiboot(0x1BADB002, 8192, 4, 3)
 _MULTIBOOT2 = _Multiboot(0xE85250D6, 32768, 8, 4)
 
 
-def _has_multiboot(data: bytes, kind: _Multiboot) -> bool:
+def find_multiboot(data: bytes) -> int | None:
+    """The offset of the multiboot 1 header in `data`, None without one.
+
+    A Linux kernel has none, even if something in it looks like one: GRUB's core, packed as a
+    kernel, does.
+    """
+    if data[0x202:0x206] == _BZIMAGE_MAGIC:
+        return None
+    return _find_header(data, _MULTIBOOT)
+
+
+def _find_header(data: bytes, kind: _Multiboot) -> int | None:
     size = 4 * kind.words
     magic = kind.magic.to_bytes(4, "little")
     at = data.find(magic, 0, kind.within)
     while 0 <= at <= min(len(data), kind.within) - size:
         words = struct.unpack_from(f"<{kind.words}I", data, at)
         if at % kind.alignment == 0 and sum(words) & 0xFFFF_FFFF == 0:
-            return True
+            return at
         at = data.find(magic, at + 1, kind.within)
-    return False
+    return None

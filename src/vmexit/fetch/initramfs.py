@@ -9,6 +9,7 @@ from vmexit.fetch.cpio import Entry, archive, executable, file, folder
 _FOLDERS = ("bin", "dev", "proc", "sys", "tmp", "root", "etc", "run", "mnt", "modules")
 
 # cttyhack makes the console the shell's controlling terminal; without one Ctrl-C does nothing.
+# This init takes no signals, by which busybox would have it switch off: -f does without.
 _INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -20,6 +21,11 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 ifconfig lo 127.0.0.1 up
 for module in {modules}; do insmod /modules/$module.ko; done
+for action in poweroff reboot halt; do
+    rm /bin/$action
+    printf '#!/bin/busybox sh\nexec /bin/busybox %s -f\n' $action > /bin/$action
+    chmod +x /bin/$action
+done
 cat /etc/motd
 cd /root
 setsid cttyhack sh
@@ -27,7 +33,7 @@ echo "The shell has ended: power off."
 poweroff -f
 """
 
-MOTD = "vmexit guest: a busybox shell. `poweroff -f` ends it, `reboot -f` too.\n"
+MOTD = "vmexit guest: a busybox shell. `poweroff` ends it, `reboot` too.\n"
 
 
 def init_script(modules: Iterable[str] = ()) -> str:
@@ -42,6 +48,7 @@ def initramfs(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     # Documentation/admin-guide/devices.txt).
     entries.append(Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)))
     entries.append(executable("bin/busybox", busybox))
+    entries.append(Entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"))  # for rdinit=/bin/sh
     entries.append(executable("init", init_script(name for name, _ in modules).encode()))
     entries.append(file("etc/motd", MOTD.encode()))
     entries += [file(f"modules/{name}.ko", content) for name, content in modules]

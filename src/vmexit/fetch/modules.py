@@ -1,5 +1,6 @@
 """Kernel modules: which files a module needs, and in which order they are loaded."""
 
+import difflib
 import lzma
 import re
 from collections.abc import Callable, Iterable
@@ -47,8 +48,8 @@ class Modules:
         if name in found or name in self._builtin or name in above:
             return
         if name not in self._paths:
-            close = [other for other in self._paths if name in other or other in name][:3]
-            hint = f"it has {', '.join(sorted(close))}" if close else "check the name"
+            close = difflib.get_close_matches(name, self._paths, 3)
+            hint = f"is it {' or '.join(close)}?" if close else "check the name"
             raise ConfigError(f"this kernel has no module {name!r}; {hint}")
         content = _unpacked(self._paths[name], self._read(self._paths[name]))
         for other in dependencies(content):

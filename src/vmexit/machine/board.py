@@ -40,6 +40,8 @@ class Board:
         self._on_close = on_close
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
+        self.running: Callable[[bool], None] = lambda runs: None
+        """To be called when a run begins, and when it has ended."""
 
     def _port(self, name: str, port: int, size: int, device: Device, *, wide: bool = False) -> None:
         self._pio.attach(port, size, device, overhang=wide)
@@ -63,6 +65,7 @@ class Board:
             )
             self._on_close(backend.close)
             self.serial_where = backend.where
+            self.running = backend.running
             irq = IrqLine(chip, layout.COM1_GSI) if chip is not None else None
             self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq, self._loop))
         if config.debugcon is not None:

@@ -9,10 +9,10 @@ from vmexit.accel.base import Accelerator, Executor, Vcpu, Vm
 from vmexit.arch.x86.layout import ACPI_TABLES, ROM_MAX_SIZE, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
-from vmexit.boot.image import ImageKind, detect, read_image
+from vmexit.boot.image import ImageKind, detect, find_multiboot, read_image
 from vmexit.boot.placement import check_ram
 from vmexit.core.bus import Bus, Stateful
-from vmexit.core.errors import HostError, ImageError, shown
+from vmexit.core.errors import ConfigError, HostError, ImageError, shown
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
@@ -36,6 +36,8 @@ class Parts(NamedTuple):
     executors: Sequence[Executor]
     devices: dict[str, Stateful]
     serial: str
+    running: Callable[[bool], None]
+    """To be called when a run begins, and when it has ended."""
     closer: ExitStack
 
 
@@ -162,6 +164,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             engine.vm.executors,
             board.devices,
             board.serial_where,
+            board.running,
             stack.pop_all(),
         )
 
@@ -187,19 +190,33 @@ def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:
 def _load_kernel(
     config: MachineConfig, path: "str | os.PathLike[str]", memory: GuestMemory
 ) -> BootEntry:
+    """Put a kernel into memory, by the loader that its file is for."""
     from vmexit.arch.x86 import acpi
-    from vmexit.boot import linux
+    from vmexit.boot import linux, multiboot
 
     kernel = read_image(path, what="kernel")
-    initrd = None
-    if config.initrd is not None:
-        initrd = read_image(config.initrd, limit=config.memory, what="initrd")
-    protocol, rsdp = config.protocol, 0
+    by_multiboot = config.protocol == "auto" and find_multiboot(kernel) is not None
+    if config.machine == "bare" and not by_multiboot and config.protocol != "16":
+        # By 16, a boot loader may come, and a multiboot kernel may want no more than it finds.
+        raise ConfigError("a Linux kernel needs interrupts and timers; use --machine microvm")
+    rsdp = 0
     if config.machine == "microvm":  # the bare one has nothing that they could tell of
         rsdp = ACPI_TABLES
         tables = acpi.build(config.smp, rsdp)
         check_ram(memory, rsdp, len(tables), "the ACPI tables")
         memory.write(rsdp, tables)
+    if by_multiboot:
+        files = multiboot.module_files(config.initrd) if config.initrd is not None else []
+        modules = [
+            multiboot.Module(read_image(file, limit=config.memory, what="module"), string)
+            for file, string in files
+        ]
+        # The first word is the program, as kernels with an argv expect it.
+        cmdline = f"{os.fsdecode(path)} {config.append}".rstrip()
+        return multiboot.load(memory, kernel, modules, cmdline)
+    initrd, protocol = None, config.protocol
+    if config.initrd is not None:
+        initrd = read_image(config.initrd, limit=config.memory, what="initrd")
     return linux.load(memory, kernel, initrd, config.append, protocol=protocol, rsdp=rsdp).entry
 
 

@@ -146,8 +146,6 @@ class MachineConfig(_Options):
             for name, value in (("--initrd", self.initrd), ("--append", self.append or None)):
                 if value is not None:
                     raise ConfigError(f"{name} is for a kernel; give --kernel, too")
-        elif self.machine == "bare" and self.protocol != "16":  # which a boot loader may have
-            raise ConfigError("a kernel needs interrupts and timers; use --machine microvm")
         if self.protocol not in PROTOCOLS:
             raise ConfigError(
                 f"there is no boot protocol {self.protocol!r}; use {', '.join(PROTOCOLS)}"

@@ -268,7 +268,7 @@ class Machine:
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
         self._parts = parts = builder.build(config, self._request, observer)
-        self._runner = Runner(parts.executors, self._request)
+        self._runner = Runner(parts.executors, self._request, parts.running)
         self.vcpus: Sequence[MachineVcpu] = [MachineVcpu(self, vcpu) for vcpu in parts.vcpus]
 
     @property

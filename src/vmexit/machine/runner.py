@@ -4,7 +4,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from queue import Empty, SimpleQueue
@@ -177,8 +177,15 @@ class _VcpuThread:
 class Runner:
     """Runs all vCPUs of a machine."""
 
-    def __init__(self, executors: Sequence[Executor], request: StopRequest) -> None:
+    def __init__(
+        self,
+        executors: Sequence[Executor],
+        request: StopRequest,
+        running: Callable[[bool], None] = lambda runs: None,
+    ) -> None:
+        """`running` is called when a run begins, and when it has ended."""
         self._executors = executors
+        self._running = running
         self._request = request
         self._reports: SimpleQueue[_Report] = SimpleQueue()
         self._threads: list[_VcpuThread] = []
@@ -213,7 +220,11 @@ class Runner:
             self._caller = threading.get_ident()
             if self._closed:
                 raise VmexitError("this machine is closed; make a new one")
-            return self._run(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            self._running(True)
+            try:
+                return self._run(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            finally:
+                self._running(False)
         finally:
             self._caller = 0
             self._request.end()
