@@ -1,6 +1,6 @@
 # A multiboot 1 kernel: prints on the serial port who loaded it, its command line, how much memory
-# there is below and above 1 MiB (KiB), the memory map, and each module with its string and its
-# content. Then it writes 0x10 to the debug-exit port; 0x20 if it was not entered as the
+# there is below and above 1 MiB (KiB), how many processors (by fw_cfg), the memory map, and each
+# module with its string and its content. Then it writes 0x10 to the debug-exit port; 0x20 if it was not entered as the
 # specification says, 0x21 if something that it was promised is missing, 0x22 if its bss is not 0.
 # mode: multiboot
 
@@ -17,6 +17,8 @@
     .set LINE_STATUS, COM1 + 5
     .set CAN_TRANSMIT, 0x20
     .set DEBUG_EXIT, 0xf4
+    .set FW_CFG, 0x510
+    .set NB_CPUS, 5
 
     # Offsets in the information.
     .set MEM_LOWER, 4
@@ -77,6 +79,18 @@ start:
     mov al, ' '
     call put
     mov eax, [ebx + MEM_UPPER]
+    call print_hex
+
+    mov esi, offset processors
+    call print
+    mov eax, NB_CPUS
+    mov dx, FW_CFG
+    out dx, ax
+    inc dx
+    in al, dx
+    mov ah, al
+    in al, dx
+    xchg al, ah
     call print_hex
 
     mov ebp, [ebx + MMAP_ADDR]
@@ -182,6 +196,8 @@ command:
     .asciz "\ncommand line: "
 memory:
     .asciz "\nmemory: "
+processors:
+    .asciz "\nprocessors: "
 map:
     .asciz "\nmap: "
 with:

@@ -125,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_run(commands)
     doctor = commands.add_parser("doctor", help="tell whether this host can run guests, and how")
+    doctor.add_argument(
+        "--cpuid", action="store_true",
+        help="show what processor a guest gets, by accelerator, and what it has not of this one",
+    )  # fmt: skip
     doctor.set_defaults(function=_doctor)
     inspect = commands.add_parser(
         "inspect", help="tell what an image is, and show its first instructions"
@@ -196,10 +200,13 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument("image", metavar="IMAGE", nargs="?", help="a flat image: code, no header")
     run.add_argument(
         "--kernel", metavar="F",
-        help="a Linux kernel (vmlinuz, vmlinux) or another ELF file with a PVH entry; implies "
-        "--machine microvm",
+        help="a Linux kernel (vmlinuz, vmlinux), a multiboot 1 kernel, or another ELF file with a "
+        "PVH entry; implies --machine microvm",
     )  # fmt: skip
-    run.add_argument("--initrd", metavar="F", help="the kernel's initial RAM disk")
+    run.add_argument(
+        "--initrd", metavar="F",
+        help="the kernel's initial RAM disk; of a multiboot kernel the modules: 'F ARGS,F'",
+    )  # fmt: skip
     run.add_argument("--append", metavar="S", default="", help="the kernel's command line")
     run.add_argument(
         "--protocol", choices=("auto", "pvh", "elf", "64", "32", "16"), default="auto",
@@ -218,12 +225,21 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "-m", "--memory", metavar="SIZE", default="128M",
         help="guest RAM: 134217728, 128M, 1G (default 128M)",
     )  # fmt: skip
+    run.add_argument(
+        "--cpu", metavar="MODEL", default="host",
+        help="host or max, which both are all that the accelerator has, with ,+feature or "
+        ",-feature: host,-avx (see vmexit doctor --cpuid)",
+    )  # fmt: skip
+    run.add_argument(
+        "--device", metavar="NAME", action="append", default=[],
+        help="one more device: testdev, which test suites for KVM look for",
+    )  # fmt: skip
     run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")
     _add_start(run)
     run.add_argument(
         "--firmware", metavar="F",
         help="a ROM: mapped read-only so that it ends at 4 GiB, its last 128 KiB below 1 MiB, "
-        "too; the vCPU starts at the reset vector",
+        "too; the vCPU starts at the reset vector. With --kernel it boots that, by fw_cfg",
     )  # fmt: skip
     run.add_argument(
         "--serial", metavar="WHERE", default="stdio",
@@ -340,6 +356,8 @@ def _run(arguments: argparse.Namespace) -> int:
             initrd=arguments.initrd,
             append=arguments.append,
             protocol=arguments.protocol,
+            cpu=arguments.cpu,
+            devices=tuple(arguments.device),
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))
@@ -516,8 +534,13 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     yield tell
 
 
-def _doctor(_: argparse.Namespace) -> int:
-    from vmexit.doctor import examine
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vmexit.doctor import examine, examine_cpuid
+
+    if arguments.cpuid:
+        for line in examine_cpuid():
+            _print(line)
+        return 0
 
     usable = False
     for finding in examine():

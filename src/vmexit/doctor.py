@@ -9,6 +9,7 @@ from vmexit.core.errors import HostError
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
+    from vmexit.arch.x86.cpuid import Table
 
 # Without the first, guests do not run at all; without the others, some things do not work.
 _WANTED = {
@@ -140,3 +141,59 @@ def _examine_soft() -> Iterator[Finding]:
         f"soft: Unicorn {UNICORN_VERSION} is there and its CPU state is as expected",
         accelerator=True,
     )
+
+
+def examine_cpuid() -> Iterator[str]:
+    """The processor that a guest of each accelerator gets, in lines for people."""
+    from vmexit.accel.kvm.system import System
+    from vmexit.accel.soft.engine import SoftAccelerator
+    from vmexit.core.bus import Bus
+    from vmexit.core.memory import PAGE_SIZE, GuestMemory
+
+    host = _host_features()
+    memory = GuestMemory([(0, PAGE_SIZE)])
+    try:
+        try:
+            with System() as system, system.create_vm(memory, Bus("port"), Bus("MMIO")) as kvm:
+                kvm.create_irqchip()
+                yield from _cpuid_lines("kvm", kvm.cpuid(0), host, "KVM does not offer it here")
+        except HostError as error:
+            yield f"kvm: {error}"
+        try:
+            soft = SoftAccelerator().create_vm(memory, Bus("port"), Bus("MMIO"))
+        except HostError as error:
+            yield f"soft: {error}"
+        else:
+            lines = _cpuid_lines("soft", soft.cpuid(0), host, "the software CPU has it not")
+            yield from lines
+            soft.close()
+    finally:
+        memory.close()
+
+
+def _host_features() -> list[str]:
+    """What this host's processor has, as far as it has a name."""
+    from vmexit.arch.x86.cpu_features import canonical
+
+    try:
+        text = Path("/proc/cpuinfo").read_text("ascii", "replace")
+    except OSError:
+        return []
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return [name for flag in flags.partition(":")[2].split() if (name := canonical(flag))]
+
+
+def _cpuid_lines(accel: str, table: "Table", host: list[str], why: str) -> Iterator[str]:
+    from vmexit.arch.x86.cpu_features import offered
+    from vmexit.arch.x86.cpuid import brand, family_model_stepping, vendor
+
+    family, model, stepping = family_model_stepping(table)
+    yield (
+        f"{accel}: {vendor(table).decode('ascii', 'replace')} {brand(table)!r}, "
+        f"family {family:#x}, model {model:#x}, stepping {stepping}"
+    )
+    names = offered(table)
+    yield f"{accel}: offers {' '.join(sorted(names))}"
+    missing = sorted(set(host) - set(names))
+    if missing:
+        yield f"{accel}: lacks of this host's {' '.join(missing)}; {why}"

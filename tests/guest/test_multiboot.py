@@ -1,5 +1,6 @@
 """A multiboot kernel does on each accelerator and machine what its source says that it does."""
 
+import re
 import struct
 
 import pytest
@@ -41,10 +42,12 @@ def test_the_kernel_prints_what_it_is_told_and_exits(accel, machine, file, tmp_p
         kernel.write_bytes(elf32())
     (tmp_path / "one").write_bytes(b"first\nmodule")
     (tmp_path / "two,b").write_bytes(b"second")
+    smp = 3 if machine == "microvm" else 1
     with Machine(
         "16M",
         accel,
         machine=machine,
+        smp=smp,
         kernel=kernel,
         append="a=1 b",
         initrd=f"{tmp_path}/one with=string,{tmp_path}/two,,b",
@@ -54,12 +57,13 @@ def test_the_kernel_prints_what_it_is_told_and_exits(accel, machine, file, tmp_p
     text = (tmp_path / "serial").read_text()
     assert (stop.reason, stop.value) == (StopReason.DEBUG_EXIT, 0x10), (stop, text)
     lines = text.splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
         "loader: vmexit",
         f"command line: {kernel} a=1 b",
         f"memory: {639:08X} {15 * 1024:08X}",
+        f"processors: {smp:08X}",
     ]
-    assert [line for line in lines if line.endswith(" 00000001")] == ranges(16 * MIB)
+    assert [x for x in lines if re.fullmatch("map: .* 00000001", x)] == ranges(16 * MIB)
     # Behind the kernel and its 64 KiB of bss, each at a page of its own.
     assert f"module: 00111000 {tmp_path}/one with=string: first\nmodule\n" in text
     assert lines[-1] == f"module: 00112000 {tmp_path}/two,b: second"

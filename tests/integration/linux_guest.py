@@ -15,10 +15,12 @@ BANNER = b"vmexit guest: a busybox shell."
 
 
 class Guest:
-    """`vmexit run --kernel …` on the software CPU. What it prints is in `output`."""
+    """`vmexit run --kernel …`. What it prints is in `output`."""
 
-    def __init__(self, kernel: Path, initrd: Path, append: str = "", *more: str) -> None:
-        command = [*VMEXIT, "run", "--accel", "soft", "--kernel", str(kernel)]
+    def __init__(
+        self, kernel: Path, initrd: Path, append: str = "", *more: str, accel: str = "soft"
+    ) -> None:
+        command = [*VMEXIT, "run", "--accel", accel, "--kernel", str(kernel)]
         command += ["--initrd", str(initrd), "--append", f"console=ttyS0 {append}".strip()]
         self.output = b""
         self.process = subprocess.Popen(

@@ -1,6 +1,11 @@
-"""The mark for the tests of the tool, which run outside of the lab."""
+"""The mark for the tests of the tool, which run outside of the lab; and what the others share."""
+
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "integration")]
 
 
 def pytest_configure(config: pytest.Config) -> None:

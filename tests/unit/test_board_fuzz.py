@@ -34,7 +34,8 @@ class Pc:
         self.chip = PcIrqChip(cpus, self.clock, 25_000_000, lambda: None)
         board = Board(config, self.pio, self.mmio, _Request(self.stops), self.clock, lambda f: None)
         board.attach_common(self.chip)
-        board.attach_pc(self.chip, lambda: self.current)
+        board.attach_irqchip(self.chip, lambda: self.current)
+        board.attach_pc(self.chip)
         self.devices = board.devices
         self.devices["cmos"]._wall = lambda: 1_800_000_000 + self.clock.now() / 1_000_000_000
 

@@ -31,7 +31,7 @@ def test_a_bzimage(tmp_path) -> None:
         "64-bit, entry 0x1000000, PVH entry 0x1000040",
         "load 0x3b bytes at physical 0x1000000, virtual 0x1000000",
         "it can be booted by: pvh, elf, 64, 32, 16",
-        "run it with: vmexit run --kernel IMAGE",
+        "run it with: vmexit run --kernel IMAGE --initrd INITRD --append console=ttyS0",
     ]
 
 
@@ -45,7 +45,7 @@ def test_a_bzimage_that_cannot_be_unpacked_has_its_name_from_the_header(tmp_path
         "payload lzo, 9 bytes",
         "entered compressed only: a kernel packed with lzo cannot be unpacked",
         "it can be booted by: 32, 16",
-        "run it with: vmexit run --kernel IMAGE",
+        "run it with: vmexit run --kernel IMAGE --initrd INITRD --append console=ttyS0",
     ]
 
 
@@ -58,7 +58,7 @@ def test_a_vmlinux_as_it_is_or_compressed(tmp_path, pack) -> None:
     ]
     assert lines[-2:] == [
         "it can be booted by: pvh, elf",
-        "run it with: vmexit run --kernel IMAGE",
+        "run it with: vmexit run --kernel IMAGE --initrd INITRD --append console=ttyS0",
     ]
 
 

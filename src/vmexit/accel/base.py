@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from vmexit.arch.x86.cpu_features import CpuModel
 from vmexit.arch.x86.registers import Registers, SystemRegisters
 from vmexit.core.bus import Bus
 from vmexit.core.irq import VcpuInterrupts
@@ -133,13 +134,22 @@ class Vm(Protocol):
         ...
 
 
+ANY_CPU = CpuModel()
+"""All that the accelerator has."""
+
+
 class Accelerator(Protocol):
     """A way to execute guest code on this host."""
 
     name: str
 
-    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1) -> Vm:
-        """A VM for `cpus` vCPUs over `memory`, all of which is mapped. Raises HostError."""
+    def create_vm(
+        self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1, model: CpuModel = ANY_CPU
+    ) -> Vm:
+        """A VM for `cpus` vCPUs of this `model` over `memory`, all of which is mapped.
+
+        Raises HostError; ConfigError for a model that cannot be.
+        """
         ...
 
     def close(self) -> None:

@@ -32,7 +32,8 @@ def describe(data: bytes, path: str) -> list[str]:
     if kernel.elf is not None:
         lines += _elf_lines(kernel.elf)
     lines.append(f"it can be booted by: {', '.join(kernel.offers())}")
-    more = " --initrd INITRD --append console=ttyS0" if banner is not None else ""
+    is_linux = banner is not None or kernel.header is not None
+    more = " --initrd INITRD --append console=ttyS0" if is_linux else ""
     lines.append(f"run it with: vmexit run --kernel {path}{more}")
     return lines
 

@@ -9,11 +9,10 @@ from vmexit.fetch.cpio import Entry, archive, executable, file, folder
 _FOLDERS = ("bin", "dev", "proc", "sys", "tmp", "root", "etc", "run", "mnt", "modules")
 
 # cttyhack makes the console the shell's controlling terminal; without one Ctrl-C does nothing.
-# This init takes no signals, by which busybox would have it switch off: -f does without.
 _INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
-export PATH=/bin HOME=/root TERM=linux
+export PATH=/bin HOME=/root TERM=linux ENV=/etc/shrc
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
@@ -21,17 +20,16 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 ifconfig lo 127.0.0.1 up
 for module in {modules}; do insmod /modules/$module.ko; done
-for action in poweroff reboot halt; do
-    rm /bin/$action
-    printf '#!/bin/busybox sh\nexec /bin/busybox %s -f\n' $action > /bin/$action
-    chmod +x /bin/$action
-done
 cat /etc/motd
 cd /root
 setsid cttyhack sh
 echo "The shell has ended: power off."
 poweroff -f
 """
+
+# The shell takes its own commands before those in PATH. This init takes no signals, by which they
+# would have it switch off: -f does without.
+SHRC = "".join(f"{name}() {{ command {name} -f; }}\n" for name in ("poweroff", "reboot", "halt"))
 
 MOTD = "vmexit guest: a busybox shell. `poweroff` ends it, `reboot` too.\n"
 
@@ -51,5 +49,6 @@ def initramfs(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     entries.append(Entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"))  # for rdinit=/bin/sh
     entries.append(executable("init", init_script(name for name, _ in modules).encode()))
     entries.append(file("etc/motd", MOTD.encode()))
+    entries.append(file("etc/shrc", SHRC.encode()))
     entries += [file(f"modules/{name}.ko", content) for name, content in modules]
     return gzip.compress(archive(entries), 6, mtime=0)

@@ -1,7 +1,7 @@
 """The devices of a machine: which there are, and where the guest finds them."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmexit.arch.x86 import layout
 from vmexit.core.bus import Bus, Device, Stateful
@@ -11,6 +11,11 @@ from vmexit.devices.irqchip import PcIrqChip
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
+
+if TYPE_CHECKING:
+    from vmexit.boot.firmware_items import Contents
+    from vmexit.core.memory import GuestMemory
+
 
 OnClose = Callable[[Callable[[], None]], object]
 
@@ -126,3 +131,23 @@ class Board:
         self._port("reset-control", layout.RESET_CONTROL_PORTS, 4, control)
         pm = AcpiPm(self._loop, irq(layout.SCI_IRQ), power_off)
         self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm)
+
+    def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
+        """What firmware asks of the machine."""
+        from vmexit.devices.fw_cfg import SIZE, FwCfg
+
+        self._port(
+            "fw-cfg", layout.FW_CFG_PORT, SIZE, FwCfg(memory, contents.items, contents.files)
+        )
+
+    def attach_testdev(self, chip: IrqChip | None) -> None:
+        """What kvm-unit-tests have for a counterpart."""
+        from vmexit.devices.testdev import ECHO_SIZE, LINES, MEMORY_SIZE, TestDev
+
+        device = TestDev(chip)
+        self._pio.attach(layout.TESTDEV_ECHO_PORT, ECHO_SIZE, device.echo)
+        self._pio.attach(layout.TESTDEV_FLUSH_PORT, 4, device.flush)
+        self._pio.attach(layout.TESTDEV_ECHO_BYTES_PORT, ECHO_SIZE, device.echo_bytes)
+        self._pio.attach(layout.TESTDEV_LINES_PORT, LINES, device.lines)
+        self._mmio.attach(layout.TESTDEV_MEMORY, MEMORY_SIZE, device.memory)
+        self.devices["testdev"] = device

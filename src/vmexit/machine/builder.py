@@ -20,7 +20,10 @@ from vmexit.machine.board import Board, StatefulIrqChip
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
 
+_Path = str | os.PathLike[str]
+
 if TYPE_CHECKING:
+    from vmexit.boot.firmware_items import Contents
     from vmexit.devices.irqchip import PcIrqChip
 
 
@@ -79,7 +82,9 @@ def _create_kvm(wanted: _Wanted) -> _Engine:
 
             if why := why_no_kernels(accelerator):
                 raise HostError(f"{why}; use --accel soft")
-        vm = accelerator.create_vm(wanted.memory, wanted.pio, wanted.mmio, config.smp)
+        vm = accelerator.create_vm(
+            wanted.memory, wanted.pio, wanted.mmio, config.smp, config.cpu_model
+        )
         stack.callback(vm.close)
         chip = vm.create_irqchip() if config.machine == "microvm" else None
         vcpus: list[Vcpu] = [vm.create_vcpu(i, wanted.observer) for i in range(config.smp)]
@@ -94,7 +99,9 @@ def _create_soft(wanted: _Wanted) -> _Engine:
     with ExitStack() as stack:
         accelerator = SoftAccelerator()
         stack.callback(accelerator.close)
-        vm = accelerator.create_vm(wanted.memory, wanted.pio, wanted.mmio, config.smp)
+        vm = accelerator.create_vm(
+            wanted.memory, wanted.pio, wanted.mmio, config.smp, config.cpu_model
+        )
         stack.callback(vm.close)
         chip = None
         if config.machine == "microvm":
@@ -138,7 +145,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         # The image before the accelerator: what is wrong with it shows on every host.
         memory = GuestMemory(ram_ranges(config.memory))
         stack.callback(memory.close)
-        entry = _load(config, memory)
+        entry, contents = _load(config, memory)
         pio, mmio = Bus("port"), Bus("MMIO")
         loop = EventLoop(request.fail)
         stack.callback(loop.close)
@@ -150,6 +157,10 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.attach_irqchip(*engine.in_process)
         if engine.chip is not None:
             board.attach_pc(engine.chip)
+        if "testdev" in config.devices:
+            board.attach_testdev(engine.chip)
+        if contents is not None:
+            board.attach_fw_cfg(memory, contents)
         stack.callback(loop.close)  # again, and now before what it watches
         first = engine.vcpus[0]
         first.set_system_registers(entry.system)
@@ -169,11 +180,14 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         )
 
 
-def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:
+def _load(config: MachineConfig, memory: GuestMemory) -> "tuple[BootEntry, Contents | None]":
+    """Put what is to run into memory; how it starts, and what fw_cfg tells it, if there is one."""
     if config.firmware is not None:
-        return firmware.load(
-            memory, read_image(config.firmware, limit=ROM_MAX_SIZE, what="firmware")
-        )
+        rom = read_image(config.firmware, limit=ROM_MAX_SIZE, what="firmware")
+        entry = firmware.load(memory, rom)
+        if config.kernel is None:
+            return entry, None
+        return entry, _for_firmware(config, config.kernel, memory)
     if config.kernel is not None:
         return _load_kernel(config, config.kernel, memory)
     image = None
@@ -184,15 +198,28 @@ def _load(config: MachineConfig, memory: GuestMemory) -> BootEntry:
         flat.check_entry(config.entry, len(data), at)
         flat.load(memory, data, at)
         image = range(at, at + len(data))
-    return flat.start(memory, config.entry, config.mode, image, config.segment)
+    return flat.start(memory, config.entry, config.mode, image, config.segment), None
+
+
+def _for_firmware(config: MachineConfig, path: _Path, memory: GuestMemory) -> "Contents":
+    """What firmware is told of the machine, and of the kernel that it is to boot."""
+    from vmexit.arch.x86 import acpi
+    from vmexit.boot import firmware_items
+
+    kernel, initrd = read_image(path, what="kernel"), _read_initrd(config)
+    return (
+        firmware_items.machine(memory.regions, config.smp, serial=config.serial is not None)
+        | firmware_items.acpi_tables(acpi.build(config.smp, 0))
+        | firmware_items.kernel(kernel, initrd, config.append, memory)
+    )
 
 
 def _load_kernel(
-    config: MachineConfig, path: "str | os.PathLike[str]", memory: GuestMemory
-) -> BootEntry:
+    config: MachineConfig, path: _Path, memory: GuestMemory
+) -> "tuple[BootEntry, Contents | None]":
     """Put a kernel into memory, by the loader that its file is for."""
     from vmexit.arch.x86 import acpi
-    from vmexit.boot import linux, multiboot
+    from vmexit.boot import linux
 
     kernel = read_image(path, what="kernel")
     by_multiboot = config.protocol == "auto" and find_multiboot(kernel) is not None
@@ -206,24 +233,39 @@ def _load_kernel(
         check_ram(memory, rsdp, len(tables), "the ACPI tables")
         memory.write(rsdp, tables)
     if by_multiboot:
-        files = multiboot.module_files(config.initrd) if config.initrd is not None else []
-        modules = [
-            multiboot.Module(read_image(file, limit=config.memory, what="module"), string)
-            for file, string in files
-        ]
-        # The first word is the program, as kernels with an argv expect it.
-        cmdline = f"{os.fsdecode(path)} {config.append}".rstrip()
-        return multiboot.load(memory, kernel, modules, cmdline)
-    initrd, protocol = None, config.protocol
-    if config.initrd is not None:
-        initrd = read_image(config.initrd, limit=config.memory, what="initrd")
-    return linux.load(memory, kernel, initrd, config.append, protocol=protocol, rsdp=rsdp).entry
+        return _load_multiboot(config, path, kernel, memory)
+    initrd, protocol = _read_initrd(config), config.protocol
+    boot = linux.load(memory, kernel, initrd, config.append, protocol=protocol, rsdp=rsdp)
+    return boot.entry, None
+
+
+def _load_multiboot(
+    config: MachineConfig, path: _Path, kernel: bytes, memory: GuestMemory
+) -> "tuple[BootEntry, Contents]":
+    from vmexit.boot import firmware_items, multiboot
+
+    files = multiboot.module_files(config.initrd) if config.initrd is not None else []
+    modules = [
+        multiboot.Module(read_image(file, limit=config.memory, what="module"), string)
+        for file, string in files
+    ]
+    # The first word is the program, as kernels with an argv expect it.
+    cmdline = f"{os.fsdecode(path)} {config.append}".rstrip()
+    entry = multiboot.load(memory, kernel, modules, cmdline)
+    # Multiboot does not tell how many processors there are: kvm-unit-tests ask fw_cfg.
+    return entry, firmware_items.machine(memory.regions, config.smp, serial=False)
+
+
+def _read_initrd(config: MachineConfig) -> bytes | None:
+    if config.initrd is None:
+        return None
+    return read_image(config.initrd, limit=config.memory, what="initrd")
 
 
 def _require_flat(path: str, kind: ImageKind, entry: int, at: int) -> None:
     """Raises ImageError for what cannot run as it is, or not from there."""
     remedy = {
-        "elf": f"`vmexit inspect {shown(path)}` shows how to convert it",
+        "elf": f"`vmexit inspect {shown(path)}` shows how to run it",
         "gzip": "unpack it with gunzip",
         "xz": "unpack it with unxz",
         "lz4": "unpack it with unlz4",

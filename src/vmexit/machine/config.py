@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmexit.arch.x86.cpu_features import CpuModel
 from vmexit.arch.x86.layout import (
     COM1_PORT,
     FLAT_ENTRY,
@@ -18,6 +19,8 @@ from vmexit.core.memory import PAGE_SIZE
 ACCELERATORS = ("auto", "kvm", "soft")
 MACHINES = ("bare", "microvm")
 PROTOCOLS = ("auto", "pvh", "elf", "64", "32", "16")
+
+DEVICES = ("testdev",)
 
 MAX_CPUS = 64
 
@@ -71,6 +74,13 @@ class _Options(NamedTuple):
     initrd: str | os.PathLike[str] | None = None
     append: str = ""
     protocol: str = "auto"
+    cpu: str = "host"
+    devices: tuple[str, ...] = ()
+
+    @property
+    def cpu_model(self) -> CpuModel:
+        """What `cpu` asks for. Raises ConfigError."""
+        return CpuModel.parse(self.cpu)
 
 
 class MachineConfig(_Options):
@@ -111,6 +121,10 @@ class MachineConfig(_Options):
             raise ConfigError(f"there is no CPU mode {self.mode!r}; use real, protected or long")
         if self.machine not in MACHINES:
             raise ConfigError(f"there is no machine {self.machine!r}; use bare or microvm")
+        _ = self.cpu_model
+        for name in self.devices:
+            if name not in DEVICES:
+                raise ConfigError(f"there is no device {name!r}; use {' or '.join(DEVICES)}")
         self._check_start()
         if not 1 <= self.smp <= MAX_CPUS:
             raise ConfigError(f"{self.smp} vCPUs cannot be; use --smp 1 to {MAX_CPUS}")
@@ -138,10 +152,17 @@ class MachineConfig(_Options):
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""
-        starts = {"an image": self.image, "--firmware": self.firmware, "--kernel": self.kernel}
-        given = [name for name, value in starts.items() if value is not None]
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} both want to start; give one of them")
+        if self.image is not None:
+            for name, value in (("--firmware", self.firmware), ("--kernel", self.kernel)):
+                if value is not None:
+                    raise ConfigError(f"an image and {name} both want to start; give one of them")
+        if self.firmware is not None and self.kernel is not None:  # which boots it by itself
+            if self.machine == "bare":
+                raise ConfigError(
+                    "the bare machine cannot tell firmware of a kernel; use --machine microvm"
+                )
+            if self.protocol != "auto":
+                raise ConfigError("firmware boots a kernel its own way; leave out --protocol")
         if self.kernel is None:
             for name, value in (("--initrd", self.initrd), ("--append", self.append or None)):
                 if value is not None:

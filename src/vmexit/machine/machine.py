@@ -213,6 +213,8 @@ class Machine:
         initrd: str | os.PathLike[str] | None = None,
         append: str = "",
         protocol: str = "auto",
+        cpu: str = "host",
+        devices: tuple[str, ...] = (),
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -226,7 +228,9 @@ class Machine:
         for standard output); `debug_exit` is the port that ends a run, None for no such port.
         A Linux `kernel` starts with its `initrd` and the command line `append`, by boot `protocol`
         (`auto`, `pvh`, `elf`, `64`, `32`, `16`), on `machine` `microvm`: a PC without PCI, with
-        `smp` vCPUs. The other machine is `bare`, which has no interrupts.
+        `smp` vCPUs. The other machine is `bare`, which has no interrupts. `cpu` is `host`, all that
+        the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
+        name: `testdev`, the test device of QEMU that test suites for KVM look for.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -249,6 +253,8 @@ class Machine:
             initrd=initrd,
             append=append,
             protocol=protocol,
+            cpu=cpu,
+            devices=devices,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for

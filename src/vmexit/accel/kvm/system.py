@@ -15,7 +15,9 @@ from vmexit.abi.kvm import (
 )
 from vmexit.abi.kvm_caps import KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_USER_MEMORY
 from vmexit.abi.kvm_structs import kvm_cpuid2, kvm_cpuid_entry2
+from vmexit.accel.base import ANY_CPU
 from vmexit.accel.kvm.vm import KvmVm
+from vmexit.arch.x86.cpu_features import CpuModel
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
 from vmexit.core.memory import GuestMemory
@@ -82,7 +84,9 @@ class System:
             _supported_cpuid[self.path] = known
         return known
 
-    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1) -> KvmVm:
+    def create_vm(
+        self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1, model: CpuModel = ANY_CPU
+    ) -> KvmVm:
         """KVM_CREATE_VM (KVM API 4.2), with `memory` in its slots. Raises HostError."""
         while True:
             try:
@@ -92,7 +96,7 @@ class System:
                 continue
             except OSError as error:
                 raise HostError(_why_no_vm(self.path, error)) from error
-        return KvmVm(self, fd, memory, pio, mmio, cpus)
+        return KvmVm(self, fd, memory, pio, mmio, cpus, model)
 
     def close(self) -> None:
         """Close the descriptor; VMs made from it live on."""

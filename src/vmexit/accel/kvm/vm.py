@@ -26,10 +26,12 @@ from vmexit.abi.kvm_caps import (
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
 from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_userspace_memory_region
+from vmexit.accel.base import ANY_CPU
 from vmexit.accel.kvm.cpuid import pack, parse
 from vmexit.accel.kvm.irqchip import KvmIrqChip
 from vmexit.accel.kvm.vcpu import KvmVcpu
-from vmexit.arch.x86.cpuid import ECX_HYPERVISOR, ECX_TSC_DEADLINE, with_topology
+from vmexit.arch.x86.cpu_features import FEATURES, CpuModel
+from vmexit.arch.x86.cpuid import Table, with_topology
 from vmexit.arch.x86.layout import KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
@@ -45,9 +47,17 @@ class KvmVm:
     """One VM; made by `System.create_vm()`."""
 
     def __init__(
-        self, system: "System", fd: int, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int
+        self,
+        system: "System",
+        fd: int,
+        memory: GuestMemory,
+        pio: Bus,
+        mmio: Bus,
+        cpus: int,
+        model: CpuModel,
     ) -> None:
         self.fd = fd
+        self._model = model
         self._cpus = cpus
         self._irqchip: KvmIrqChip | None = None
         self._system = system
@@ -162,16 +172,19 @@ class KvmVm:
         return vcpu
 
     def _cpuid(self, index: int) -> bytes:
-        supported = self._system.supported_cpuid()
-        if self._irqchip is None:
-            return supported
-        table = with_topology(parse(supported), index, self._cpus)
-        leaf = table[1, None]
-        ecx = leaf.ecx | ECX_HYPERVISOR
-        if self._system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER):
-            ecx |= ECX_TSC_DEADLINE
-        table[1, None] = leaf._replace(ecx=ecx)
-        return pack(table)
+        if self._irqchip is None and self._model == ANY_CPU:
+            return self._system.supported_cpuid()
+        return pack(self.cpuid(index))
+
+    def cpuid(self, index: int) -> Table:
+        """What vCPU `index` says of itself. Raises ConfigError for a model that cannot be."""
+        table = parse(self._system.supported_cpuid())
+        if self._irqchip is not None:
+            table = with_topology(table, index, self._cpus)
+            FEATURES["hypervisor"].put_into(table, True)
+            if self._system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER):
+                FEATURES["tsc-deadline"].put_into(table, True)
+        return self._model.applied(table, table)
 
     @property
     def executors(self) -> list[KvmVcpu]:

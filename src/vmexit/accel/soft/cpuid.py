@@ -10,6 +10,8 @@ import ctypes
 import time
 
 from vmexit.accel.soft.native import Library
+from vmexit.arch.x86.cpu_features import FEATURES, CpuModel, Feature
+from vmexit.arch.x86.cpuid import Key, Leaf, Table
 
 _VENDOR = b"GenuineIntel"
 _SIGNATURE = b"vmexitvmexit"
@@ -30,6 +32,7 @@ _APIC_BIT, _HTT_BIT = 1 << 9, 1 << 28
 # Leaf 7, EBX: FSGSBASE, BMI1, SMEP, BMI2, ERMS and ADX are all that is known to work.
 _ONLY_7_EBX = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 19
 _INVARIANT_TSC = 1 << 8
+_WITH_SUBLEAVES, _MAX_SUBLEAVES = (4, 7, 0xB), 4
 
 CRYSTAL_HZ = 25_000_000
 """The clock that leaf 0x15 speaks of, and which drives the timers of the LAPICs."""
@@ -42,8 +45,8 @@ _ZERO: Registers = (0, 0, 0, 0)
 class Cpuid:
     """The CPUID instruction of one VM."""
 
-    def __init__(self, library: Library, state: int, cpus: int) -> None:
-        """`state` is the engine's CPUX86State."""
+    def __init__(self, library: Library, state: int, cpus: int, model: CpuModel) -> None:
+        """`state` is the engine's CPUX86State. Raises ConfigError for a model that cannot be."""
         self._library = library
         self._state = state
         self._cpus = cpus
@@ -54,6 +57,12 @@ class Cpuid:
         ]
         self._first = self._sample()
         self._tsc_khz = 0
+        self._left_out: dict[tuple[int, int | None], list[Feature]] = {}
+        possible = self.table(0, True)
+        model.applied(possible, possible)
+        for name in model.left_out:
+            feature = FEATURES[name]
+            self._left_out.setdefault((feature.leaf, feature.subleaf), []).append(feature)
 
     def _native(self, leaf: int, subleaf: int) -> Registers:
         self._library.cpuid(self._state, leaf, subleaf, *self._addresses)
@@ -75,6 +84,28 @@ class Cpuid:
 
     def query(self, leaf: int, subleaf: int, cpu: int, apic: bool) -> Registers:
         """The answer for vCPU number `cpu`, which has a LAPIC or not (Intel SDM vol. 2, CPUID)."""
+        answer = self._query(leaf, subleaf, cpu, apic)
+        if self._left_out:
+            keys: tuple[Key, ...] = ((leaf, None), (leaf, subleaf))
+            for key in keys:
+                for feature in self._left_out.get(key, ()):
+                    table: Table = {key: Leaf(*answer)}
+                    feature.put_into(table, False)
+                    answer = table[key]
+        return answer
+
+    def table(self, cpu: int, apic: bool) -> Table:
+        """All leaves that are not zero."""
+        leaves = [*range(_MAX_LEAF + 1), _HYPERVISOR, *range(_EXTENDED, _MAX_EXTENDED + 1)]
+        table: Table = {}
+        for leaf in leaves:
+            for subleaf in range(_MAX_SUBLEAVES if leaf in _WITH_SUBLEAVES else 1):
+                answer = Leaf(*self.query(leaf, subleaf, cpu, apic))
+                if any(answer):
+                    table[leaf, subleaf if leaf in _WITH_SUBLEAVES else None] = answer
+        return table
+
+    def _query(self, leaf: int, subleaf: int, cpu: int, apic: bool) -> Registers:
         if leaf >= _EXTENDED:
             return self._extended(leaf)
         if leaf >= _HYPERVISOR:

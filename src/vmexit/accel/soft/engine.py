@@ -3,11 +3,13 @@
 import mmap
 from collections.abc import Iterator
 
-from vmexit.accel.base import Executor
+from vmexit.accel.base import ANY_CPU, Executor
 from vmexit.accel.soft.native import UNICORN_VERSION, Engine, Library
 from vmexit.accel.soft.processor import Processor
 from vmexit.accel.soft.scheduler import Scheduler
 from vmexit.accel.soft.vcpu import SoftVcpu
+from vmexit.arch.x86.cpu_features import CpuModel
+from vmexit.arch.x86.cpuid import Table
 from vmexit.arch.x86.layout import PHYSICAL_END
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
@@ -43,9 +45,11 @@ class SoftAccelerator:
                 f"pip install --force-reinstall unicorn=={UNICORN_VERSION}"
             ) from error
 
-    def create_vm(self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1) -> "SoftVm":
+    def create_vm(
+        self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1, model: CpuModel = ANY_CPU
+    ) -> "SoftVm":
         """A VM whose engine sees the pages of `memory` themselves."""
-        return SoftVm(self._native, memory, pio, mmio, cpus)
+        return SoftVm(self._native, memory, pio, mmio, cpus, model)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -73,7 +77,13 @@ class SoftVm:
     """One Unicorn engine, and the vCPUs that take turns on it."""
 
     def __init__(
-        self, library: Library, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int
+        self,
+        library: Library,
+        memory: GuestMemory,
+        pio: Bus,
+        mmio: Bus,
+        cpus: int,
+        model: CpuModel,
     ) -> None:
         import unicorn
 
@@ -89,7 +99,7 @@ class SoftVm:
         for region in memory.regions:
             self.map(region)
         self._processor = Processor(
-            library, self._engine, memory, pio, mmio, list(self._holes()), cpus
+            library, self._engine, memory, pio, mmio, list(self._holes()), cpus, model
         )
         self._scheduler = Scheduler(self._processor, self._vcpus)
 
@@ -131,6 +141,10 @@ class SoftVm:
     def current(self) -> int:
         """The number of the vCPU whose turn it is: the one that makes an access."""
         return self._scheduler.current
+
+    def cpuid(self, index: int) -> Table:
+        """What vCPU `index` says of itself."""
+        return self._processor.cpuid(index)
 
     def attention(self) -> None:
         """The interrupt controller has news for some vCPU; from any thread."""

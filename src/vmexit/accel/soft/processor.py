@@ -53,6 +53,8 @@ from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.code import (
     next_instruction,
 )
+from vmexit.arch.x86.cpu_features import CpuModel
+from vmexit.arch.x86.cpuid import Table
 from vmexit.arch.x86.registers import (
     CR0_PE,
     EFER_LMA,
@@ -97,6 +99,7 @@ class Processor:
         mmio: Bus,
         holes: list[tuple[int, int]],
         cpus: int,
+        model: CpuModel,
     ) -> None:
         from unicorn import x86_const
 
@@ -117,7 +120,7 @@ class Processor:
         }
         ids |= {"gdt": ids["gdtr"], "idt": ids["idtr"]}
         self._state = CpuState(library, engine, cpu, ids)
-        self._cpuid = Cpuid(library, self._state.base, cpus)
+        self._cpuid = Cpuid(library, self._state.base, cpus, model)
         # The TSC begins at 0 with reset (SDM vol. 3, 10.1.1); firmware counts on it.
         host = library.get_tsc(self._state.base)
         self._state.u64[TSC_OFFSET // 8] = -host & 0xFFFF_FFFF_FFFF_FFFF
@@ -251,6 +254,11 @@ class Processor:
     def ask_to_stop(self, word: int) -> None:
         """Set the stop word KICK or ATTENTION; from any thread."""
         self._stopper.ask(word)
+
+    def cpuid(self, index: int) -> Table:
+        """What CPUID says on vCPU `index`."""
+        apic = self._vcpu is not None and self._vcpu.interrupts is not None
+        return self._cpuid.table(index, apic)
 
     def go_on(self, word: int) -> None:
         """Clear a stop word."""

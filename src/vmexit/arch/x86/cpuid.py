@@ -23,17 +23,34 @@ INTEL, AMD = b"GenuineIntel", b"AuthenticAMD"
 
 # Leaf 1
 _EDX_APIC, _EDX_HTT = 1 << 9, 1 << 28
-ECX_X2APIC, ECX_TSC_DEADLINE, ECX_HYPERVISOR = 1 << 21, 1 << 24, 1 << 31
 # Leaf 0xb: types of levels
 _THREAD, _CORE = 1, 2
-# Leaf 0x80000001, ECX: several cores, and leaf 0x8000001e is there
-_CMP_LEGACY, _TOPOLOGY_EXTENSIONS = 1 << 1, 1 << 22
+# Leaf 0x80000001, ECX: several cores
+_CMP_LEGACY = 1 << 1
 
 
 def vendor(table: Table) -> bytes:
     """Twelve letters."""
     leaf = table.get((0, None), Leaf())
     return b"".join(word.to_bytes(4, "little") for word in (leaf.ebx, leaf.edx, leaf.ecx))
+
+
+def brand(table: Table) -> str:
+    """What the processor calls itself."""
+    leaves = (table.get((number, None), Leaf()) for number in range(0x8000_0002, 0x8000_0005))
+    data = b"".join(word.to_bytes(4, "little") for leaf in leaves for word in leaf)
+    return data.split(b"\0")[0].decode("ascii", "replace").strip()
+
+
+def family_model_stepping(table: Table) -> tuple[int, int, int]:
+    """The numbers in leaf 1, EAX, with the extended ones where they count."""
+    eax = table.get((1, None), Leaf()).eax
+    family, model = eax >> 8 & 0xF, eax >> 4 & 0xF
+    if family in (6, 0xF):
+        model |= eax >> 12 & 0xF0
+    if family == 0xF:
+        family += eax >> 20 & 0xFF
+    return family, model, eax & 0xF
 
 
 def with_topology(table: Table, cpu: int, cpus: int) -> Table:

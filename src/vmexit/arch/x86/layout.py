@@ -106,6 +106,12 @@ PORT92 = 0x92
 # The reset control register is in the middle of the ports of PCI configuration mechanism #1, whose
 # address is written there as 32 bits. Its device takes all four, so that this is no reset.
 RESET_CONTROL_PORTS = 0xCF8
+# The firmware configuration device, where QEMU's PC has it and firmware looks for it.
+FW_CFG_PORT = 0x510
+# QEMU's test device: the register twice, the page flush between, the lines, the memory.
+TESTDEV_ECHO_PORT, TESTDEV_FLUSH_PORT, TESTDEV_ECHO_BYTES_PORT = 0xE0, 0xE4, 0xE8
+TESTDEV_LINES_PORT = 0x2000
+TESTDEV_MEMORY = 0xFF00_0000
 # PM1a event and control block and PM timer as one device.
 ACPI_PM_PORT = PM1A_EVENT_PORT
 ACPI_PM_SIZE = 12
