@@ -12,6 +12,8 @@ from vmexit.core.errors import ImageError
 
 _INSTRUCTIONS = 8
 _SHF_ALLOC = 0x2
+# Segments times sections: Linux has some 300.
+_MOST = 100_000
 _UNPACK = {"gzip": "gunzip", "xz": "unxz", "lz4": "unlz4", "zstd": "unzstd"}
 _BITS = {"real": 16, "protected": 32, "long": 64}
 
@@ -100,6 +102,9 @@ def _describe_elf(path: str, data: bytes) -> list[str]:
     try:
         elf = ELFFile(BytesIO(data))
         lines = [f"machine {elf['e_machine']}, type {elf['e_type']}, entry {elf['e_entry']:#x}"]
+        if elf.num_segments() * max(elf.num_sections(), 1) > _MOST:
+            counts = f"{elf.num_segments()} segments and {elf.num_sections()} sections"
+            return [*lines, f"it has {counts}, more than any program"]
         segments = [s for s in elf.iter_segments() if s["p_type"] == "PT_LOAD"]
         lines += [
             f"load {s['p_filesz']:#x} bytes at physical {s['p_paddr']:#x}, "

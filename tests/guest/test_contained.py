@@ -1,12 +1,14 @@
 """What a guest does to itself ends with an exact verdict at once, or can be ended."""
 
 import os
+import random
+import signal
 import threading
 import time
 
 import pytest
 
-from vmexit import Machine, StopReason
+from vmexit import Machine, StopReason, VmexitError
 
 pytestmark = pytest.mark.engine
 
@@ -180,3 +182,63 @@ def test_processors_that_all_wait_for_each_other_have_halted(microvm):
     machine.memory.write(0x8000, bytes.fromhex("fa f4 ebfd"))
     stop = machine.run(timeout=60)
     assert stop.reason is StopReason.HALT and "interrupts off" in stop.detail
+
+
+def test_an_ins_that_overwrites_itself_ends_with_the_fault_that_follows(microvm):
+    """With the scratch register of the serial port, 6: `06` has no meaning in 64-bit mode."""
+    stop = microvm(
+        "b006 66baff03 ee"  # mov al, 6; mov dx, 0x3ff; out dx, al
+        "488d3d0a000000 66baff03 b964000000 fc 90 f36c f4",  # rdi: the INS itself; rep insb; hlt
+        serial="null",
+    ).run(timeout=30)
+    assert stop.reason is StopReason.SHUTDOWN
+    assert stop.detail.startswith("triple fault: #UD")
+
+
+def test_exceptions_whose_stack_is_where_nothing_answers_can_be_ended(microvm):
+    code = (
+        "488d052d000000 bb60600000 668903 66c743021800 66c74304008e 4889c1 48c1e910 66894b06"
+        "c7430800000000"  # a gate for #UD at 0x6060
+        "0f011d07000000 bc000000d0 0f0b ff0f 0060000000000000"  # l: esp in the hole; ud2
+    )
+    end_within(microvm(code), 5)
+
+
+def test_a_locked_instruction_on_a_register_that_changes_can_be_ended(microvm):
+    """LOCK NEG of the LAPIC timer's count: the engine tries until two reads agree."""
+    code = (
+        "48bb0000e0fe00000000 c783f0000000ff010000 c783e00300000b000000"
+        "c7832003000020000300 c78380030000ffffffff f0f79b90030000 ebf7"
+    )
+    machine = microvm(code, serial="null")
+    assert machine.run(timeout=1).reason is StopReason.TIMEOUT
+    assert machine.run(timeout=1).reason is StopReason.TIMEOUT
+
+
+def test_a_callback_may_not_look_at_another_vcpu(microvm):
+    """It would swap the state of the one that makes the access."""
+    machine = microvm("b812340000 e610 ebfc", smp=2)
+    machine.on_pio(0x10, write=lambda access: machine.vcpus[1].regs.rip)
+    with pytest.raises(VmexitError, match="vCPU 0 has its turn"):
+        machine.run(timeout=30)
+    assert machine.vcpus[0].regs.rax == 0x3412
+    assert machine.vcpus[1].regs.rip == 0xFFF0
+
+
+def test_a_second_triple_fault_does_not_tell_of_the_first(microvm):
+    machine = microvm("0f0b")
+    first = machine.run(timeout=30)
+    machine.vcpus[0].regs.rip = 0x1000
+    assert machine.run(timeout=30).detail == first.detail
+
+
+def test_a_signals_handler_may_stop_the_machine_at_any_moment(microvm):
+    machine = microvm("ebfe")
+    before = signal.signal(signal.SIGALRM, lambda *_: machine.stop())
+    try:
+        for _ in range(1500):
+            signal.setitimer(signal.ITIMER_REAL, 0.002 + random.random() * 0.0004)
+            machine.run(timeout=0.002)  # both come at about the same time
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,5 +1,7 @@
 """`inspect` on kernels: what it is, how it can be booted, where it goes."""
 
+import struct
+
 import pytest
 from kernel_images import PACK, bzimage, elf
 
@@ -86,3 +88,17 @@ def test_an_elf_file_that_is_no_kernel_is_described_as_before(tmp_path) -> None:
     lines = report(tmp_path, elf(note=None))
     assert lines[1] == "machine EM_X86_64, type ET_EXEC, entry 0x1000000"
     assert not any("--kernel" in line for line in lines)
+
+
+def test_an_elf_file_of_absurd_many_parts_is_not_taken_apart(tmp_path) -> None:
+    """Each section would be looked for in each segment: minutes, for 2 MB."""
+    number, path = 20_000, tmp_path / "file"
+    head = 64 + 56 * number
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    header = ident + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 62, 1, 0x1000, 64, head, 0, 64, 56, number, 64, number, 0
+    )
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, 0x1000, 0x1000, 16, 16, 1)
+    section = struct.pack("<IIQQQQIIQQ", 0, 1, 2, 0x1000, 0, 16, 0, 0, 1, 0)
+    path.write_bytes(header + segment * number + section * number)
+    assert "more than any program" in describe(str(path), None, None, None, "real")

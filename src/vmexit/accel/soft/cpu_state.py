@@ -12,6 +12,7 @@ import struct
 from vmexit.accel.soft.layout import (
     CLASS,
     CLASS_ENTER,
+    CLASS_INTERRUPT,
     CONTROL_OFFSET,
     EIP,
     FLAT_CODE,
@@ -79,10 +80,13 @@ class CpuState:
         self._halted = ctypes.c_uint32.from_address(cpu + HALTED)
         functions = ctypes.c_uint64.from_address(cpu + CLASS).value
         self._entry = ctypes.c_uint64.from_address(functions + CLASS_ENTER)
+        self._interrupt = ctypes.c_uint64.from_address(functions + CLASS_INTERRUPT)
         _prove_request(library, cpu, self._request)
         _prove(self, engine, ids)
         if self._entry.value != library.address("x86_cpu_exec_enter_x86_64"):
             raise _unknown_layout("cpu_exec_enter")
+        if self._interrupt.value != library.address("x86_cpu_exec_interrupt_x86_64"):
+            raise _unknown_layout("cpu_exec_interrupt")
         if not library.resume_clears(HALTED):
             raise _unknown_layout("halted")
 
@@ -115,9 +119,10 @@ class CpuState:
         """Whether the engine ended behind a HLT."""
         return bool(self._halted.value)
 
-    def set_entry(self, function: int) -> None:
-        """Have the engine call this in place of cpu_exec_enter(cpu) as it begins to execute."""
-        self._entry.value = function
+    def replace(self, entry: int, interrupt: int) -> None:
+        """Have the engine call these in place of cpu_exec_enter() and cpu_exec_interrupt()."""
+        self._entry.value = entry
+        self._interrupt.value = interrupt
 
     def read_general(self) -> Registers:
         """General registers, RIP and RFLAGS; the flags come from the engine, which is lazy."""

@@ -58,8 +58,10 @@ class Cpuid:
         self._first = self._sample()
         self._tsc_khz = 0
         self._left_out: dict[tuple[int, int | None], list[Feature]] = {}
-        possible = self.table(0, True)
-        model.applied(possible, possible)
+        if model.added:
+            possible = self.table(0, True)
+            model.applied(possible, possible)
+            self._tsc_khz = 0  # measured over too short a time
         for name in model.left_out:
             feature = FEATURES[name]
             self._left_out.setdefault((feature.leaf, feature.subleaf), []).append(feature)

@@ -29,7 +29,7 @@ VMCB = 0x1580  # where the CPU reads the vector of a virtual interrupt (AMD APM 
 INTERRUPT_REQUEST = 0x1C
 HALTED = 0x8198  # not zero behind a HLT
 CLASS = 0x81B0  # the functions that QEMU has for a CPU of this kind
-CLASS_ENTER = 0x80  # and among them: cpu_exec_enter
+CLASS_ENTER, CLASS_INTERRUPT = 0x80, 0x90  # among them: cpu_exec_enter, cpu_exec_interrupt
 VIRTUAL_INTERRUPT, NMI = 0x100, 0x200  # CPU_INTERRUPT_VIRQ, CPU_INTERRUPT_NMI
 
 # QEMU's register numbers are the processor's: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, …

@@ -15,7 +15,7 @@ from vmexit.core.trace import ExitObserver
 
 # KVM reads ahead for INS in pieces of at most so many bytes (arch/x86/kvm, read-ahead buffer);
 # vmexit does the same, so that both accelerators show a device the same accesses.
-_INS_AHEAD = 1024
+MAX_AHEAD = 1024
 
 _MAX_PLAIN = _MAX_ROUTES = 4096
 
@@ -224,7 +224,7 @@ class PortIo:
         in_page = registers["rdi"] % PAGE_SIZE
         if not registers["rflags"] & RFLAGS_DF:
             in_page = PAGE_SIZE - in_page
-        count = max(1, min(in_page // size, _INS_AHEAD // size, registers["rcx"] & mask))
+        count = max(1, min(in_page // size, MAX_AHEAD // size, registers["rcx"] & mask))
         data = self._pio.read_string(port, size, count)
         if self._observer is not None:
             self._observer.io(self._index, False, port, size, count, data)

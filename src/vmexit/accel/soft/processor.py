@@ -45,7 +45,7 @@ from vmexit.accel.soft.native import (
     SyscallCallback,
     address_of,
 )
-from vmexit.accel.soft.port_io import PortIo
+from vmexit.accel.soft.port_io import MAX_AHEAD, PortIo
 from vmexit.accel.soft.replay import Replay
 from vmexit.accel.soft.stopping import Stopper
 from vmexit.accel.soft.stubs import RAISE, StopWords, Stubs
@@ -66,7 +66,7 @@ from vmexit.arch.x86.registers import (
     SystemRegisters,
 )
 from vmexit.core.bus import Bus
-from vmexit.core.errors import HostError
+from vmexit.core.errors import HostError, VmexitError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 from vmexit.core.trace import ExitObserver
 
@@ -174,7 +174,7 @@ class Processor:
             if number == x86_const.UC_X86_INS_SYSCALL:
                 stub = self._stubs.syscall_hook(stub)
             hook(engine, unicorn.UC_HOOK_INSN, stub, instruction=number)
-        self._state.set_entry(self._stubs.entry)
+        self._state.replace(self._stubs.entry, self._stubs.interrupt)
         if cpus > 1:
             hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.turn_hook)
         hook(engine, unicorn.UC_HOOK_INTR, self._stubs.exception_hook)
@@ -230,6 +230,11 @@ class Processor:
         if vcpu is self._vcpu:
             return
         assert self._vcpu is not None
+        if self._stopper.in_callback:
+            raise VmexitError(
+                f"vCPU {self._index} has its turn, and the state of vCPU {vcpu.index} is for "
+                "after the run; stop() it first"
+            )
         self._library.context_save(self._handle, self._vcpu.context)
         self._library.context_restore(self._handle, vcpu.context)
         self._library.flush_tlb(self._handle)
@@ -276,6 +281,7 @@ class Processor:
             state.request(
                 (VIRTUAL_INTERRUPT if interrupts.pending() else 0) | (NMI if vcpu.nmi else 0)
             )
+        words[StopWords.DELIVERING] = 0  # a triple fault ends within one
         words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
         self._stopper.running(True)
         error: int = self._library.emu_start(self._handle, state.rip, 0, 0, 0)
@@ -307,6 +313,7 @@ class Processor:
         """A run begins: the host may have written code since, of which translations are stale."""
         self._library.flush_translations(self._handle)
         self._ports.begin()
+        self._words[StopWords.EXCEPTIONS] = 0
 
     def _finish(self) -> int:
         """Execute the instruction that was left, and no more; returns the engine's error.
@@ -323,8 +330,12 @@ class Processor:
         library.flush_translations(engine)
         error: int = library.emu_start(engine, self._state.rip, 0, 0, 1)
         self._replay.repeated()
-        while not error and self._ports.in_string:
+        # What is written may be the INS itself, and then nothing consumes the rest.
+        for _ in range(MAX_AHEAD):
+            if error or not self._ports.in_string or self._is_double_fault():
+                break
             error = library.emu_start(engine, self._state.rip, 0, 0, 1)
+        self._ports.forget_ahead()
         library.check_at_accesses(engine, False)
         library.flush_translations(engine)
         self._replay.finished()

@@ -34,6 +34,7 @@ class Replay:
         self._rip = -1
         self._again: list[Made] = []
         self._begun = False
+        self._repeats = 0  # accesses since the instruction is executed again
         self.repeating = False
         """Whether an instruction is executed again."""
         self.unfinished = False
@@ -50,9 +51,19 @@ class Replay:
         return None
 
     def made(self, rip: int, kind: str, address: int, size: int, value: int) -> None:
-        """Note an access; if the run is to end, leave the instruction at `rip` that makes it."""
+        """Note an access; if the run is to end, leave the instruction at `rip` that makes it.
+
+        One that goes on and on while it is repeated is left unfinished: LOCK on a register that
+        changes is a loop until two reads agree.
+        """
+        if self._words[StopWords.DELIVERING]:
+            return  # an exception's or interrupt's: to leave it would begin it anew
         self.note(rip, kind, address, size, value)
-        if self._words[StopWords.KICK] and not self.repeating:
+        if self.repeating:
+            self._repeats += 1
+            if self._repeats > _KEPT:
+                self._words[StopWords.LEAVE] = LEAVE_BLOCK
+        elif self._words[StopWords.KICK]:
             self.leave(rip)
 
     def note(self, rip: int, kind: str, address: int, size: int, value: int) -> None:
@@ -73,6 +84,7 @@ class Replay:
         self.unfinished = False
         self.repeating = True
         self._begun = False
+        self._repeats = 0
 
     def repeated(self) -> None:
         """It is done; no access to come was made before."""

@@ -34,7 +34,7 @@ class Stopper:
         self._cpu = cpu
         self._words = words
         self._runner = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the handler of a signal may ask while we are in here
         # Quick, and without letting go of the interpreter: see `Library.cpu_exit`.
         self._syscall = ctypes.PyDLL(None).syscall
         if self._syscall(_SYS_MEMBARRIER, _REGISTER_PRIVATE_EXPEDITED, 0, 0):
@@ -46,7 +46,7 @@ class Stopper:
     def ask(self, word: int) -> None:
         """Set KICK or ATTENTION, and have the engine stop for it."""
         self._words[word] = 1
-        if self._runner == threading.get_ident():  # in a callback
+        if self.in_callback:
             if not self._words[StopWords.HOLD]:
                 self._cpu_exit(self._cpu)
             return
@@ -55,6 +55,11 @@ class Stopper:
                 self._cpu_exit(self._cpu)
                 self._syscall(_SYS_MEMBARRIER, _PRIVATE_EXPEDITED, 0, 0)
                 self._cpu_exit(self._cpu)
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether this thread runs the engine: we are called from within it."""
+        return self._runner == threading.get_ident()
 
     def running(self, runs: bool) -> None:
         """This thread is about to start the engine, or has."""

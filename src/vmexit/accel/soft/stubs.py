@@ -58,6 +58,7 @@ class StopWords:
     VECTOR = 8  # of the exception to raise
     ERROR = 9  # and its error code
     EXCEPTIONS = 10  # counts exceptions that were delivered
+    DELIVERING = 11  # not zero: the accesses are those of a delivery, which nothing may leave
     # The last ones: vector (u32), error code (u32), RIP (u64).
     RING = 16
     RING_SIZE = 4
@@ -86,6 +87,7 @@ class Stubs:
         self._raise = library.address("raise_exception_err_x86_64")
         self._deliver = library.address("x86_cpu_do_interrupt_x86_64")
         self._enter = library.address("x86_cpu_exec_enter_x86_64")
+        self._interrupt = library.address("x86_cpu_exec_interrupt_x86_64")
         self._read_flags = library.address("helper_read_eflags_x86_64")
         self._write_flags = library.address("helper_write_eflags_x86_64")
         self._read_code = library.address("cpu_ldub_code_x86_64")
@@ -100,6 +102,7 @@ class Stubs:
             + self._stop_unless_held()
         )  # fmt: skip
         self.entry = self._entry()
+        self.interrupt = self._interrupt_stub()
         self.turn_hook = self._turn_hook()
         self.exception_hook = self._exception_hook()
         self.invalid_hook = self._invalid_hook()
@@ -131,6 +134,20 @@ class Stubs:
             + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
             + b"\x48\xb8" + _quad(self._stop_if_asked)  # mov rax, …
             + b"\xff\xe0"  # jmp rax
+        )  # fmt: skip
+
+    def _interrupt_stub(self) -> int:
+        """In place of QEMU's cpu_exec_interrupt(cpu, request): it delivers. It may not return."""
+        return self._emit(
+            b"\x48\x83\xec\x08"  # sub rsp, 8
+            + b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            + b"\xc7\x40\x2c\x01\x00\x00\x00"  # mov dword [rax + 44], 1: delivering
+            + b"\x48\xb8" + _quad(self._interrupt)  # mov rax, x86_cpu_exec_interrupt
+            + b"\xff\xd0"  # call rax
+            + b"\x48\xb9" + _quad(self._words_at)  # mov rcx, words
+            + b"\xc7\x41\x2c\x00\x00\x00\x00"  # mov dword [rcx + 44], 0
+            + b"\x48\x83\xc4\x08"  # add rsp, 8
+            + b"\xc3"  # ret: al says whether one was delivered
         )  # fmt: skip
 
     def _turn_hook(self) -> int:
@@ -195,9 +212,15 @@ class Stubs:
             + b"\x44\x89\x41\x04"  # mov [rcx + 4], r8d
             + b"\x4c\x8b\x82" + _long(EIP)  # mov r8, [rdx + EIP]
             + b"\x4c\x89\x41\x08"  # mov [rcx + 8], r8
+            + b"\xc7\x40\x2c\x01\x00\x00\x00"  # mov dword [rax + 44], 1: delivering
             + b"\x48\x83\xec\x08"  # sub rsp, 8
             + b"\x48\xbf" + _quad(self._cpu)  # mov rdi, cpu
             + b"\x48\xb8" + _quad(self._deliver)  # mov rax, x86_cpu_do_interrupt
+            + b"\xff\xd0"  # call rax
+            + b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            + b"\xc7\x40\x2c\x00\x00\x00\x00"  # mov dword [rax + 44], 0
+            + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
+            + b"\x48\xb8" + _quad(self.turn_hook)  # mov rax, turn hook: it counts as a block
             + b"\xff\xd0"  # call rax
             + b"\x48\x83\xc4\x08"  # add rsp, 8
             + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
