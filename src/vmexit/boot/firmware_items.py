@@ -6,21 +6,10 @@ SeaBIOS takes all of it, qboot memory, tables and kernel.
 
 import struct
 from collections.abc import Iterable
-from ctypes import sizeof
 from importlib.resources import files as resources
 from typing import NamedTuple
 
 from vmexit.abi import fw_cfg
-from vmexit.abi.linux_boot import (
-    CAN_USE_HEAP,
-    CL_MAGIC,
-    CL_MAGIC_OFFSET,
-    CL_OFFSET_OFFSET,
-    SETUP_HEADER_OFFSET,
-    TYPE_OF_LOADER_UNDEFINED,
-    VIDEO_CURRENT_MODE,
-    setup_header,
-)
 from vmexit.arch.x86.e820 import RAM, RESERVED, memory_map
 from vmexit.arch.x86.layout import COM1_PORT, HIGH_MEMORY, MMIO_HOLE_START
 from vmexit.boot import bzimage, real_mode
@@ -144,19 +133,7 @@ def kernel(image: bytes, initrd: bytes | None, cmdline: str, memory: GuestMemory
             "use another --append"
         )
     place = real_mode.place(header)
-    setup = bytearray(image[: header.setup])
     code = memoryview(image)[header.code.start : header.code.stop]
-    hdr = setup_header.from_buffer_copy(setup, SETUP_HEADER_OFFSET)
-    hdr.type_of_loader = TYPE_OF_LOADER_UNDEFINED
-    hdr.vid_mode = VIDEO_CURRENT_MODE
-    if header.version >= 0x201:
-        hdr.heap_end_ptr = place.heap_end - 0x200
-        hdr.loadflags = header.loadflags | CAN_USE_HEAP
-    if header.version >= 0x202:
-        hdr.cmd_line_ptr = place.cmdline
-    else:
-        struct.pack_into("<H", setup, CL_MAGIC_OFFSET, CL_MAGIC)
-        struct.pack_into("<H", setup, CL_OFFSET_OFFSET, place.cmdline - place.base)
     items: dict[int, bytes | memoryview] = {}
 
     def add(keys: tuple[int, int, int], gpa: int, data: bytes | memoryview) -> None:
@@ -164,15 +141,15 @@ def kernel(image: bytes, initrd: bytes | None, cmdline: str, memory: GuestMemory
         items[address], items[size] = struct.pack("<I", gpa), struct.pack("<I", len(data))
         items[content] = data
 
-    hdr.ramdisk_image = hdr.ramdisk_size = 0
+    initrd_range = None
     if initrd is not None:
         after = max(header.load + len(code), header.pref_address + header.init_size)
         at = _initrd_place(memory, len(initrd), header.initrd_addr_max + 1, after)
-        hdr.ramdisk_image, hdr.ramdisk_size = at, len(initrd)
+        initrd_range = range(at, at + len(initrd))
         add((fw_cfg.INITRD_ADDR, fw_cfg.INITRD_SIZE, fw_cfg.INITRD_DATA), at, initrd)
-    setup[SETUP_HEADER_OFFSET : SETUP_HEADER_OFFSET + sizeof(hdr)] = bytes(hdr)
+    setup = bytes(real_mode.setup_code(image, header, place, initrd_range))
     add((fw_cfg.KERNEL_ADDR, fw_cfg.KERNEL_SIZE, fw_cfg.KERNEL_DATA), header.load, code)
-    add((fw_cfg.SETUP_ADDR, fw_cfg.SETUP_SIZE, fw_cfg.SETUP_DATA), place.base, bytes(setup))
+    add((fw_cfg.SETUP_ADDR, fw_cfg.SETUP_SIZE, fw_cfg.SETUP_DATA), place.base, setup)
     add((fw_cfg.CMDLINE_ADDR, fw_cfg.CMDLINE_SIZE, fw_cfg.CMDLINE_DATA), place.cmdline, raw + b"\0")
     return Contents(items, {_ROM: option_rom(), "bootorder": f"/rom@{_ROM}\0".encode()})
 

@@ -16,6 +16,7 @@ from vmexit.arch.x86.layout import (
     EBDA_START,
     HIGH_MEMORY,
     KERNEL_GDT,
+    MULTIBOOT_INFORMATION,
 )
 from vmexit.arch.x86.registers import Table
 from vmexit.arch.x86.segments import boot_gdt, general, protected_mode
@@ -26,10 +27,6 @@ from vmexit.boot.image import find_multiboot
 from vmexit.boot.placement import Placement
 from vmexit.core.errors import ConfigError, ImageError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
-
-# Where the information goes if the kernel leaves room: below 1 MiB, behind all that a PC keeps in
-# the first pages, and where other loaders have it, too.
-INFORMATION = 0x9000
 
 # 3.1.2: what a kernel asks for. Bits 0 to 15 it cannot do without, the others it can.
 ALIGN_MODULES, WANT_MEMORY, WANT_VIDEO, HAS_ADDRESSES = 1 << 0, 1 << 1, 1 << 2, 1 << 16
@@ -192,9 +189,9 @@ def load(memory: GuestMemory, kernel: bytes, modules: Sequence[Module], cmdline:
 
 def _place_information(kernel: range, size: int) -> int:
     """A GPA for `size` bytes of information: low memory, or behind the kernel if it is there."""
-    end = INFORMATION + size
-    if end <= EBDA_START and (end <= kernel.start or kernel.stop <= INFORMATION):
-        return INFORMATION
+    end = MULTIBOOT_INFORMATION + size
+    if end <= EBDA_START and (end <= kernel.start or kernel.stop <= MULTIBOOT_INFORMATION):
+        return MULTIBOOT_INFORMATION
     return _page_up(max(kernel.stop, HIGH_MEMORY))
 
 

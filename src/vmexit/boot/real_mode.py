@@ -85,6 +85,17 @@ def start(
     memory_map: list[E820Entry],
 ) -> BootEntry:
     """Copy the setup code, fill in its header, write the BIOS; registers to start that with."""
+    memory.write(at.base, setup_code(image, header, at, initrd))
+    segment = at.base >> 4
+    memory.write(BIOS_STUB, bios((0, segment + _ENTRY_SEGMENT), memory_map))
+    system = real_mode(BIOS_STUB)
+    return BootEntry(general(0) | {"rsp": at.heap_end}, _data_segments(system, segment))
+
+
+def setup_code(
+    image: bytes | memoryview, header: BzImage, at: SetupPlace, initrd: range | None
+) -> bytearray:
+    """The setup code of `image` for `at`, its header filled in as a loader does (boot.rst)."""
     setup = bytearray(image[: header.setup])
     hdr = setup_header.from_buffer_copy(setup, SETUP_HEADER_OFFSET)
     hdr.type_of_loader = TYPE_OF_LOADER_UNDEFINED
@@ -101,11 +112,7 @@ def start(
         struct.pack_into("<H", setup, CL_MAGIC_OFFSET, CL_MAGIC)
         struct.pack_into("<H", setup, CL_OFFSET_OFFSET, at.cmdline - at.base)
     setup[SETUP_HEADER_OFFSET : SETUP_HEADER_OFFSET + sizeof(hdr)] = bytes(hdr)
-    memory.write(at.base, setup)
-    segment = at.base >> 4
-    memory.write(BIOS_STUB, bios((0, segment + _ENTRY_SEGMENT), memory_map))
-    system = real_mode(BIOS_STUB)
-    return BootEntry(general(0) | {"rsp": at.heap_end}, _data_segments(system, segment))
+    return setup
 
 
 def bios(entry: tuple[int, int], memory_map: list[E820Entry]) -> bytes:

@@ -46,6 +46,8 @@ KERNEL_GDT = 0x500
 PVH_START_INFO = 0x6000
 ZERO_PAGE = 0x7000
 KERNEL_PAGE_TABLES = 0x9000
+# What a multiboot kernel is told, if it leaves room: behind all that a PC keeps in the first pages.
+MULTIBOOT_INFORMATION = 0x9000
 # The 64 KiB segment in which Linux's real-mode setup code runs, with its heap and stack at the end.
 REAL_MODE_SETUP = 0x1_0000
 # Before boot protocol 2.02 setup code moves itself to 0x90000, so it is put there at once.
