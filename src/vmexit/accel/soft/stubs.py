@@ -120,20 +120,17 @@ class Stubs:
             b"\x83\x78\x10\x00"  # cmp dword [rax + 16], 0: hold
             + b"\x74\x01"  # je +1
             + b"\xc3"  # ret
-            + b"\x48\xb8" + _quad(self._emu_stop)  # mov rax, uc_emu_stop
-            + b"\xff\xe0"  # jmp rax
+            + _jump(self._emu_stop)  # uc_emu_stop
         )  # fmt: skip
 
     def _entry(self) -> int:
         """For QEMU's cpu_exec_enter(cpu): the engine has forgotten what was asked before."""
         return self._emit(
             b"\x48\x83\xec\x08"  # sub rsp, 8
-            + b"\x48\xb8" + _quad(self._enter)  # mov rax, x86_cpu_exec_enter
-            + b"\xff\xd0"  # call rax
+            + _call(self._enter)  # x86_cpu_exec_enter
             + b"\x48\x83\xc4\x08"  # add rsp, 8
             + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
-            + b"\x48\xb8" + _quad(self._stop_if_asked)  # mov rax, …
-            + b"\xff\xe0"  # jmp rax
+            + _jump(self._stop_if_asked)  # stop_if_asked
         )  # fmt: skip
 
     def _interrupt_stub(self) -> int:
@@ -142,8 +139,7 @@ class Stubs:
             b"\x48\x83\xec\x08"  # sub rsp, 8
             + b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
             + b"\xc7\x40\x2c\x01\x00\x00\x00"  # mov dword [rax + 44], 1: delivering
-            + b"\x48\xb8" + _quad(self._interrupt)  # mov rax, x86_cpu_exec_interrupt
-            + b"\xff\xd0"  # call rax
+            + _call(self._interrupt)  # x86_cpu_exec_interrupt
             + b"\x48\xb9" + _quad(self._words_at)  # mov rcx, words
             + b"\xc7\x41\x2c\x00\x00\x00\x00"  # mov dword [rcx + 44], 0
             + b"\x48\x83\xc4\x08"  # add rsp, 8
@@ -215,17 +211,14 @@ class Stubs:
             + b"\xc7\x40\x2c\x01\x00\x00\x00"  # mov dword [rax + 44], 1: delivering
             + b"\x48\x83\xec\x08"  # sub rsp, 8
             + b"\x48\xbf" + _quad(self._cpu)  # mov rdi, cpu
-            + b"\x48\xb8" + _quad(self._deliver)  # mov rax, x86_cpu_do_interrupt
-            + b"\xff\xd0"  # call rax
+            + _call(self._deliver)  # x86_cpu_do_interrupt
             + b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
             + b"\xc7\x40\x2c\x00\x00\x00\x00"  # mov dword [rax + 44], 0
             + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
-            + b"\x48\xb8" + _quad(self.turn_hook)  # mov rax, turn hook: it counts as a block
-            + b"\xff\xd0"  # call rax
+            + _call(self.turn_hook)  # turn hook: it counts as a block
             + b"\x48\x83\xc4\x08"  # add rsp, 8
             + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
-            + b"\x48\xb8" + _quad(self._stop_if_asked)  # mov rax, …
-            + b"\xff\xe0"  # jmp rax
+            + _jump(self._stop_if_asked)  # stop_if_asked
         )  # fmt: skip
 
     def _invalid_hook(self) -> int:
@@ -235,8 +228,7 @@ class Stubs:
         """
         undefined = (
             b"\xbe\x06\x00\x00\x00"  # mov esi, 6
-            + b"\x48\xb8" + _quad(self.exception_hook)  # mov rax, exception hook
-            + b"\xff\xd0"  # call rax
+            + _call(self.exception_hook)  # exception hook
             + b"\xb8\x01\x00\x00\x00"  # mov eax, 1
             + b"\x48\x83\xc4\x08"  # add rsp, 8
             + b"\xc3"  # ret
@@ -246,8 +238,7 @@ class Stubs:
             + b"\x48\xbf" + _quad(self._state)  # mov rdi, state
             + b"\x48\x8b\xb7" + _long(EIP)  # mov rsi, [rdi + EIP]
             + b"\x48\x03\xb7" + _long(SEGMENT["cs"] + 8)  # add rsi, [rdi + base of CS]
-            + b"\x48\xb8" + _quad(self._read_code)  # mov rax, cpu_ldub_code
-            + b"\xff\xd0"  # call rax
+            + _call(self._read_code)  # cpu_ldub_code
             + b"\x3c\xf1"  # cmp al, 0xf1: INT1
             + b"\x74" + bytes((len(undefined),))  # je behind it
             + undefined
@@ -255,8 +246,7 @@ class Stubs:
             + b"\x48\xff\x87" + _long(EIP)  # inc qword [rdi + EIP]
             + b"\xbe\x01\x00\x00\x00"  # mov esi, 1
             + b"\x31\xd2"  # xor edx, edx
-            + b"\x48\xb8" + _quad(self._raise)  # mov rax, raise_exception_err
-            + b"\xff\xd0"  # call rax: does not return
+            + _call(self._raise)  # raise_exception_err: does not return
         )  # fmt: skip
 
     def find_region(self, start: int, end: int, region: int, otherwise: int) -> int:
@@ -269,8 +259,7 @@ class Stubs:
             + b"\x48\x39\xc8"  # cmp rax, rcx
             + b"\x48\xb8" + _quad(region)  # mov rax, region
             + b"\x72\x0c"  # jb behind the jump
-            + b"\x48\xb8" + _quad(otherwise)  # mov rax, otherwise
-            + b"\xff\xe0"  # jmp rax
+            + _jump(otherwise)  # otherwise
             + b"\xc3"  # ret
         )  # fmt: skip
 
@@ -278,8 +267,7 @@ class Stubs:
         """Call `callback` with the arguments as they are; leave the block if it asked to."""
         return self._emit(
             b"\x48\x83\xec\x08"  # sub rsp, 8
-            + b"\x48\xb8" + _quad(callback)  # mov rax, callback
-            + b"\xff\xd0"  # call rax: what it returns stays in rax
+            + _call(callback)  # callback: what it returns stays in rax
             + b"\x48\xb9" + _quad(self._words_at)  # mov rcx, words
             + b"\x8b\x51\x0c"  # mov edx, [rcx + 12]: leave
             + b"\x85\xd2"  # test edx, edx
@@ -290,16 +278,13 @@ class Stubs:
             + b"\x83\xfa\x02"  # cmp edx, 2: raise
             + b"\x74\x2c"  # je +44
             + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
-            + b"\x48\xb8" + _quad(self._emu_stop)  # mov rax, uc_emu_stop
-            + b"\xff\xd0"  # call rax
+            + _call(self._emu_stop)  # uc_emu_stop
             + b"\x48\xbf" + _quad(self._cpu)  # mov rdi, cpu
-            + b"\x48\xb8" + _quad(self._loop_exit)  # mov rax, cpu_loop_exit
-            + b"\xff\xd0"  # call rax: does not return
+            + _call(self._loop_exit)  # cpu_loop_exit: does not return
             + b"\x48\xbf" + _quad(self._state)  # mov rdi, state
             + b"\x8b\x71\x20"  # mov esi, [rcx + 32]: vector
             + b"\x8b\x51\x24"  # mov edx, [rcx + 36]: error code
-            + b"\x48\xb8" + _quad(self._raise)  # mov rax, raise_exception_err
-            + b"\xff\xd0"  # call rax: does not return
+            + _call(self._raise)  # raise_exception_err: does not return
         )  # fmt: skip
 
     def syscall_hook(self, otherwise: int) -> int:
@@ -317,8 +302,7 @@ class Stubs:
         is_64 = b"\xf7\x83" + _long(HFLAGS) + _long(HF_CS64)  # test dword [rbx + HFLAGS], CS64
         body = (
             b"\x48\x89\xdf"  # mov rdi, rbx
-            + b"\x48\xb8" + _quad(self._read_flags)  # mov rax, helper_read_eflags
-            + b"\xff\xd0"  # call rax: all flags but RF and VM
+            + _call(self._read_flags)  # helper_read_eflags: all flags but RF and VM
             + b"\x89\xc0"  # mov eax, eax
             + b"\x48\x89\x43\x58"  # mov [rbx + R11], rax
             + b"\x48\x8b\x8b" + _long(EIP)  # mov rcx, [rbx + EIP]
@@ -330,8 +314,7 @@ class Stubs:
             + b"\x89\xc6"  # mov esi, eax
             + b"\x48\x89\xdf"  # mov rdi, rbx
             + b"\xba\xff\xff\xff\xff"  # mov edx, -1: load all of them
-            + b"\x48\xb8" + _quad(self._write_flags)  # mov rax, helper_write_eflags
-            + b"\xff\xd0"  # call rax
+            + _call(self._write_flags)  # helper_write_eflags
             + b"\x8b\x83" + _long(STAR + 4)  # mov eax, [rbx + STAR + 4]
             + b"\x25\xfc\xff\x00\x00"  # and eax, 0xfffc
             + self._store_segment(SEGMENT["cs"], FLAT_CODE_64)
@@ -351,7 +334,7 @@ class Stubs:
         jump = 6  # bytes of a jcc with 32 bits
         middle = is_64 + b"\x0f\x84" + _long(len(body))  # je otherwise
         begin += b"\x0f\x85" + _long(len(is_64) + jump + len(body))  # jne otherwise
-        end = b"\x5b" + b"\x48\xb8" + _quad(otherwise) + b"\xff\xe0"  # pop rbx; jmp otherwise
+        end = b"\x5b" + _jump(otherwise)  # pop rbx
         return self._emit(begin + middle + body + end)
 
     def _store_segment(self, at: int, attributes: int) -> bytes:
@@ -373,8 +356,7 @@ class Stubs:
             + b"\xc7\x00\x01\x00\x00\x00"  # mov dword [rax], 1
             + b"\xb0\x01"  # mov al, 1
             + b"\xc3"  # ret
-            + b"\x48\xb8" + _quad(callback)  # mov rax, callback
-            + b"\xff\xe0"  # jmp rax
+            + _jump(callback)  # callback
         )  # fmt: skip
 
     def seal(self) -> None:
@@ -389,6 +371,14 @@ class Stubs:
         self.view.release()
         self._words.close()
         self._page.close()
+
+
+def _call(function: int) -> bytes:
+    return b"\x48\xb8" + _quad(function) + b"\xff\xd0"  # mov rax, function; call rax
+
+
+def _jump(function: int) -> bytes:
+    return b"\x48\xb8" + _quad(function) + b"\xff\xe0"  # mov rax, function; jmp rax
 
 
 def _long(value: int) -> bytes:
