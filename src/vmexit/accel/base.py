@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from vmexit.arch.x86.cpu_features import CpuModel
+from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.registers import Registers, SystemRegisters
 from vmexit.core.bus import Bus
 from vmexit.core.irq import VcpuInterrupts

@@ -7,7 +7,6 @@ from vmexit.arch.x86 import layout
 from vmexit.core.bus import Bus, Device, Stateful
 from vmexit.core.irq import IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
-from vmexit.devices.irqchip import PcIrqChip
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
@@ -15,6 +14,7 @@ from vmexit.machine.stop import Stop, StopReason
 if TYPE_CHECKING:
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
+    from vmexit.devices.irqchip import PcIrqChip
 
 
 OnClose = Callable[[Callable[[], None]], object]
@@ -91,7 +91,7 @@ class Board:
 
             self._port("debug-exit", config.debug_exit, 1, DebugExit(end), wide=True)
 
-    def attach_irqchip(self, chip: PcIrqChip, current: Callable[[], int]) -> None:
+    def attach_irqchip(self, chip: "PcIrqChip", current: Callable[[], int]) -> None:
         """The interrupt controllers and the timer, where the accelerator has none.
 
         `current()` is the vCPU that makes an access.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.arch.x86.cpu_features import CpuModel
+from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.layout import (
     COM1_PORT,
     FLAT_ENTRY,

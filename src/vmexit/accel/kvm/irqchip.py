@@ -43,7 +43,6 @@ _CHIPS = {
     "ioapic": KVM_IRQCHIP_IOAPIC,
 }
 
-
 _PIC_PINS, _TIMER_PIN = 8, 2
 
 
@@ -85,7 +84,7 @@ class KvmIrqChip:
             }.get(error.errno or 0, "give a GSI from 0 to 23")
             raise HostError(
                 f"KVM refused an irqfd for GSI {gsi}: {error.strerror}; {remedy}"
-            ) from (error)
+            ) from error
 
     def reset(self) -> None:
         """As after power-on."""

@@ -17,7 +17,7 @@ from vmexit.abi.kvm_caps import KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_USER_MEMORY
 from vmexit.abi.kvm_structs import kvm_cpuid2, kvm_cpuid_entry2
 from vmexit.accel.base import ANY_CPU
 from vmexit.accel.kvm.vm import KvmVm
-from vmexit.arch.x86.cpu_features import CpuModel
+from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
 from vmexit.core.memory import GuestMemory

@@ -27,11 +27,8 @@ from vmexit.abi.kvm_caps import (
 )
 from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_userspace_memory_region
 from vmexit.accel.base import ANY_CPU
-from vmexit.accel.kvm.cpuid import pack, parse
-from vmexit.accel.kvm.irqchip import KvmIrqChip
 from vmexit.accel.kvm.vcpu import KvmVcpu
-from vmexit.arch.x86.cpu_features import FEATURES, CpuModel
-from vmexit.arch.x86.cpuid import Table, with_topology
+from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.layout import KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
@@ -40,7 +37,9 @@ from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
+    from vmexit.accel.kvm.irqchip import KvmIrqChip
     from vmexit.accel.kvm.system import System
+    from vmexit.arch.x86.cpuid import Table
 
 
 class KvmVm:
@@ -120,7 +119,7 @@ class KvmVm:
         ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
         return bitmap.raw
 
-    def create_irqchip(self) -> KvmIrqChip:
+    def create_irqchip(self) -> "KvmIrqChip":
         """Interrupt controllers and the timer of a PC in the kernel; before the first vCPU.
 
         HLT is no exit any more then: it waits in KVM_RUN. Raises HostError.
@@ -131,6 +130,8 @@ class KvmVm:
         ):
             if not self._system.check_extension(capability):
                 raise HostError(f"this KVM lacks {name}, which interrupts need; use --accel soft")
+        from vmexit.accel.kvm.irqchip import KvmIrqChip
+
         self._irqchip = KvmIrqChip(self.fd)
         return self._irqchip
 
@@ -174,17 +175,23 @@ class KvmVm:
     def _cpuid(self, index: int) -> bytes:
         if self._irqchip is None and self._model == ANY_CPU:
             return self._system.supported_cpuid()
+        from vmexit.accel.kvm.cpuid import pack
+
         return pack(self.cpuid(index))
 
-    def cpuid(self, index: int) -> Table:
+    def cpuid(self, index: int) -> "Table":
         """What vCPU `index` says of itself. Raises ConfigError for a model that cannot be."""
+        from vmexit.accel.kvm.cpuid import parse
+        from vmexit.arch.x86.cpu_features import FEATURES
+        from vmexit.arch.x86.cpuid import with_topology
+
         table = parse(self._system.supported_cpuid())
         if self._irqchip is not None:
             table = with_topology(table, index, self._cpus)
             FEATURES["hypervisor"].put_into(table, True)
             if self._system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER):
                 FEATURES["tsc-deadline"].put_into(table, True)
-        return self._model.applied(table, table)
+        return self._model.applied(table)
 
     @property
     def executors(self) -> list[KvmVcpu]:

@@ -8,10 +8,14 @@ Atom of the Bonnell kind, with the instructions that the engine knows.
 
 import ctypes
 import time
+from typing import TYPE_CHECKING
 
+from vmexit.accel.base import ANY_CPU
 from vmexit.accel.soft.native import Library
-from vmexit.arch.x86.cpu_features import FEATURES, CpuModel, Feature
-from vmexit.arch.x86.cpuid import Key, Leaf, Table
+from vmexit.arch.x86.cpu_model import CpuModel
+
+if TYPE_CHECKING:
+    from vmexit.arch.x86.cpuid import Table
 
 _VENDOR = b"GenuineIntel"
 _SIGNATURE = b"vmexitvmexit"
@@ -57,14 +61,11 @@ class Cpuid:
         ]
         self._first = self._sample()
         self._tsc_khz = 0
-        self._left_out: dict[tuple[int, int | None], list[Feature]] = {}
-        if model.added:
-            possible = self.table(0, True)
-            model.applied(possible, possible)
+        self._model = ANY_CPU
+        if model.required:
+            model.require(self.table(0, True))
             self._tsc_khz = 0  # measured over too short a time
-        for name in model.left_out:
-            feature = FEATURES[name]
-            self._left_out.setdefault((feature.leaf, feature.subleaf), []).append(feature)
+        self._model = model
 
     def _native(self, leaf: int, subleaf: int) -> Registers:
         self._library.cpuid(self._state, leaf, subleaf, *self._addresses)
@@ -87,17 +88,17 @@ class Cpuid:
     def query(self, leaf: int, subleaf: int, cpu: int, apic: bool) -> Registers:
         """The answer for vCPU number `cpu`, which has a LAPIC or not (Intel SDM vol. 2, CPUID)."""
         answer = self._query(leaf, subleaf, cpu, apic)
-        if self._left_out:
-            keys: tuple[Key, ...] = ((leaf, None), (leaf, subleaf))
-            for key in keys:
-                for feature in self._left_out.get(key, ()):
-                    table: Table = {key: Leaf(*answer)}
-                    feature.put_into(table, False)
-                    answer = table[key]
+        if self._model.left_out:
+            from vmexit.arch.x86.cpuid import Leaf
+
+            key = leaf, subleaf if leaf in _WITH_SUBLEAVES else None
+            answer = self._model.without({key: Leaf(*answer)})[key]
         return answer
 
-    def table(self, cpu: int, apic: bool) -> Table:
+    def table(self, cpu: int, apic: bool) -> "Table":
         """All leaves that are not zero."""
+        from vmexit.arch.x86.cpuid import Leaf
+
         leaves = [*range(_MAX_LEAF + 1), _HYPERVISOR, *range(_EXTENDED, _MAX_EXTENDED + 1)]
         table: Table = {}
         for leaf in leaves:

@@ -2,20 +2,23 @@
 
 import mmap
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from vmexit.accel.base import ANY_CPU, Executor
 from vmexit.accel.soft.native import UNICORN_VERSION, Engine, Library
 from vmexit.accel.soft.processor import Processor
 from vmexit.accel.soft.scheduler import Scheduler
 from vmexit.accel.soft.vcpu import SoftVcpu
-from vmexit.arch.x86.cpu_features import CpuModel
-from vmexit.arch.x86.cpuid import Table
+from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.layout import PHYSICAL_END
 from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import GuestMemory, Region
 from vmexit.core.trace import ExitObserver
+
+if TYPE_CHECKING:
+    from vmexit.arch.x86.cpuid import Table
 
 
 class SoftAccelerator:
@@ -142,7 +145,7 @@ class SoftVm:
         """The number of the vCPU whose turn it is: the one that makes an access."""
         return self._scheduler.current
 
-    def cpuid(self, index: int) -> Table:
+    def cpuid(self, index: int) -> "Table":
         """What vCPU `index` says of itself."""
         return self._processor.cpuid(index)
 

@@ -6,6 +6,7 @@ saved; see scheduler.py.
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from vmexit.accel.base import Exit, ExitReason
 from vmexit.accel.soft.cpu_state import CpuState
@@ -53,8 +54,7 @@ from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.code import (
     next_instruction,
 )
-from vmexit.arch.x86.cpu_features import CpuModel
-from vmexit.arch.x86.cpuid import Table
+from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.registers import (
     CR0_PE,
     EFER_LMA,
@@ -69,6 +69,9 @@ from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError, VmexitError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 from vmexit.core.trace import ExitObserver
+
+if TYPE_CHECKING:
+    from vmexit.arch.x86.cpuid import Table
 
 _EXCEPTION_NAMES = {
     0: "#DE", 1: "#DB", 2: "NMI", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF",
@@ -260,7 +263,7 @@ class Processor:
         """Set the stop word KICK or ATTENTION; from any thread."""
         self._stopper.ask(word)
 
-    def cpuid(self, index: int) -> Table:
+    def cpuid(self, index: int) -> "Table":
         """What CPUID says on vCPU `index`."""
         apic = self._vcpu is not None and self._vcpu.interrupts is not None
         return self._cpuid.table(index, apic)

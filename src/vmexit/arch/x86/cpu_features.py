@@ -1,10 +1,8 @@
-"""Names of CPUID features, as Linux and QEMU use them, and what a user asks of them: `--cpu`."""
+"""Names of CPUID features, as Linux and QEMU use them, and the bits that they stand for."""
 
-import difflib
 from typing import NamedTuple
 
 from vmexit.arch.x86.cpuid import Leaf, Table
-from vmexit.core.errors import ConfigError
 
 # Leaf, sub-leaf and register (Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E): the names of
 # bits from 0 on. `-` has no name, or no meaning that a user could choose.
@@ -85,51 +83,3 @@ def canonical(name: str) -> str:
 def offered(table: Table) -> list[str]:
     """The names of the features in `table`."""
     return [name for name, feature in FEATURES.items() if feature.is_in(table)]
-
-
-class CpuModel(NamedTuple):
-    """What is asked of a processor: all that there can be, with features added and left out."""
-
-    added: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> "CpuModel":
-        """`host` or `max`, which are the same here, then `,+feature` and `,-feature`.
-
-        Raises ConfigError.
-        """
-        base, *changes = text.split(",")
-        if base not in ("host", "max"):
-            raise ConfigError(
-                f"there is no processor {base!r}; use host or max, with ,+feature or ,-feature"
-            )
-        added: list[str] = []
-        left_out: list[str] = []
-        for change in changes:
-            sign, name = change[:1], change[1:]
-            if sign not in ("+", "-"):
-                raise ConfigError(f"{change!r} of --cpu is neither +feature nor -feature")
-            known = canonical(name)
-            if not known:
-                close = difflib.get_close_matches(name, FEATURES, 3)
-                hint = f"is it {' or '.join(close)}?" if close else "see vmexit doctor --cpuid"
-                raise ConfigError(f"there is no CPU feature {name!r}; {hint}")
-            (added if sign == "+" else left_out).append(known)
-        return cls(tuple(added), tuple(left_out))
-
-    def applied(self, table: Table, possible: Table) -> Table:
-        """`table` changed so; `possible` has all that the accelerator can do.
-
-        Raises ConfigError for a feature that it cannot.
-        """
-        new = dict(table)
-        for name in self.added:
-            if not FEATURES[name].is_in(possible):
-                raise ConfigError(
-                    f"the accelerator cannot offer {name} on this host; leave +{name} out"
-                )
-            FEATURES[name].put_into(new, True)
-        for name in self.left_out:
-            FEATURES[name].put_into(new, False)
-        return new

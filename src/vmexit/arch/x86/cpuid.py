@@ -67,10 +67,9 @@ def with_topology(table: Table, cpu: int, cpus: int) -> Table:
 
     if (1, None) in new:
         leaf = new[1, None]
-        edx = leaf.edx | _EDX_APIC | (_EDX_HTT if cpus > 1 else 0)
-        count = 1 << bits if cpus > 1 else 0
-        edx = edx if cpus > 1 else edx & ~_EDX_HTT
-        ebx = leaf.ebx & 0xFFFF | min(count, 0xFF) << 16 | (cpu & 0xFF) << 24
+        several, count = (_EDX_HTT, min(1 << bits, 0xFF)) if cpus > 1 else (0, 0)
+        edx = leaf.edx & ~_EDX_HTT | _EDX_APIC | several
+        ebx = leaf.ebx & 0xFFFF | count << 16 | (cpu & 0xFF) << 24
         change((1, None), ebx=ebx, edx=edx)
     for number in (4, 0x8000_001D):  # caches
         for key, leaf in table.items():
