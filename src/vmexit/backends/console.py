@@ -82,7 +82,7 @@ class Console:
     def _set_raw(self) -> None:
         self._before = termios.tcgetattr(0)
         self._raw = True
-        mode = termios.tcgetattr(0)
+        mode = list(self._before)
         iflag, oflag, cflag, lflag = 0, 1, 2, 3
         mode[iflag] &= ~(
             termios.IGNBRK
