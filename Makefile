@@ -43,7 +43,7 @@ test: setup      ## the test suite
 
 test-lab: setup  ## the tests on Linux's own KVM, in an emulated machine: docs/kvm-lab.md
 	@$(BIN)/python -m pytest -q --collect-only tests/lab >/dev/null  # byte code, which the lab cannot keep
-	@tools/kvm-lab --smp 2 --timeout 600 -- $(BIN)/python -m pytest tests/lab -m "not lab_tool and not soak"
+	@tools/test-lab $(BIN)/python -m pytest tests/lab -m "not lab_tool and not soak"
 
 test-long: setup ## the test suite with all repetitions
 	@$(BIN)/python -m pytest $(TESTS)
