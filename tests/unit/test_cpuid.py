@@ -3,7 +3,19 @@
 import pytest
 
 from vmexit.accel.kvm.cpuid import pack, parse
-from vmexit.arch.x86.cpuid import AMD, INTEL, Leaf, Table, vendor, with_topology
+from vmexit.accel.kvm.system import System
+from vmexit.arch.x86.cpuid import (
+    AMD,
+    INTEL,
+    Leaf,
+    Table,
+    brand,
+    vendor,
+    with_brand,
+    with_topology,
+)
+from vmexit.core.bus import Bus
+from vmexit.core.memory import GuestMemory
 
 
 def words(text: bytes) -> list[int]:
@@ -69,3 +81,21 @@ def test_kvm_structures_there_and_back():
     data = pack(before)
     assert len(data) == 8 + 40 * len(before)
     assert parse(data) == before
+
+
+def test_a_brand_is_48_bytes_in_three_leaves():
+    new = with_brand(table(b"GenuineIntel"), "A processor, " + "x" * 60)
+    assert brand(new) == ("A processor, " + "x" * 60)[:48]
+    assert new[0x8000_0000, None].eax >= 0x8000_0004
+    assert new[0x8000_0002, None].eax == int.from_bytes(b"A pr", "little")
+    assert brand(with_brand(new, "short")) == "short"
+
+
+@pytest.mark.kvm
+def test_the_guest_on_kvm_sees_a_brand():
+    """KVM itself gives none."""
+    memory = GuestMemory([(0, 1 << 20)])
+    with System() as system, system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
+        vm.create_irqchip()
+        assert brand(vm.cpuid(0)).isprintable() and brand(vm.cpuid(0))
+    memory.close()

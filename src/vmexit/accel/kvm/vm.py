@@ -6,6 +6,7 @@ import os
 import struct
 from fcntl import ioctl
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
@@ -183,10 +184,12 @@ class KvmVm:
         """What vCPU `index` says of itself. Raises ConfigError for a model that cannot be."""
         from vmexit.accel.kvm.cpuid import parse
         from vmexit.arch.x86.cpu_features import FEATURES
-        from vmexit.arch.x86.cpuid import with_topology
+        from vmexit.arch.x86.cpuid import brand, with_brand, with_topology
 
         table = parse(self._system.supported_cpuid())
         if self._irqchip is not None:
+            if not brand(table):  # KVM leaves it to the VMM
+                table = with_brand(table, _host_brand())
             table = with_topology(table, index, self._cpus)
             FEATURES["hypervisor"].put_into(table, True)
             if self._system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER):
@@ -212,6 +215,17 @@ class KvmVm:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@cache
+def _host_brand() -> str:
+    """What this host's processor calls itself, as Linux read it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()
+    except OSError:  # no /proc
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else "KVM processor"
 
 
 @cache

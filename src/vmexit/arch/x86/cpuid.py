@@ -42,6 +42,18 @@ def brand(table: Table) -> str:
     return data.split(b"\0")[0].decode("ascii", "replace").strip()
 
 
+def with_brand(table: Table, text: str) -> Table:
+    """`table` whose processor calls itself `text`, of at most 48 bytes."""
+    data = text.encode("ascii", "replace")[:48].ljust(48, b"\0")
+    words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, 48, 4)]
+    new = dict(table)
+    for number in range(3):
+        new[0x8000_0002 + number, None] = Leaf(*words[4 * number : 4 * number + 4])
+    first = new.get((0x8000_0000, None), Leaf())
+    new[0x8000_0000, None] = first._replace(eax=max(first.eax, 0x8000_0004))
+    return new
+
+
 def family_model_stepping(table: Table) -> tuple[int, int, int]:
     """The numbers in leaf 1, EAX, with the extended ones where they count."""
     eax = table.get((1, None), Leaf()).eax
