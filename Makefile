@@ -8,7 +8,7 @@ HANG   := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 unexport PYTHONDONTWRITEBYTECODE
 LINUX  := --kernel build/debian/vmlinuz --initrd build/debian/initrd.gz --append 'console=ttyS0 panic=-1'
 
-.PHONY: help setup demo test test-lab test-long lint format bench clean
+.PHONY: help setup demo test test-lab test-long lint format bench bench-lab clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -61,6 +61,10 @@ format: setup    ## put the sources into shape
 
 bench: setup     ## measure against C and QEMU, side by side
 	@$(BIN)/python benchmarks/run.py $(BENCH)
+
+bench-lab: setup ## measure a boot on Linux's own KVM against QEMU: docs/kvm-lab.md
+	@$(BIN)/python -c 'import vmexit.cli, vmexit.fetch.debian'  # byte code, which the lab cannot keep
+	@tools/kvm-lab --timeout 3600 -- $(BIN)/python benchmarks/lab.py $(BENCH)
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/build

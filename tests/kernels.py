@@ -19,9 +19,9 @@ _ENVIRONMENT = "VMEXIT_TEST_KERNEL_DIR"
 
 
 @cache
-def _fetched(flavour: str) -> Fetched | str:
+def _fetched(flavour: str, modules: tuple[str, ...] = ()) -> Fetched | str:
     try:
-        return fetch(flavour, (), lambda what, done: None)
+        return fetch(flavour, modules, lambda what, done: None)
     except VmexitError as error:
         return f"no Debian kernel: {error}; set {_ENVIRONMENT}"
 
@@ -47,6 +47,14 @@ def debian_kernel(flavour: str) -> Path:
 def busybox_initrd() -> Path:
     """A gzipped cpio of busybox, whose /init runs a shell on the console."""
     return _files("cloud-amd64").initrd
+
+
+def initrd_with(flavour: str, *modules: str) -> Path:
+    """The same, with modules of Debian's kernel `flavour` that it loads; skips without them."""
+    found = _fetched(flavour, modules)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found.initrd
 
 
 def vmlinux(flavour: str) -> Path:

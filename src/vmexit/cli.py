@@ -234,6 +234,12 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--device", metavar="NAME", action="append", default=[],
         help="one more device: testdev, which test suites for KVM look for",
     )  # fmt: skip
+    run.add_argument(
+        "--drive", metavar="file=P", action="append", default=[],
+        help="a disk, /dev/vda and so on in Linux: a raw image or a block device; ,readonly=on "
+        "keeps it as it is; ,serial=S gives it a serial number",
+    )  # fmt: skip
+    run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
     run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")
     _add_start(run)
     run.add_argument(
@@ -358,6 +364,8 @@ def _run(arguments: argparse.Namespace) -> int:
             protocol=arguments.protocol,
             cpu=arguments.cpu,
             devices=tuple(arguments.device),
+            drives=tuple(arguments.drive),
+            rng=arguments.rng,
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))

@@ -71,6 +71,24 @@ def test_modules_come_after_what_they_need(tmp_path):
         modules.in_order(["loop"])
 
 
+def test_modules_come_after_what_they_wish_for_if_that_is_there(tmp_path):
+    soft = {
+        "fs": "pre: crypto-sum missing post: behind",
+        "sum_generic": "",
+        "behind": "pre: plain",
+        "plain": "",
+    }
+    for name, softdep in soft.items():
+        source = tmp_path / f"{name}.s"
+        source.write_text(f'.section .modinfo,"a"\n.asciz "depends="\n.asciz "softdep={softdep}"\n')
+        subprocess.run(["as", "--64", "-o", tmp_path / f"{name}.ko", source], check=True)
+    modules = Modules(
+        [f"{name}.ko" for name in soft], [], lambda path: (tmp_path / path).read_bytes()
+    )
+    assert [name for name, _ in modules.in_order(["fs"])] == ["sum_generic", "fs"]
+    assert [name for name, _ in modules.in_order(["behind"])] == ["plain", "behind"]
+
+
 @needs_apt
 @pytest.mark.linux
 @pytest.mark.timeout(300)

@@ -1,5 +1,6 @@
 """The library: a machine that a Python program holds, on each accelerator."""
 
+import threading
 from io import StringIO
 
 import pytest
@@ -320,6 +321,39 @@ def test_code_that_the_host_changes_is_seen(machine):
     machine.vcpus[0].regs.rip = 0
     machine.run(timeout=60)
     assert machine.vcpus[0].regs.rax == 2
+
+
+def call_twice(machine):
+    """mov dx, ax; out 0x10, ax around two calls of code in another page, which returns 1 in AX."""
+    machine.load_bytes(b"\xe8\xfd\x0f\xe7\x10\xe8\xf8\x0f\xe7\x10\xf4".ljust(64, b"\x90"))
+    machine.vcpus[0].regs.rsp = 0x8000
+    machine.memory.write(0x2000, b"\xb8\x01\x00\xc3")  # mov ax, 1; ret
+
+
+@pytest.mark.parametrize("how", ["write", "slice", "view", "thread"])
+def test_code_that_a_callback_changes_is_seen_in_the_same_run(machine, how):
+    """The second call executes what the callback of the first answer has put there."""
+    call_twice(machine)
+    seen = []
+
+    def change(access: Access) -> None:
+        seen.append(access.value)
+        memory, new = machine.memory, b"\x02"
+        if how == "write":
+            memory.write(0x2001, new)
+        elif how == "slice":
+            memory[0x2001:0x2002] = new
+        elif how == "view":
+            memory.view(0x2001, 1)[:] = new
+            memory.host_wrote([(0x2001, 1)], 1)
+        else:
+            thread = threading.Thread(target=lambda: memory.write(0x2001, new))
+            thread.start()
+            thread.join()
+
+    machine.on_pio(0x10, write=change)
+    assert machine.run(timeout=60).reason is StopReason.HALT
+    assert seen == [1, 2]
 
 
 def test_code_that_the_guest_changes_is_seen(machine):

@@ -9,7 +9,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, GuestAddressError, HostError
@@ -17,6 +17,10 @@ from vmexit.core.errors import ConfigError, GuestAddressError, HostError
 PAGE_SIZE = 4096
 
 _U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
+
+
+# Told of a range of GPAs: its start and size.
+HostWrite = Callable[[int, int], None]
 
 
 class Region(NamedTuple):
@@ -60,6 +64,7 @@ class GuestMemory:
         self.regions: list[Region] = []
         self._starts: list[int] = []
         self._maps: list[mmap.mmap] = []
+        self._listeners: list[HostWrite] = []
         self._closed = False
         try:
             self.fd = os.memfd_create("vmexit-ram", os.MFD_CLOEXEC)
@@ -133,7 +138,10 @@ class GuestMemory:
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to `gpa`."""
-        self.view(gpa, len(data))[:] = data
+        size = len(data)
+        self.view(gpa, size)[:] = data
+        if self._listeners:
+            self.host_wrote(((gpa, size),), size)
 
     def __getitem__(self, key: slice) -> memoryview:
         """`memory[a:b]`: a view of the bytes at the GPAs from a up to, not including, b."""
@@ -143,7 +151,23 @@ class GuestMemory:
         gpa, size = _span(key)
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes do not fill the slice of {size}")
-        self.view(gpa, size)[:] = data
+        self.write(gpa, data)
+
+    def on_host_write(self, listener: HostWrite) -> None:
+        """Have `listener` told of what is written to memory other than by the guest."""
+        self._listeners.append(listener)
+
+    def host_wrote(self, ranges: Iterable[tuple[int, int]], size: int) -> None:
+        """Tell that views were written to: the first `size` bytes of these ranges.
+
+        The guest's page tables show nothing of that, and who has translated its code has to know.
+        """
+        for gpa, length in ranges if self._listeners else ():
+            if size <= 0:
+                return
+            for listener in self._listeners:
+                listener(gpa, min(length, size))
+            size -= length
 
     def read_u8(self, gpa: int) -> int:
         """The byte at `gpa`."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, HostError, shown
 from vmexit.fetch.initramfs import MOTD, SHRC, init_script, initramfs
-from vmexit.fetch.modules import Modules, module_name
+from vmexit.fetch.modules import CHOICE, Modules, module_name
 
 FLAVOURS = ("cloud-amd64", "amd64")
 _BUSYBOX = "busybox-static"
@@ -89,7 +89,9 @@ def _make(
     label = package.removeprefix("linux-image-")
     # What the files are made from is in their names, so that nothing stale is taken for new.
     version = apt.version(package)
-    made_from = "\n".join((version, apt.version(_BUSYBOX), init_script(), SHRC, MOTD, *modules))
+    made_from = "\n".join(
+        (version, apt.version(_BUSYBOX), init_script(), SHRC, MOTD, CHOICE, *modules)
+    )
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     kernel, initrd = folder / f"vmlinuz-{label}_{version}", folder / f"initrd-{label}-{digest}.gz"
     if kernel.exists() and initrd.exists():

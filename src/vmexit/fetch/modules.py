@@ -9,6 +9,9 @@ from pathlib import PurePosixPath
 
 from vmexit.core.errors import ConfigError
 
+# How modules are chosen: another name for each way, as what was made before is kept.
+CHOICE = "depends, softdep with crypto"
+
 _SUFFIX = re.compile(r"\.ko(\.xz|\.gz|\.zst)?$")
 
 
@@ -52,7 +55,11 @@ class Modules:
             hint = f"is it {' or '.join(close)}?" if close else "check the name"
             raise ConfigError(f"this kernel has no module {name!r}; {hint}")
         content = _unpacked(self._paths[name], self._read(self._paths[name]))
-        for other in dependencies(content):
+        needed, wished = dependencies(content)
+        # crypto-crc32c is an algorithm, and its plain implementation crc32c_generic.
+        names = [(w, f"{w.removeprefix('crypto_')}_generic") for w in wished]
+        there = [name for pair in names for name in pair if name in self._paths]
+        for other in needed + there:
             self._add(other, found, above | {name})
         found[name] = content
 
@@ -72,17 +79,21 @@ def _unpacked(path: str, content: bytes) -> bytes:
     return content
 
 
-def dependencies(module: bytes) -> list[str]:
-    """The names of the modules that this one needs: `depends=` in its section .modinfo."""
+def dependencies(module: bytes) -> tuple[list[str], list[str]]:
+    """What this module needs, and what it wishes for before it: modules, or aliases of some.
+
+    `depends=` and the part `pre:` of `softdep=` in its section .modinfo.
+    """
     from elftools.elf.elffile import ELFFile
 
     section = ELFFile(BytesIO(module)).get_section_by_name(".modinfo")
-    if section is None:
-        return []
-    for line in section.data().split(b"\0"):
-        key, _, value = line.partition(b"=")
-        if key == b"depends":
-            return [
-                _canonical(name) for name in value.decode("ascii", "replace").split(",") if name
-            ]
-    return []
+    needed: list[str] = []
+    wished: list[str] = []
+    for line in section.data().split(b"\0") if section is not None else ():
+        key, _, value = line.decode("ascii", "replace").partition("=")
+        if key == "depends":
+            needed += [_canonical(name) for name in value.split(",") if name]
+        elif key == "softdep" and value.startswith("pre:"):
+            before = value.removeprefix("pre:").partition("post:")[0]
+            wished += [_canonical(name) for name in before.split()]
+    return needed, wished

@@ -1,6 +1,6 @@
 """The devices of a machine: which there are, and where the guest finds them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from vmexit.arch.x86 import layout
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
     from vmexit.devices.irqchip import PcIrqChip
+    from vmexit.devices.virtio.device import VirtioDevice
 
 
 OnClose = Callable[[Callable[[], None]], object]
@@ -131,6 +132,33 @@ class Board:
         self._port("reset-control", layout.RESET_CONTROL_PORTS, 4, control)
         pm = AcpiPm(self._loop, irq(layout.SCI_IRQ), power_off)
         self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm)
+
+    def attach_virtio(self, chip: IrqChip, memory: "GuestMemory") -> None:
+        """Disks and whatever else is virtio, each with a page of registers and an interrupt."""
+        from vmexit.devices.virtio.mmio import MmioTransport
+
+        for number, (name, device) in enumerate(self._virtio_devices()):
+            irq = IrqLine(chip, layout.VIRTIO_GSIS[number])
+            transport = MmioTransport(device, memory, irq)
+            at = layout.VIRTIO_MMIO + number * layout.VIRTIO_MMIO_SIZE
+            self._mmio.attach(at, layout.VIRTIO_MMIO_SIZE, transport)
+            self.devices[name] = transport
+
+    def _virtio_devices(self) -> Iterator[tuple[str, "VirtioDevice"]]:
+        config = self._config
+        for number, text in enumerate(config.drives):
+            from vmexit.backends.disk import Disk
+            from vmexit.devices.virtio.blk import Blk
+            from vmexit.machine.drive import Drive
+
+            drive = Drive.parse(text)
+            disk = Disk(drive.file, readonly=drive.readonly)
+            self._on_close(disk.close)
+            yield f"disk{number}", Blk(disk, drive.serial)
+        if config.rng:
+            from vmexit.devices.virtio.rng import Rng
+
+            yield "rng", Rng()
 
     def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
         """What firmware asks of the machine."""

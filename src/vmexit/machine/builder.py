@@ -157,6 +157,8 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.attach_irqchip(*engine.in_process)
         if engine.chip is not None:
             board.attach_pc(engine.chip)
+            if config.virtio_devices:
+                board.attach_virtio(engine.chip, memory)
         if "testdev" in config.devices:
             board.attach_testdev(engine.chip)
         if contents is not None:
@@ -203,22 +205,26 @@ def _load(config: MachineConfig, memory: GuestMemory) -> "tuple[BootEntry, Conte
 
 def _for_firmware(config: MachineConfig, path: _Path, memory: GuestMemory) -> "Contents":
     """What firmware is told of the machine, and of the kernel that it is to boot."""
-    from vmexit.arch.x86 import acpi
     from vmexit.boot import firmware_items
 
     kernel, initrd = read_image(path, what="kernel"), _read_initrd(config)
     return (
         firmware_items.machine(memory.regions, config.smp, serial=config.serial is not None)
-        | firmware_items.acpi_tables(acpi.build(config.smp, 0))
+        | firmware_items.acpi_tables(_acpi(config, 0))
         | firmware_items.kernel(kernel, initrd, config.append, memory)
     )
+
+
+def _acpi(config: MachineConfig, at: int) -> bytes:
+    from vmexit.arch.x86 import acpi
+
+    return acpi.build(config.smp, at, acpi.virtio_mmio(config.virtio_devices))
 
 
 def _load_kernel(
     config: MachineConfig, path: _Path, memory: GuestMemory
 ) -> "tuple[BootEntry, Contents | None]":
     """Put a kernel into memory, by the loader that its file is for."""
-    from vmexit.arch.x86 import acpi
     from vmexit.boot import linux
 
     kernel = read_image(path, what="kernel")
@@ -229,7 +235,7 @@ def _load_kernel(
     rsdp = 0
     if config.machine == "microvm":  # the bare one has nothing that they could tell of
         rsdp = ACPI_TABLES
-        tables = acpi.build(config.smp, rsdp)
+        tables = _acpi(config, rsdp)
         check_ram(memory, rsdp, len(tables), "the ACPI tables")
         memory.write(rsdp, tables)
     if by_multiboot:

@@ -11,6 +11,7 @@ from vmexit.arch.x86.layout import (
     FLAT_LOAD_ADDRESS,
     MMIO_HOLE_END,
     PHYSICAL_END,
+    VIRTIO_GSIS,
 )
 from vmexit.boot.flat import MODES
 from vmexit.core.errors import ConfigError
@@ -76,6 +77,8 @@ class _Options(NamedTuple):
     protocol: str = "auto"
     cpu: str = "host"
     devices: tuple[str, ...] = ()
+    drives: tuple[str, ...] = ()
+    rng: bool = False
 
     @property
     def cpu_model(self) -> CpuModel:
@@ -125,6 +128,7 @@ class MachineConfig(_Options):
         for name in self.devices:
             if name not in DEVICES:
                 raise ConfigError(f"there is no device {name!r}; use {' or '.join(DEVICES)}")
+        self._check_virtio()
         self._check_start()
         if not 1 <= self.smp <= MAX_CPUS:
             raise ConfigError(f"{self.smp} vCPUs cannot be; use --smp 1 to {MAX_CPUS}")
@@ -149,6 +153,25 @@ class MachineConfig(_Options):
         for name, port in ports:
             if not 0 <= port <= 0xFFFF:
                 raise ConfigError(f"{name}: {port:#x} is no port; use 0 to 0xffff")
+
+    def _check_virtio(self) -> None:
+        if not self.drives and not self.rng:
+            return
+        from vmexit.machine.drive import Drive
+
+        for text in self.drives:
+            Drive.parse(text)
+        if self.machine == "bare":
+            raise ConfigError("the bare machine has no disks; use --machine microvm")
+        if self.virtio_devices > len(VIRTIO_GSIS):
+            raise ConfigError(
+                f"{self.virtio_devices} virtio devices are too many; use {len(VIRTIO_GSIS)} at most"
+            )
+
+    @property
+    def virtio_devices(self) -> int:
+        """How many there are."""
+        return len(self.drives) + self.rng
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

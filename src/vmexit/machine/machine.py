@@ -215,6 +215,8 @@ class Machine:
         protocol: str = "auto",
         cpu: str = "host",
         devices: tuple[str, ...] = (),
+        drives: tuple[str, ...] = (),
+        rng: bool = False,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -231,6 +233,7 @@ class Machine:
         `smp` vCPUs. The other machine is `bare`, which has no interrupts. `cpu` is `host`, all that
         the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
         name: `testdev`, the test device of QEMU that test suites for KVM look for.
+        `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, and `rng` is a source of entropy.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -255,6 +258,8 @@ class Machine:
             protocol=protocol,
             cpu=cpu,
             devices=devices,
+            drives=drives,
+            rng=rng,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for

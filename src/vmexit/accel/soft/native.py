@@ -81,6 +81,13 @@ class Library:
         self.find_region = self.cdll.find_memory_mapping_x86_64
         self.find_region.restype = ctypes.c_void_p
         self.find_region.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        # RAM has numbers of the engine's own: the first makes one of a host address.
+        self.ram_offset = self.cdll.qemu_ram_addr_from_host_x86_64
+        self.ram_offset.restype = ctypes.c_uint64
+        self.ram_offset.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        self.drop_translations = self.cdll.tb_invalidate_phys_range_x86_64
+        self.drop_translations.restype = None
+        self.drop_translations.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
         # Variadic in C; the one argument that may follow is an int.
         self._hook_add = self.cdll.uc_hook_add
         self._hook_add.argtypes = [

@@ -23,6 +23,9 @@ from vmexit.arch.x86.layout import (
     RTC_PORT,
     SCI_IRQ,
     SLEEP_TYPE_S5,
+    VIRTIO_GSIS,
+    VIRTIO_MMIO,
+    VIRTIO_MMIO_SIZE,
 )
 from vmexit.core.errors import ConfigError
 
@@ -88,6 +91,26 @@ def build(cpus: int, at: int, devices: bytes = b"") -> bytes:
             "use fewer devices"
         )
     return tables
+
+
+def virtio_mmio(count: int) -> bytes:
+    """AML of so many virtio devices over MMIO; LNRO0005 is the ID that Linux gave them."""
+    return b"".join(
+        aml.device(
+            f"VR{number:02X}",
+            aml.name("_HID", aml.string("LNRO0005")),
+            aml.name("_UID", aml.integer(number)),
+            aml.name("_CCA", aml.integer(1)),
+            aml.name(
+                "_CRS",
+                aml.resource_template(
+                    aml.memory32_fixed(VIRTIO_MMIO + number * VIRTIO_MMIO_SIZE, VIRTIO_MMIO_SIZE),
+                    aml.extended_irq(VIRTIO_GSIS[number], level=False),
+                ),
+            ),
+        )
+        for number in range(count)
+    )
 
 
 def _checked(data: bytes, position: int) -> bytes:

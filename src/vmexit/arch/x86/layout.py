@@ -114,6 +114,10 @@ FW_CFG_PORT = 0x510
 TESTDEV_ECHO_PORT, TESTDEV_FLUSH_PORT, TESTDEV_ECHO_BYTES_PORT = 0xE0, 0xE4, 0xE8
 TESTDEV_LINES_PORT = 0x2000
 TESTDEV_MEMORY = 0xFF00_0000
+# Virtio devices over MMIO, a page each, where QEMU's microvm has them. Their interrupts: first the
+# ISA ones that nothing else has, which work without the I/O APIC, too, then its own.
+VIRTIO_MMIO, VIRTIO_MMIO_SIZE = 0xFEB0_0000, 0x1000
+VIRTIO_GSIS = (5, 6, 7, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23)
 # PM1a event and control block and PM timer as one device.
 ACPI_PM_PORT = PM1A_EVENT_PORT
 ACPI_PM_SIZE = 12

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Rows `lab`, which `make bench-lab` prints: Debian's kernel booted on KVM, against QEMU's microvm.
+
+For the KVM lab (docs/kvm-lab.md), where everything is slow, and a guest or QEMU itself now and then
+crashes: such a boot of either side is repeated, and the table says how often.
+"""
+
+import argparse
+import os
+import platform
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from measure import Row, Unavailable, attempt, differences, interleave, ratios, spread, table
+from start import QEMU, as_installed, command
+
+from vmexit.core.errors import VmexitError
+from vmexit.fetch.debian import Fetched, fetch
+
+MEMORY = "256M"
+ROUNDS = 5
+TIMEOUT = 150  # seconds; several times what the slowest boot takes in the lab
+TRIES = 3
+TARGET = 1.0
+
+# What the guest's /init prints first, when it has loaded what there is to load.
+_INIT = b"vmexit guest: a busybox shell."
+
+# How much the kernel says makes the difference: each byte is an exit of its own, and another to
+# see whether the port is free.
+_LOGS = {"quiet": "console=ttyS0 quiet", "full log": "console=ttyS0"}
+
+
+class Times(NamedTuple):
+    """Seconds from the start of the process to the guest's first byte, and to its /init."""
+
+    first: float
+    init: float
+
+    @property
+    def since_first(self) -> float:
+        """The part that is the guest's, without the start of the process and of its machine."""
+        return self.init - self.first
+
+
+@dataclass
+class Side:
+    """One of the two commands, and how many of its boots had to be repeated."""
+
+    command: list[str]
+    repeated: int = 0
+
+    def boot(self) -> Times:
+        """Boot once; raises Unavailable when it fails again and again."""
+        for _ in range(TRIES - 1):
+            try:
+                return self._once()
+            except Unavailable:
+                self.repeated += 1
+        return self._once()
+
+    def _once(self) -> Times:
+        times = _once(self.command)
+        name = Path(self.command[0]).name
+        print(f"{name}: {times.first:.2f} s, {times.init:.2f} s", file=sys.stderr, flush=True)
+        return times
+
+
+def rows(rounds: int) -> Iterator[Row]:
+    """One vCPU, the same kernel, initrd and command line."""
+    if shutil.which(QEMU) is None:
+        raise Unavailable(f"{QEMU} is not installed")
+    if os.environ.get("VMEXIT_IN_LAB") != "1":
+        raise Unavailable("this is not the KVM lab; use make bench-lab")
+    try:
+        files = fetch("cloud-amd64", (), lambda what, done: None)
+    except VmexitError as error:
+        raise Unavailable(str(error)) from error
+    for side in _sides(files, _LOGS["quiet"]):
+        side.boot()  # for what the lab has not read yet from outside, and byte code
+    for log, append in _LOGS.items():
+        yield from attempt(f"lab {log}", _compare(log, _sides(files, append), rounds))
+
+
+def _sides(files: Fetched, append: str) -> tuple[Side, Side]:
+    kernel, initrd = str(files.kernel), str(files.initrd)
+    ours = [
+        *command(), "run", "--accel", "kvm", "-m", MEMORY,
+        "--kernel", kernel, "--initrd", initrd, "--append", append,
+    ]  # fmt: skip
+    theirs = [
+        QEMU, "-M", "microvm,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", MEMORY,
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
+        "-kernel", kernel, "-initrd", initrd, "-append", append,
+    ]  # fmt: skip
+    return Side(ours), Side(theirs)
+
+
+def _compare(log: str, sides: tuple[Side, Side], rounds: int) -> Iterator[Row]:
+    ours, theirs = sides
+    mine, other = interleave(rounds, (ours.boot, theirs.boot))
+    repeated = f"; {ours.repeated} and {theirs.repeated} boots were repeated"
+    yield _row(
+        f"lab {log}, process to init",
+        f"`vmexit run --accel kvm` against `{QEMU} -M microvm,rtc=on -accel kvm -cpu host`, "
+        f"Debian's cloud kernel, {MEMORY}; until its console shows `{_INIT.decode()}`{repeated}",
+        [times.init for times in mine],
+        [times.init for times in other],
+    )
+    yield _row(
+        f"lab {log}, first byte to init",
+        "the same boots, from the first byte of the guest's console on",
+        [times.since_first for times in mine],
+        [times.since_first for times in other],
+    )
+
+
+def _row(name: str, compared: str, ours: list[float], theirs: list[float]) -> Row:
+    ratio = ratios(ours, theirs)
+    return Row(
+        name,
+        compared,
+        len(ours),
+        f"{spread(ours).median:.2f} s",
+        f"{spread(theirs).median:.2f} s",
+        ratio.text("x"),
+        f"{TARGET}x",
+        ratio.median <= TARGET,
+        ratio.around(TARGET),
+        figures={
+            "vmexit_s": spread(ours),
+            "qemu_s": spread(theirs),
+            "ratio": ratio,
+            "difference_s": differences(ours, theirs),
+        },
+    )
+
+
+def _once(command: list[str]) -> Times:
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=as_installed(),
+    ) as process:
+        assert process.stdout is not None
+        try:
+            return _arrivals(process.stdout.fileno(), begin)
+        except (TimeoutError, EOFError) as error:
+            raise Unavailable(f"{command[0]} did not boot: {error}") from error
+        finally:
+            process.kill()
+
+
+def _arrivals(fd: int, begin: float) -> Times:
+    text, first = b"", 0.0
+    while _INIT not in text:
+        left = begin + TIMEOUT - time.perf_counter()
+        ready, _, _ = select.select([fd], [], [], max(left, 0))
+        if not ready:
+            raise TimeoutError(f"{TIMEOUT} s were over")
+        data = os.read(fd, 1 << 16)
+        if not data:
+            raise EOFError("it ended")
+        first = first or time.perf_counter() - begin
+        text += data
+    return Times(first, time.perf_counter() - begin)
+
+
+def main() -> int:
+    """Print one table; a missed target is a finding, not a failure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    rounds: int = parser.parse_args().rounds
+    measured = list(attempt("lab", rows(rounds)))
+    print(f"\nPython {platform.python_version()}, Linux {platform.release()}, in the KVM lab\n")
+    print(table(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""What devices write to guest memory, for an engine that keeps translations of its code."""
+
+from collections import deque
+from collections.abc import Callable
+
+from vmexit.accel.soft.native import Library
+from vmexit.accel.soft.stopping import Stopper
+from vmexit.core.memory import GuestMemory
+
+# So many may wait; if there are more, all translations go.
+_MOST = 1024
+
+
+class HostWrites:
+    """Drops the translations of code that a device has written over while the guest runs.
+
+    Within an access that is done at once. From another thread it has to wait until the engine can
+    be entered, which `attention` asks for.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        engine: int,
+        memory: GuestMemory,
+        stopper: Stopper,
+    ) -> None:
+        self._library = library
+        self._engine = engine
+        self._memory = memory
+        self._stopper = stopper
+        self._pending: deque[tuple[int, int]] = deque()
+        self._too_many = False
+        self.attention: Callable[[], None] = lambda: None
+        # Where the engine counts each region from, by its HVA.
+        self._offsets: dict[int, int] = {}
+        memory.on_host_write(self._wrote)
+
+    def _wrote(self, gpa: int, size: int) -> None:
+        if self._stopper.in_callback:
+            self._drop(gpa, size)
+        else:
+            if len(self._pending) < _MOST:
+                self._pending.append((gpa, size))
+            else:
+                self._too_many = True
+            self.attention()
+
+    def drop(self) -> None:
+        """Do what has waited; on the thread of the engine, which does not execute now."""
+        pending = self._pending
+        if self._too_many:
+            self._too_many = False
+            pending.clear()
+            self._library.flush_translations(self._engine)
+        while pending:
+            self._drop(*pending.popleft())
+
+    def _drop(self, gpa: int, size: int) -> None:
+        region = self._memory.region(gpa, size)
+        offset = self._offsets.get(region.hva)
+        if offset is None:
+            offset = self._library.ram_offset(self._engine, region.hva)
+            self._offsets[region.hva] = offset
+        start = offset + gpa - region.gpa
+        self._library.drop_translations(self._engine, start, start + size)

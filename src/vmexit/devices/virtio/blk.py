@@ -1,0 +1,186 @@
+"""The block device (virtio 5.2): a disk in sectors of 512 bytes."""
+
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+from vmexit.abi import virtio as v
+from vmexit.core.bus import State
+from vmexit.devices.saved import Saved
+from vmexit.devices.virtio.queue import Chain, Queue, QueueError
+
+_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+_RANGE = struct.Struct("<QII")  # sector, number of sectors, flags: discard and write zeroes
+# Capacity, size_max, seg_max, geometry, blk_size, topology, writeback, num_queues, discard (three),
+# write zeroes (two), write_zeroes_may_unmap (5.2.4)
+_CONFIG = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
+
+QUEUE_SIZE = 256
+# Segments of data in a request: the chain has a header and a status, too.
+_SEG_MAX = QUEUE_SIZE - 2
+# So much is discarded or zeroed at a time, at most.
+_MAX_RANGE = 1 << 22  # sectors: 2 GiB
+_STATUS = 1
+
+
+class DiskBackend(Protocol):
+    """The host side of a disk. Each call may raise OSError, and none calls the device."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    @property
+    def readonly(self) -> bool: ...
+
+    @property
+    def block_size(self) -> int:
+        """Bytes in which it is best read and written; a power of two of at least 512."""
+        ...
+
+    def read_into(self, views: Sequence[memoryview], offset: int) -> None:
+        """Fill `views` with what is at `offset`."""
+        ...
+
+    def write_from(self, views: Sequence[memoryview], offset: int) -> None: ...
+
+    def flush(self) -> None:
+        """What was written is on stable storage after this."""
+        ...
+
+    def discard(self, offset: int, size: int) -> None:
+        """What is there does not matter any more."""
+        ...
+
+    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
+        """It reads as zeros now; `unmap` allows to free its storage."""
+        ...
+
+
+class Blk:
+    """One queue of requests, each of which is done before the next one is looked at."""
+
+    device_id = v.BLOCK
+    queue_sizes = (QUEUE_SIZE,)
+
+    def __init__(self, disk: DiskBackend, serial: str = "") -> None:
+        """`serial` is what the guest sees as the disk's serial number: at most 20 bytes count."""
+        self._disk = disk
+        self._id = serial.encode()[: v.BLK_ID_SIZE].ljust(v.BLK_ID_SIZE, b"\0")
+        self._queue: Queue | None = None
+        bits = [v.BLK_F_SEG_MAX, v.BLK_F_BLK_SIZE, v.BLK_F_TOPOLOGY, v.BLK_F_FLUSH]
+        bits += [v.BLK_F_RO] if disk.readonly else [v.BLK_F_DISCARD, v.BLK_F_WRITE_ZEROES]
+        self.features = sum(1 << bit for bit in bits)
+        physical = (disk.block_size // v.SECTOR_SIZE).bit_length() - 1
+        self._config = _CONFIG.pack(
+            disk.size // v.SECTOR_SIZE, 0, _SEG_MAX, v.SECTOR_SIZE,
+            physical, 0, disk.block_size // v.SECTOR_SIZE, 0, 0, 1,
+            _MAX_RANGE, 1, disk.block_size // v.SECTOR_SIZE, _MAX_RANGE, 1, 1,
+        )  # fmt: skip
+
+    def config(self) -> bytes:
+        return self._config
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Nothing can be written: the cache mode is not negotiated."""
+
+    def activate(self, queues: Sequence[Queue], features: int) -> None:
+        self._queue = queues[0]
+
+    def notify(self, index: int) -> None:
+        queue = self._queue
+        if queue is None:
+            return
+        while (chain := queue.pop()) is not None:
+            queue.push(chain, self._serve(chain))
+        queue.tell()
+
+    def _serve(self, chain: Chain) -> int:
+        """Do what is asked, put the status behind it; the number of bytes written."""
+        if not chain.writable:
+            raise QueueError("a request to a disk has no room for its status")
+        header = chain.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            raise QueueError("a request to a disk has no header")
+        kind, _, sector = _HEADER.unpack(header)
+        data = _without_last_byte(chain.writable)
+        size = chain.writable_size() - _STATUS
+        try:
+            status = self._do(kind, sector, chain, data, size)
+        except OSError:
+            status = v.BLK_S_IOERR
+        chain.writable[-1][-1] = status
+        return size + _STATUS
+
+    def _do(self, kind: int, sector: int, chain: Chain, data: list[memoryview], size: int) -> int:
+        """The status of a request."""
+        disk = self._disk
+        if kind == v.BLK_T_IN:
+            if not self._within(sector, size):
+                return v.BLK_S_IOERR
+            disk.read_into(data, sector * v.SECTOR_SIZE)
+        elif kind == v.BLK_T_GET_ID:
+            if size < v.BLK_ID_SIZE:
+                return v.BLK_S_IOERR
+            chain.write(self._id)
+        elif kind == v.BLK_T_FLUSH:
+            if not disk.readonly:
+                disk.flush()
+        elif kind == v.BLK_T_OUT:
+            source = _without_first(chain.readable, _HEADER.size)
+            if disk.readonly or not self._within(sector, sum(map(len, source))):
+                return v.BLK_S_IOERR
+            disk.write_from(source, sector * v.SECTOR_SIZE)
+        elif kind in (v.BLK_T_DISCARD, v.BLK_T_WRITE_ZEROES):
+            return self._clear(kind, chain.read(_HEADER.size + _RANGE.size + 1)[_HEADER.size :])
+        else:
+            return v.BLK_S_UNSUPP
+        return v.BLK_S_OK
+
+    def _clear(self, kind: int, data: bytes) -> int:
+        """Discard or zero one range (5.2.6)."""
+        disk = self._disk
+        if len(data) != _RANGE.size or disk.readonly:
+            return v.BLK_S_IOERR
+        sector, count, flags = _RANGE.unpack(data)
+        unmap = bool(flags & v.BLK_WRITE_ZEROES_F_UNMAP)
+        if flags & ~v.BLK_WRITE_ZEROES_F_UNMAP or (unmap and kind == v.BLK_T_DISCARD):
+            return v.BLK_S_UNSUPP
+        offset, size = sector * v.SECTOR_SIZE, count * v.SECTOR_SIZE
+        if count > _MAX_RANGE or not self._within(sector, size):
+            return v.BLK_S_IOERR
+        if kind == v.BLK_T_DISCARD:
+            disk.discard(offset, size)
+        else:
+            disk.write_zeroes(offset, size, unmap=unmap)
+        return v.BLK_S_OK
+
+    def _within(self, sector: int, size: int) -> bool:
+        """Whether whole sectors of the disk are meant."""
+        end = sector * v.SECTOR_SIZE + size
+        return size % v.SECTOR_SIZE == 0 and end <= self._disk.size
+
+    def reset(self) -> None:
+        self._queue = None
+
+    def state(self) -> State:
+        return {"version": 1}
+
+    def restore(self, state: State) -> None:
+        """Raises ConfigError for what is no state of this."""
+        Saved(state, "a block device", 1)
+
+
+def _without_last_byte(views: list[memoryview]) -> list[memoryview]:
+    last = views[-1][:-_STATUS]
+    return [*views[:-1], last] if len(last) else views[:-1]
+
+
+def _without_first(views: list[memoryview], size: int) -> list[memoryview]:
+    """`views` behind their first `size` bytes, which they have."""
+    for number, view in enumerate(views):
+        if size < len(view):
+            return [view[size:], *views[number + 1 :]]
+        size -= len(view)
+    return []
