@@ -3,7 +3,7 @@
 # mode: protected
 
 # At 0x6000 the program that runs this says how many vCPUs to start, at 0x6004 whether to go on after
-# counting; else the guest ends with 0x21 on port 0xf4. 0x6008 is the count, 0x600c the number of
+# counting (with 2, all but the first write to a port); else it ends with 0x21 on port 0xf4. 0x6008 is the count, 0x600c the number of
 # vCPUs that have begun, 0x6010 of those that have done counting, and from 0x6020 on there is a word
 # for each that grows while it does something (not for one that halts).
 
@@ -82,6 +82,8 @@ ap_start:
     dec ecx
     jnz 1b
     lock inc dword ptr [DONE]
+    cmp dword ptr [GO_ON], 2
+    je writes
     cmp ebp, 2
     jb spins
     je writes

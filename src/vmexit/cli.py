@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -452,6 +453,7 @@ class _Output:
         self._text: list[str] = []
         self._size = 0
         self.ending: Callable[[], bool] = never
+        self._lock = threading.RLock()  # several vCPUs write
 
     @classmethod
     def to_file(cls, path: str) -> "_Output":
@@ -469,22 +471,24 @@ class _Output:
                 os.ftruncate(self._fd, 0)
 
     def write(self, text: str) -> None:
-        self._text.append(text)
-        self._size += len(text)
-        if self._size >= self._piece:
-            self.flush(math.inf)
+        with self._lock:
+            self._text.append(text)
+            self._size += len(text)
+            if self._size >= self._piece:
+                self.flush(math.inf)
 
     def flush(self, patience: float) -> None:
         """Write what there is. Raises HostError if that fails."""
-        data = "".join(self._text).encode("utf-8", "backslashreplace")
-        self._text.clear()
-        self._size = 0
-        try:
-            write_all(self._fd, data, patience, self.ending)
-        except OSError as error:
-            raise HostError(
-                f"cannot write {shown(self._name)}: {error.strerror}; use another path"
-            ) from error
+        with self._lock:
+            data = "".join(self._text).encode("utf-8", "backslashreplace")
+            self._text.clear()
+            self._size = 0
+            try:
+                write_all(self._fd, data, patience, self.ending)
+            except OSError as error:
+                raise HostError(
+                    f"cannot write {shown(self._name)}: {error.strerror}; use another path"
+                ) from error
 
     def __enter__(self) -> "_Output":
         return self

@@ -17,9 +17,9 @@ def store(address: int, value: int) -> bytes:
     return b"\xc7\x05" + struct.pack("<II", address, value)
 
 
-def microvm(code: bytes, smp: int = 1) -> Machine:
+def microvm(code: bytes, smp: int = 1, accel: str = "soft") -> Machine:
     """32-bit code at 0x1000, a stack, the LAPIC on, and an IDT at 0x3000 with NMI to 0x2000."""
-    vm = Machine("1M", "soft", machine="microvm", mode="protected", serial="null", smp=smp)
+    vm = Machine("1M", accel, machine="microvm", mode="protected", serial="null", smp=smp)
     begin = bytes.fromhex("0f011d00400000 bc00800000") + store(LAPIC + 0xF0, 0x1FF)
     vm.load_bytes(begin + code, at=0x1000)
     vm.memory.write(0x3000 + 2 * 8, struct.pack("<HHBBH", 0x2000, 8, 0, 0x8E, 0))
@@ -51,9 +51,9 @@ def test_an_nmi_that_is_blocked_does_not_end_a_halt():
 
 
 @pytest.mark.parametrize("register", ["rax", "rsp"])
-def test_writing_a_register_of_a_halted_vcpu_leaves_it_halted(register):
+def test_writing_a_register_of_a_halted_vcpu_leaves_it_halted(accel, register):
     code = bytes.fromhex("fb f4 b011 e6f4")  # sti; hlt; mov al, 0x11; out 0xf4, al
-    with microvm(code) as vm:
+    with microvm(code, accel=accel) as vm:
         assert vm.run(timeout=0.2).reason is StopReason.TIMEOUT
         setattr(vm.vcpus[0].regs, register, 0x7000)
         assert vm.run(timeout=0.2).reason is StopReason.TIMEOUT

@@ -1,12 +1,15 @@
 """Several vCPUs: they count together, and can be stopped at any moment, whatever each one does."""
 
+import json
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from guests import FOLDER
-from vmexit import Machine, StopReason
+from vmexit import Access, Machine, StopReason, VmexitError
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
@@ -53,3 +56,43 @@ def test_stops_are_clean_in_any_state(accel):
             before = [max(pair) for pair in zip(before, still, strict=True)]
             assert before == still  # nobody went back
         assert all(new > old for new, old in zip(still, begin, strict=True))
+
+
+def test_an_access_does_not_wait_for_another_vcpu_that_runs(accel):
+    """Its registers are for after the run; one's own can be read."""
+    seen = []
+
+    def look(access: Access) -> None:
+        with pytest.raises(VmexitError, match=r"stop\(\) it first"):
+            _ = vm.vcpus[1].regs.rip
+        with pytest.raises(VmexitError, match=r"stop\(\) it first"):
+            vm.dump(1)
+        seen.append(vm.vcpus[0].regs.rip)
+        vm.stop()
+
+    with smp(accel, 2, 1) as vm:
+        vm.load_bytes(b"\xe6\x10\xeb\xfe", at=0x9000)  # out 0x10, al; jmp .
+        vm.vcpus[0].regs.rip = 0x9000
+        vm.on_pio(0x10, write=look)
+        assert vm.run(timeout=30).reason is StopReason.STOPPED
+        assert seen and vm.vcpus[1].regs.rip == 0xFFF0
+
+
+def test_traces_of_several_vcpus_are_whole_lines(accel, tmp_path):
+    """Each of them makes accesses all the time."""
+    trace = tmp_path / "trace"
+    image = tmp_path / "image"
+    code = bytearray((FOLDER / "smp.bin").read_bytes())
+    image.write_bytes(code.ljust(0x7000, b"\0"))
+    with image.open("r+b") as file:
+        for at, value in ((STARTED, 3), (GO_ON, 2)):
+            file.seek(at)
+            file.write(value.to_bytes(4, "little"))
+    command = ["run", "--accel", accel, "--machine", "microvm", "--mode", "protected", "--smp", "4"]
+    command += ["--trace", str(trace), "--timeout", "2", "--serial", "null", str(image)]
+    done = subprocess.run(
+        [sys.executable, "-m", "vmexit", *command], capture_output=True, timeout=60
+    )
+    assert done.returncode == 124, done.stderr
+    exits = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert len(exits) > 1000 and {e["exit"] for e in exits} <= {"io", "mmio"}

@@ -5,6 +5,7 @@ from vmexit.abi.ioctl import KVMIO, READ, WRITE, encode
 from vmexit.abi.kvm_structs import (
     kvm_cpuid2,
     kvm_dirty_log,
+    kvm_mp_state,
     kvm_msr_list,
     kvm_msrs,
     kvm_regs,
@@ -91,6 +92,16 @@ KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20
 KVM_X86_SHADOW_INT_MOV_SS = 0x01
 KVM_X86_SHADOW_INT_STI = 0x02
 
+# vCPU run states
+KVM_MP_STATE_RUNNABLE = 0
+KVM_MP_STATE_UNINITIALIZED = 1
+KVM_MP_STATE_INIT_RECEIVED = 2
+KVM_MP_STATE_HALTED = 3
+KVM_MP_STATE_SIPI_RECEIVED = 4
+KVM_MP_STATE_STOPPED = 5
+KVM_MP_STATE_AP_RESET_HOLD = 9
+KVM_MP_STATE_SUSPENDED = 10
+
 # CPUID
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
 KVM_CPUID_FLAG_STATEFUL_FUNC = 1 << 1
@@ -121,6 +132,8 @@ KVM_SET_MSRS = encode(KVMIO, 0x89, WRITE, kvm_msrs)
 KVM_SET_SIGNAL_MASK = encode(KVMIO, 0x8B, WRITE, kvm_signal_mask)
 KVM_SET_CPUID2 = encode(KVMIO, 0x90, WRITE, kvm_cpuid2)
 KVM_GET_CPUID2 = encode(KVMIO, 0x91, READ | WRITE, kvm_cpuid2)
+KVM_GET_MP_STATE = encode(KVMIO, 0x98, READ, kvm_mp_state)
+KVM_SET_MP_STATE = encode(KVMIO, 0x99, WRITE, kvm_mp_state)
 KVM_GET_VCPU_EVENTS = encode(KVMIO, 0x9F, READ, kvm_vcpu_events)
 KVM_SET_VCPU_EVENTS = encode(KVMIO, 0xA0, WRITE, kvm_vcpu_events)
 
@@ -135,6 +148,8 @@ REQUIRED_CAPABILITY = {
     KVM_SET_IDENTITY_MAP_ADDR: caps.KVM_CAP_SET_IDENTITY_MAP_ADDR,
     KVM_SET_CPUID2: caps.KVM_CAP_EXT_CPUID,
     KVM_GET_CPUID2: caps.KVM_CAP_EXT_CPUID,
+    KVM_GET_MP_STATE: caps.KVM_CAP_MP_STATE,
+    KVM_SET_MP_STATE: caps.KVM_CAP_MP_STATE,
     KVM_GET_VCPU_EVENTS: caps.KVM_CAP_VCPU_EVENTS,
     KVM_SET_VCPU_EVENTS: caps.KVM_CAP_VCPU_EVENTS,
 }

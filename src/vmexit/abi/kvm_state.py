@@ -19,16 +19,6 @@ KVM_DIRTY_GFN_F_MASK = 0x3
 # In pages: where the dirty ring is in the mapping of a vCPU (KVM API 8.29).
 KVM_DIRTY_LOG_PAGE_OFFSET = 64
 
-# vCPU run states
-KVM_MP_STATE_RUNNABLE = 0
-KVM_MP_STATE_UNINITIALIZED = 1
-KVM_MP_STATE_INIT_RECEIVED = 2
-KVM_MP_STATE_HALTED = 3
-KVM_MP_STATE_SIPI_RECEIVED = 4
-KVM_MP_STATE_STOPPED = 5
-KVM_MP_STATE_AP_RESET_HOLD = 9
-KVM_MP_STATE_SUSPENDED = 10
-
 # Debugging
 KVM_GUESTDBG_ENABLE = 0x1
 KVM_GUESTDBG_SINGLESTEP = 0x2
@@ -166,10 +156,6 @@ class kvm_reg_list(Structure):
     _fields_ = (("n", u64),)
 
 
-class kvm_mp_state(Structure):
-    _fields_ = (("mp_state", u32),)
-
-
 class kvm_guest_debug_arch(Structure):
     _fields_ = (("debugreg", u64 * 8),)
 
@@ -286,8 +272,6 @@ KVM_GET_DEVICE_ATTR = encode(KVMIO, 0xE2, WRITE, kvm_device_attr)
 KVM_HAS_DEVICE_ATTR = encode(KVMIO, 0xE3, WRITE, kvm_device_attr)
 KVM_GET_FPU = encode(KVMIO, 0x8C, READ, kvm_fpu)
 KVM_SET_FPU = encode(KVMIO, 0x8D, WRITE, kvm_fpu)
-KVM_GET_MP_STATE = encode(KVMIO, 0x98, READ, kvm_mp_state)
-KVM_SET_MP_STATE = encode(KVMIO, 0x99, WRITE, kvm_mp_state)
 KVM_SET_GUEST_DEBUG = encode(KVMIO, 0x9B, WRITE, kvm_guest_debug)
 KVM_X86_SETUP_MCE = encode(KVMIO, 0x9C, WRITE, u64)
 KVM_X86_GET_MCE_CAP_SUPPORTED = encode(KVMIO, 0x9D, READ, u64)
@@ -325,8 +309,6 @@ REQUIRED_CAPABILITY = {
     KVM_SET_DEVICE_ATTR: caps.KVM_CAP_DEVICE_CTRL,
     KVM_GET_DEVICE_ATTR: caps.KVM_CAP_DEVICE_CTRL,
     KVM_HAS_DEVICE_ATTR: caps.KVM_CAP_DEVICE_CTRL,
-    KVM_GET_MP_STATE: caps.KVM_CAP_MP_STATE,
-    KVM_SET_MP_STATE: caps.KVM_CAP_MP_STATE,
     KVM_SET_GUEST_DEBUG: caps.KVM_CAP_SET_GUEST_DEBUG,
     KVM_X86_SETUP_MCE: caps.KVM_CAP_MCE,
     KVM_X86_GET_MCE_CAP_SUPPORTED: caps.KVM_CAP_MCE,

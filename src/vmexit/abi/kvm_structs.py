@@ -26,6 +26,10 @@ class kvm_dirty_log(Structure):
     _fields_ = (("slot", u32), ("padding1", u32), ("dirty_bitmap", u64))
 
 
+class kvm_mp_state(Structure):
+    _fields_ = (("mp_state", u32),)
+
+
 class kvm_regs(Structure):
     _fields_ = tuple(
         (name, u64)

@@ -72,6 +72,8 @@ class Bus:
         # Both in one tuple that is replaced as a whole: a look-up never sees half a change.
         self._table: tuple[list[int], list[_Range]] = ([], [])
         self._listeners: list[Callable[[], None]] = []
+        self.generation = 0
+        """How often devices were attached or detached."""
 
     def attach(
         self, base: int, size: int, device: RegisterBlock, *, overhang: bool = False
@@ -102,6 +104,7 @@ class Bus:
 
     def _replace(self, ranges: list["_Range"]) -> None:
         self._table = ([entry[0] for entry in ranges], ranges)
+        self.generation += 1  # before the listeners: see `KvmVcpu._io`
         for listener in self._listeners:
             listener()
 

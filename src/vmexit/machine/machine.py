@@ -89,7 +89,7 @@ class RegisterView:
     def __getattr__(self, name: str) -> int | Segment | Table:
         if name.startswith("_"):  # copy, pickle and the like ask for these
             raise AttributeError(name)
-        self._machine._require_still()
+        self._machine._require_still(self._vcpu.index)
         if name in GENERAL:
             return self._vcpu.registers()[name]
         if name in SystemRegisters._fields:
@@ -106,7 +106,7 @@ class RegisterView:
         Raises AttributeError for a name that is no register, TypeError or ValueError for a value
         that it cannot have, HostError if the accelerator refuses it.
         """
-        self._machine._require_still()
+        self._machine._require_still(self._vcpu.index)
         general: dict[str, int] = {}
         system: dict[str, int | Segment | Table] = {}
         for name, value in values.items():
@@ -142,7 +142,7 @@ class RegisterView:
 
     def as_dict(self) -> dict[str, int | Segment | Table]:
         """All registers by name."""
-        self._machine._require_still()
+        self._machine._require_still(self._vcpu.index)
         return {**self._vcpu.registers(), **self._vcpu.system_registers()._asdict()}
 
 
@@ -428,12 +428,12 @@ class Machine:
 
         From a GPA, `memory.hva(gpa)` leads on to the host virtual address.
         """
-        self._require_still()
+        self._require_still(vcpu)
         return translate(self.memory, self._parts.vcpus[vcpu].system_registers(), gva)
 
     def dump(self, vcpu: int = 0) -> str:
         """All registers and the next instruction, as text."""
-        self._require_still()
+        self._require_still(vcpu)
         registers = self._parts.vcpus[vcpu].registers()
         system = self._parts.vcpus[vcpu].system_registers()
         return dump(registers, system, next_instruction(self.memory, registers, system)[1])
@@ -459,10 +459,17 @@ class Machine:
         if self._closed:
             raise VmexitError("this machine is closed; make a new one")
 
-    def _require_still(self) -> None:
+    def _require_still(self, vcpu: int | None = None) -> None:
+        """No vCPU runs, or the caller is within an access: of `vcpu`, if that is given."""
         self._require_open()
-        if self._runner.busy and not self._runner.in_vcpu_thread():
+        if not self._runner.busy:
+            return
+        if not self._runner.in_vcpu_thread():
             raise VmexitError("this machine runs; stop() it first, or do it in a callback")
+        if vcpu is not None and not self._runner.holds(vcpu):
+            raise VmexitError(
+                f"vCPU {vcpu} runs, and this is an access of another one; stop() it first"
+            )
 
 
 def _check_hooks(read: ReadHook | None, write: WriteHook | None) -> None:

@@ -206,6 +206,12 @@ class Runner:
         current = threading.current_thread()
         return any(t.thread is current for t in self._threads)
 
+    def holds(self, vcpu: int) -> bool:
+        """Whether the caller is within an access of `vcpu`, or of one that shares its thread."""
+        current = threading.current_thread()
+        numbers = [n for n, thread in enumerate(self._threads) if thread.thread is current]
+        return bool(numbers) and (len(self._threads) == 1 or numbers[0] == vcpu)
+
     def run(self, timeout: float | None) -> Stop:
         """Run until the first vCPU stops, a stop is requested, or `timeout` seconds have passed.
 

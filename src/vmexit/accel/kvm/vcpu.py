@@ -18,11 +18,15 @@ from vmexit.abi.kvm import (
     KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_MMIO,
     KVM_EXIT_SET_TPR,
+    KVM_GET_MP_STATE,
     KVM_GET_MSRS,
     KVM_GET_REGS,
     KVM_GET_SREGS,
+    KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_RUNNABLE,
     KVM_RUN,
     KVM_SET_CPUID2,
+    KVM_SET_MP_STATE,
     KVM_SET_MSRS,
     KVM_SET_REGS,
     KVM_SET_SIGNAL_MASK,
@@ -86,6 +90,7 @@ _SEGMENT_FIELDS = 12
 _SYSTEM_FORMAT = struct.Struct(
     "=" + "QIH9Bx" * len(SEGMENTS) + "QH6x" * len(TABLES) + f"{len(CONTROL)}Q"
 )
+_MP_STATE = struct.Struct("=I")  # struct kvm_mp_state
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
 
 _PLAIN_EXITS = {
@@ -269,6 +274,7 @@ class KvmVcpu:
         start = self._u64[_IO_DATA_OFFSET]
         end = start + size * count
         observer = self._observer
+        generation = self._pio.generation
         if write:
             data = bytes(self._u8[start:end])
             if observer is not None:
@@ -286,6 +292,8 @@ class KvmVcpu:
             function, offset = route(port, size)
             view = self._by_size[size]
             self._routes[1 << 32 | key] = function, offset, size, view, start // size, write
+            if self._pio.generation != generation:  # another vCPU's access has attached a device
+                self._routes.clear()
 
     def _access_mmio(self) -> None:
         """A memory access that no slot answers (KVM API 5, KVM_EXIT_MMIO)."""
@@ -320,7 +328,17 @@ class KvmVcpu:
 
     def set_registers(self, registers: Registers) -> None:
         packed = _GENERAL_FORMAT.pack(*[registers[name] for name in GENERAL])
+        if self._halted() and registers["rip"] != self.registers()["rip"]:
+            # It was told to execute something else, so that the HLT is over.
+            self._set("state", KVM_SET_MP_STATE, _MP_STATE.pack(KVM_MP_STATE_RUNNABLE))
         self._set("general registers", KVM_SET_REGS, packed)
+
+    def _halted(self) -> bool:
+        """Whether it waits in HLT, which only KVM's own interrupt controllers have it do."""
+        buffer = bytearray(_MP_STATE.size)
+        self._get("state", KVM_GET_MP_STATE, buffer)
+        state: int = _MP_STATE.unpack(buffer)[0]
+        return state == KVM_MP_STATE_HALTED
 
     def _sregs(self) -> bytearray:
         buffer = bytearray(sizeof(kvm_sregs))
