@@ -212,7 +212,8 @@ class MmioTransport:
         interrupts = saved.number("interrupts", 3)
         generation = saved.number("generation", _LOW32)
         queues, device = saved.part("queues"), state.get("device")
-        if not isinstance(device, dict) or accepted & ~self._offered:
+        agreed = status & v.FEATURES_OK
+        if not isinstance(device, dict) or (agreed and accepted & ~self._offered):
             raise saved.error()
         with self._lock:
             self.reset()

@@ -15,7 +15,6 @@ from vmexit.abi.virtio import (
     DESC_F_NEXT,
     DESC_F_WRITE,
     DESC_SIZE,
-    QUEUE_SIZE_MAX,
 )
 from vmexit.core.bus import State
 from vmexit.core.errors import GuestAddressError, VmexitError
@@ -220,7 +219,7 @@ class Queue:
     def restore(self, saved: Saved) -> None:
         """Raises ConfigError for what is no state of a queue."""
         top = (1 << 64) - 1
-        size = saved.number("size", QUEUE_SIZE_MAX)
+        size = saved.number("size", _MASK16)
         places = [saved.number(name, top) for name in ("desc", "driver", "device")]
         indices = [saved.number(name, _MASK16) for name in ("next_avail", "next_used", "told")]
         ready, event_idx = saved.flag("ready"), saved.flag("event_idx")
@@ -232,4 +231,5 @@ class Queue:
                 self.enable(event_idx=event_idx)
             except QueueError as error:
                 raise saved.error() from error
+        self._event_idx = event_idx
         self._next_avail, self._next_used, self._told = indices
