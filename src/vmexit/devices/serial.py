@@ -47,6 +47,9 @@ _PACE = 115_200 // 10  # characters a second: with a divisor of 1, and 10 bits f
 _BURST = 16 << 10
 
 
+_BYTES = [bytes((value,)) for value in range(256)]
+
+
 class CharBackend(Protocol):
     """The host side of a serial port. No call waits, and none may call the serial port."""
 
@@ -101,14 +104,30 @@ class Serial:
             self._update()
 
     def read(self, offset: int, size: int) -> int:
-        if offset == LSR and self._irq is None:
-            self._take()
+        if offset == LSR:
+            if self._irq is None:
+                self._take()
+            elif self._nothing_new():
+                self._status_reads += 1
+                return LSR_THR_EMPTY | LSR_IDLE
         with self._lock:
             value = self._read(offset)
             arm = offset in (LSR, RBR_THR_DLL) and self._must_arm()
         if arm:
             self._backend.when_readable(self._readable)
         return value
+
+    def _nothing_new(self) -> bool:
+        """Whether LSR can be told without the lock, as before almost every byte that is sent.
+
+        What changes at the same moment may as well have come a moment later.
+        """
+        return not (
+            self._received
+            or self._unread
+            or self._overrun
+            or self._status_reads >= POLLING_READS - 1
+        )
 
     def _read(self, offset: int) -> int:
         if offset == LSR:
@@ -162,6 +181,13 @@ class Serial:
         return sum(line for bit, line in lines if self._mcr >> bit & 1)
 
     def write(self, offset: int, size: int, value: int) -> None:
+        if offset == RBR_THR_DLL and not (
+            self._lcr & LCR_DLAB or self._ier & IER_THR_EMPTY or self._mcr & MCR_LOOP
+        ):
+            # A byte to send, of which no interrupt will tell: nothing here changes.
+            self._status_reads = 0
+            self._backend.write(_BYTES[value])
+            return
         with self._lock:
             self._status_reads = 0
             out = self._write(offset, value)
@@ -182,7 +208,7 @@ class Serial:
             if self._mcr & MCR_LOOP:
                 self._receive(value)
                 return b""
-            return bytes((value,))
+            return _BYTES[value]
         if offset == IER_DLM:
             if self._lcr & LCR_DLAB:
                 self._divisor = self._divisor & 0xFF | value << 8
