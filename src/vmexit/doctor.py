@@ -19,11 +19,15 @@ _WANTED = {
     "KVM_CAP_SET_TSS_ADDR": "real mode on older Intel processors",
     "KVM_CAP_SET_IDENTITY_MAP_ADDR": "real mode on older Intel processors",
     "KVM_CAP_IRQCHIP": "an interrupt controller in the kernel",
+    "KVM_CAP_PIT2": "the timer that goes with it",
     "KVM_CAP_IRQFD": "interrupts without a system call",
     "KVM_CAP_IOEVENTFD": "device notifications without an exit",
     "KVM_CAP_DIRTY_LOG_RING": "fast tracking of changed pages",
     "KVM_CAP_SYNC_REGS": "registers without a system call",
 }
+
+# What a processor offers if it has several cores: --smp decides it.
+_OF_SMP = {"ht"}
 
 
 class Finding(NamedTuple):
@@ -70,6 +74,7 @@ def _examine_kvm() -> Iterator[Finding]:
             f"kvm: {system.path} opens, speaks API version {KVM_API_VERSION} and makes VMs",
             accelerator=True,
         )
+        yield _try_instructions(system)
         modules = [
             m for m in ("kvm_intel", "kvm_amd", "kvm_pvm") if Path("/sys/module", m).exists()
         ]
@@ -100,6 +105,18 @@ def _try_vm(system: "System") -> None:
             vm.create_vcpu(0)
     finally:
         memory.close()
+
+
+def _try_instructions(system: "System") -> Finding:
+    from vmexit.accel.kvm.probe import why_no_kernels
+
+    try:
+        why, remedy = why_no_kernels(system), "kernels want --accel soft"
+    except HostError as error:
+        why, _, remedy = str(error).partition("; ")
+    if why:
+        return Finding(False, f"kvm: {why}", remedy)
+    return Finding(True, "kvm: executes what kernels consist of")
 
 
 def _in_a_vm() -> bool:
@@ -144,29 +161,53 @@ def _examine_soft() -> Iterator[Finding]:
 
 
 def examine_cpuid() -> Iterator[str]:
-    """The processor that a guest of each accelerator gets, in lines for people."""
+    """The processor that a guest of each accelerator gets, in lines for people.
+
+    Raises HostError at the end if no accelerator is usable.
+    """
+    host, usable = _host_features(), False
+    for accel, get, why in (
+        ("kvm", _kvm_cpuid, "KVM does not offer it here"),
+        ("soft", _soft_cpuid, "the software CPU has it not"),
+    ):
+        try:
+            table = get()
+        except HostError as error:
+            yield f"{accel}: {error}"
+        else:
+            usable = True
+            yield from _cpuid_lines(accel, table, host, why)
+    if not usable:
+        raise HostError("no accelerator is usable; vmexit doctor says what to do")
+
+
+def _kvm_cpuid() -> "Table":
+    """What KVM shows to the first vCPU of a microvm, whatever it was told."""
     from vmexit.accel.kvm.system import System
+    from vmexit.core.bus import Bus
+    from vmexit.core.memory import PAGE_SIZE, GuestMemory
+
+    memory = GuestMemory([(0, PAGE_SIZE)])
+    try:
+        with System() as system, system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
+            vm.create_irqchip()
+            return vm.guest_cpuid(vm.create_vcpu(0))
+    finally:
+        memory.close()
+
+
+def _soft_cpuid() -> "Table":
     from vmexit.accel.soft.engine import SoftAccelerator
     from vmexit.core.bus import Bus
     from vmexit.core.memory import PAGE_SIZE, GuestMemory
 
-    host = _host_features()
     memory = GuestMemory([(0, PAGE_SIZE)])
     try:
+        vm = SoftAccelerator().create_vm(memory, Bus("port"), Bus("MMIO"))
         try:
-            with System() as system, system.create_vm(memory, Bus("port"), Bus("MMIO")) as kvm:
-                kvm.create_irqchip()
-                yield from _cpuid_lines("kvm", kvm.cpuid(0), host, "KVM does not offer it here")
-        except HostError as error:
-            yield f"kvm: {error}"
-        try:
-            soft = SoftAccelerator().create_vm(memory, Bus("port"), Bus("MMIO"))
-        except HostError as error:
-            yield f"soft: {error}"
-        else:
-            lines = _cpuid_lines("soft", soft.cpuid(0), host, "the software CPU has it not")
-            yield from lines
-            soft.close()
+            return vm.cpuid(0)
+        finally:
+            vm.close()
     finally:
         memory.close()
 
@@ -194,6 +235,6 @@ def _cpuid_lines(accel: str, table: "Table", host: list[str], why: str) -> Itera
     )
     names = offered(table)
     yield f"{accel}: offers {' '.join(sorted(names))}"
-    missing = sorted(set(host) - set(names))
+    missing = sorted(set(host) - set(names) - _OF_SMP)
     if missing:
         yield f"{accel}: lacks of this host's {' '.join(missing)}; {why}"

@@ -146,9 +146,48 @@ def test_overlapping_devices():
     assert_one_line(vmexit("run", HELLO, "--debugcon", "0xf4"), 2, "overlaps")
 
 
+def test_a_rom_over_the_memory_of_the_test_device(tmp_path):
+    rom = tmp_path / "rom"
+    with open(rom, "wb") as file:
+        file.truncate(16 << 20)
+    done = vmexit("run", "--firmware", rom, "--device", "testdev", "--accel", "soft")
+    assert_one_line(done, 2, "16777216 bytes", "testdev at 0xff000000", "leave out --device")
+
+
+def test_modules_that_memory_has_no_room_for_are_not_read(tmp_path):
+    module, kernel = tmp_path / "module", GUESTS / "multiboot.kernel"
+    with open(module, "wb") as file:
+        file.truncate(5 << 20)
+    modules = ",".join([str(module)] * 3)
+    done = vmexit("run", "-m", "16M", "--kernel", kernel, "--initrd", modules)
+    assert_one_line(done, 2, str(module), "5242880 bytes, which is more than", "more --memory")
+    done = vmexit("run", "--kernel", kernel, "--initrd", "")
+    assert_one_line(done, 2, "--initrd names no file", "leave it out")
+
+
+def test_a_kernel_that_no_memory_holds_is_not_read(tmp_path):
+    kernel = tmp_path / "kernel"
+    with open(kernel, "wb") as file:
+        file.truncate((1 << 30) + 1)
+    done = vmexit("run", "--kernel", kernel)
+    assert_one_line(done, 2, str(kernel), "more than 1073741824", "use a smaller one")
+
+
+@pytest.mark.parametrize("accel", ["auto", "kvm", "soft"])
+def test_a_feature_that_no_accelerator_has(accel):
+    if accel == "kvm" and not Path("/dev/kvm").exists():
+        pytest.skip("there is no /dev/kvm")
+    done = vmexit("run", HELLO, "--accel", accel, "--cpu", "host,+tbm")
+    assert_one_line(done, 4, "cannot offer tbm on this host", "leave +tbm out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--cpu", ""], ["--cpu", "''", "use host or max"]),
+        (["--cpu", "host,"], ["--cpu has a comma", "use ,+feature"]),
+        (["--cpu", "host,+sse2,-sse2"], ["+sse2", "give one of them"]),
+        (["--device", "testdev", "--device", "testdev"], ["testdev is given twice"]),
         (["--accel", "xen"], ["'xen'", "kvm"]),
         (["--mode", "virtual"], ["'virtual'"]),
         (["--timeout", "0"], ["seconds"]),
@@ -346,6 +385,9 @@ def test_no_accelerator_at_all(tmp_path, without_kvm):
     done = vmexit("run", HELLO, env=env, prefix=without_kvm)
     assert_one_line(done, 4, "no accelerator is usable", "/dev/kvm", "pip install unicorn")
     assert vmexit("doctor", env=env, prefix=without_kvm).status == 4
+    done = vmexit("doctor", "--cpuid", env=env, prefix=without_kvm)
+    assert_one_line(done, 4, "no accelerator is usable", "vmexit doctor")
+    assert "kvm: /dev/kvm does not exist" in done.out and "soft: " in done.out
 
 
 def test_another_unicorn(tmp_path):

@@ -10,6 +10,9 @@ import pytest
 from command import GUESTS, VMEXIT, vmexit
 
 import vmexit as package
+from vmexit import Machine
+from vmexit.accel.kvm.probe import why_no_kernels
+from vmexit.accel.kvm.system import System
 
 HOST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -264,6 +267,31 @@ def test_doctor_reports_both_accelerators():
     assert done.status == 0
     assert "soft: Unicorn" in done.out
     assert "kvm: " in done.out
+
+
+@pytest.mark.kvm
+def test_doctor_tells_whether_kvm_runs_kernels():
+    lines = vmexit("doctor").out.splitlines()
+    assert any("KVM_CAP_PIT2" in line for line in lines)
+    (line,) = [line for line in lines if "kernels" in line]
+    with System() as system:
+        runs = not why_no_kernels(system)
+    assert line.startswith("[ok]" if runs else "[--]")
+    assert runs or "--accel soft" in line
+
+
+@pytest.mark.kvm
+def test_doctor_shows_the_processor_that_a_guest_on_kvm_sees():
+    done = vmexit("doctor", "--cpuid")
+    assert done.status == 0
+    kvm = [line.split() for line in done.out.splitlines() if line.startswith("kvm: ")]
+    offered, lacks = kvm[1], kvm[2] if len(kvm) > 2 else []
+    assert "ht" not in lacks
+    # As the guest of a microvm says it: cpuid leaf 1, ECX bit 20 is SSE4.2.
+    with Machine("1M", "kvm", machine="microvm", mode="protected") as vm:
+        vm.load_bytes(bytes.fromhex("b801000000 0fa2 b001 e6f4"), at=0x1000)
+        vm.run(timeout=30)
+        assert ("sse4_2" in offered) == bool(vm.vcpus[0].regs.rcx >> 20 & 1)
 
 
 def test_inspect_names_what_it_sees_and_how_to_run_it(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_images import elf
 
 from vmexit.boot.image import detect
-from vmexit.boot.multiboot import Module, load, module_files, parse
+from vmexit.boot.multiboot import Module, load, module_files, parse, room_for_modules
 from vmexit.core.errors import ConfigError, ImageError
 from vmexit.core.memory import GuestMemory
 
@@ -118,6 +118,22 @@ def test_the_information_makes_room_for_a_kernel_in_low_memory(memory):
     assert (at, information.cmdline) == (MIB, "c")
     assert information.modules == [(MIB + 0x1000, b"data", "m")]
     assert memory.read(0x8000, len(kernel)) == kernel
+
+
+def test_the_bios_data_area_is_there_unless_the_kernel_takes_it(memory):
+    load(memory, flat(), [], "")
+    assert memory.read(0x40E, 2) == b"\xc0\x9f" and memory.read(0x413, 2) == b"\x7f\x02"
+    low = GuestMemory([(0, 8 * MIB)])
+    load(low, flat(header_at=0x200, load=0x200, entry=0x220, bss_end=0x500), [], "")
+    assert low.read(0x200 + 132, 0x500 - 0x284) == bytes(0x500 - 0x284)
+    low.close()
+
+
+def test_modules_have_the_room_behind_the_kernel_and_1_mib(memory):
+    assert room_for_modules(memory, flat(bss_end=2 * MIB)) == 6 * MIB
+    low = flat(header_at=0x8000, load=0x8000, entry=0x8020, bss_end=0x9001)
+    assert room_for_modules(memory, low) == 7 * MIB
+    assert room_for_modules(memory, flat(bss_end=9 * MIB)) == 0
 
 
 def test_a_command_line_that_low_memory_has_no_room_for(memory):
@@ -232,7 +248,13 @@ def test_modules_are_named_as_files_with_strings(spec, files):
     assert module_files(spec) == files
 
 
-@pytest.mark.parametrize("spec", ["", ",", "a,", ",a", "a, ,b"])
+def test_no_file_at_all_is_refused():
+    for spec in ("", " "):
+        with pytest.raises(ConfigError, match="--initrd names no file; name one, or leave it out"):
+            module_files(spec)
+
+
+@pytest.mark.parametrize("spec", [",", "a,", ",a", "a, ,b"])
 def test_a_module_without_a_file_is_refused(spec):
     with pytest.raises(ConfigError, match="no file beside it"):
         module_files(spec)

@@ -173,6 +173,19 @@ def test_devices_that_overlap_are_a_config_error_that_names_both(base, size) -> 
     assert [(b, s) for b, s, _ in bus.devices()] == [(0x10, 4)]
 
 
+class _Part(Bytes):
+    pass
+
+
+def test_of_a_part_of_a_device_the_device_is_named() -> None:
+    bus = Bus("port")
+    bus.attach(0x10, 4, _Part(4))
+    with pytest.raises(
+        ConfigError, match=r"\(Bytes\) overlaps 0x10\.\.0x13 \(a part of test_bus\)"
+    ):
+        bus.attach(0x10, 4, Bytes(4))
+
+
 @pytest.mark.parametrize(("base", "size"), [(0x0E, 2), (0x14, 4)])
 def test_devices_that_only_touch_are_no_overlap(base, size) -> None:
     bus = Bus("port")

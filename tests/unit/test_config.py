@@ -91,6 +91,17 @@ BAD = [
     ({"debugcon": (-1, "f")}, "--debugcon: -0x1", "use 0 to 0xffff"),
     ({"debug_exit": 0x10000}, "--debug-exit: 0x10000", "use 0 to 0xffff"),
     ({"debug_exit": -1}, "--debug-exit: -0x1", "use 0 to 0xffff"),
+    ({"cpu": None}, "cpu takes a text, not None", "use host"),
+    ({"cpu": 5}, "not 5", "use host"),
+    ({"devices": "testdev"}, "devices takes a tuple of texts, not 'testdev'", "('...',)"),
+    ({"devices": None}, "not None", "('...',)"),
+    ({"devices": (5,)}, "not (5,)", "('...',)"),
+    ({"devices": ("testdev", "testdev")}, "testdev is given twice", "one is all"),
+    ({"drives": "file=a"}, "drives takes a tuple of texts, not 'file=a'", "('...',)"),
+    ({"drives": [b"file=a"]}, "drives takes a tuple of texts", "('...',)"),
+    ({"rng": 2}, "rng takes True or False, not 2", "leave it out"),
+    ({"rng": "yes"}, "rng takes True or False, not 'yes'", "leave it out"),
+    ({"cpu": "host,+sse2,-sse2"}, "asks for +sse2 and leaves out sse2", "give one of them"),
 ]
 
 
@@ -102,6 +113,14 @@ def test_every_bad_value_is_a_config_error_naming_it_and_a_remedy(options, names
     assert len(message.splitlines()) == 1
     what, _, then = message.rpartition("; ")
     assert names in what and remedy in then
+
+
+@pytest.mark.parametrize("option", ["accel", "mode", "machine", "protocol", "cpu", "devices"])
+def test_of_a_long_value_only_the_beginning_is_shown(option) -> None:
+    value = "q" * 100_000
+    with pytest.raises(ConfigError, match=r"'q{64}[.]{3}'") as caught:
+        MachineConfig(**{option: (value,) if option == "devices" else value})
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("option", ["load_address", "entry"])

@@ -1,8 +1,12 @@
 """What the number of processors changes in CPUID (Intel SDM vol. 2; AMD APM vol. 3, appendix E)."""
 
+import os
+from pathlib import Path
+
 import pytest
 
-from vmexit.accel.kvm.cpuid import pack, parse
+from vmexit import Machine
+from vmexit.accel.kvm.cpuid import of_vcpu, pack, packed_of_vcpu, parse
 from vmexit.accel.kvm.system import System
 from vmexit.arch.x86.cpuid import (
     AMD,
@@ -89,6 +93,54 @@ def test_a_brand_is_48_bytes_in_three_leaves():
     assert new[0x8000_0000, None].eax >= 0x8000_0004
     assert new[0x8000_0002, None].eax == int.from_bytes(b"A pr", "little")
     assert brand(with_brand(new, "short")) == "short"
+
+
+def test_entries_that_an_older_kernel_leaves_empty_do_not_count():
+    before = table(INTEL)
+    data = bytearray(pack(before) + bytes(80))
+    data[0] += 2
+    assert parse(data) == before
+
+
+@pytest.mark.parametrize("who", [INTEL, AMD])
+def test_without_interrupt_controllers_there_is_no_apic(who):
+    supported = table(who)
+    supported[1, None] = Leaf(0x806E9, 0x7710_0800, 1 << 21 | 1 << 24 | 1, 1 << 9 | 1 << 28)
+    supported[0x8000_0001, None] = Leaf(0, 0, 0, 1 << 9 | 1 << 29)
+    bare = of_vcpu(pack(supported), 0, 1, False, False)
+    assert bare[1, None] == Leaf(0x806E9, 0x0800, 1 << 31 | 1, 0)
+    assert bare[0x8000_0001, None].edx == 1 << 29
+    assert bare[0xB, 0] == Leaf(0, 1, 1 << 8, 0)
+    pc = of_vcpu(pack(supported), 2, 4, True, True)
+    assert pc[1, None] == Leaf(
+        0x806E9, 2 << 24 | 4 << 16 | 0x0800, 1 << 31 | 1 << 24 | 1 << 21 | 1, 1 << 9 | 1 << 28
+    )
+    assert parse(packed_of_vcpu(pack(supported), 2, 4, True, True)) == pc
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("machine", ["bare", "microvm"])
+def test_the_guest_on_kvm_is_the_first_processor_wherever_it_runs(machine):
+    """mov eax, 1; cpuid; mov al, 1; out 0xf4, al"""
+    seen = set()
+    allowed = os.sched_getaffinity(0)
+    try:
+        for cpu in allowed:
+            os.sched_setaffinity(0, {cpu})
+            with Machine("1M", "kvm", machine=machine, mode="protected") as vm:
+                vm.load_bytes(bytes.fromhex("b801000000 0fa2 b001 e6f4"), at=0x1000)
+                vm.run(timeout=30)
+                regs = vm.vcpus[0].regs
+                seen.add((regs.rbx >> 24, regs.rbx >> 16 & 0xFF))
+                apic = machine == "microvm"
+                assert bool(regs.rdx >> 9 & 1) is apic
+                if not apic:
+                    assert not regs.rcx & (1 << 21 | 1 << 24)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    if Path("/sys/module/kvm_pvm").exists():
+        pytest.skip("PVM obeys CPUID only partly")
+    assert seen == {(0, 0)}
 
 
 @pytest.mark.kvm

@@ -419,11 +419,28 @@ def test_an_initrd_goes_below_what_the_kernel_can_reach(memory):
 def test_what_firmware_cannot_boot_is_refused(memory):
     with pytest.raises(ImageError, match="pass a vmlinuz, or leave out --firmware"):
         firmware_items.kernel(b"\x7fELF" + bytes(1000), None, "", memory)
-    with pytest.raises(ImageError, match=r"no room between the kernel, .* use more --memory"):
+    with pytest.raises(ImageError, match=r"no room between .* use --memory 68M or more"):
         firmware_items.kernel(bzimage(), bytes(48 << 20), "", memory)
+    with pytest.raises(ImageError, match=r"no room .*0x2000000; use a smaller one"):
+        image = bzimage(initrd_addr_max=0x1FF_FFFF)
+        firmware_items.kernel(image, bytes(48 << 20), "", memory)
     for cmdline in ("x" * 2048, "a\0b"):
         with pytest.raises(ConfigError, match="use another --append"):
             firmware_items.kernel(bzimage(), None, cmdline, memory)
+
+
+@pytest.mark.parametrize("initrd", [None, b"initrd"])
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"init_size": 100 << 20}, "use --memory 117M or more"),
+        ({"payload": bytes(64 << 20)}, "use --memory 66M or more"),
+        ({"init_size": 0xC000_0000}, "use a smaller one"),
+    ],
+)
+def test_a_kernel_that_memory_is_too_small_for_is_refused(memory, initrd, options, remedy):
+    with pytest.raises(ImageError, match=rf"the kernel needs memory up to .*; {remedy}"):
+        firmware_items.kernel(bzimage(**options), initrd, "", memory)
 
 
 def test_the_option_rom_is_one_that_boots():

@@ -87,6 +87,22 @@ class Pc:
 # Registers.
 
 
+def test_gsi_2_leads_nowhere_and_gsi_0_to_pin_2():
+    pc = Pc()
+    fresh = pc.chip.state()
+    pc.chip.set_level(2, True)
+    assert pc.chip.state() == fresh
+    pc.chip.set_level(0, True)
+    pc.chip.set_level(2, False)
+    assert pc.chip.state()["ioapic"]["lines"] == 1 << 2
+
+
+@pytest.mark.parametrize("gsi", [-1, 24])
+def test_what_is_no_gsi_is_refused(gsi):
+    with pytest.raises(ConfigError, match=f"no GSI {gsi}; use 0 to 23"):
+        Pc().chip.set_level(gsi, True)
+
+
 def test_after_reset_the_lapic_is_off_and_all_is_masked_but_the_wire_of_the_pic():
     pc = Pc(2, enable=False)
     for cpu in (0, 1):

@@ -58,6 +58,55 @@ def test_state_goes_there_and_back_and_reset_is_as_at_first(chip):
     assert chip.state()["ioapic"] == raised["ioapic"]
 
 
+@pytest.mark.parametrize("gsi", [8, 12, 15])
+def test_a_request_of_the_slave_is_gone_after_reset_and_restore(chip, gsi):
+    fresh = chip.state()
+    for back in (chip.reset, lambda: chip.restore(fresh)):
+        chip.set_level(gsi, True)
+        chip.set_level(gsi, False)
+        assert chip.state()["pic_master"][PIC_IRR] == 1 << 2
+        back()
+        for name in ("pic_master", "pic_slave"):
+            assert chip.state()[name] == fresh[name]
+
+
+def test_gsi_2_leads_nowhere(chip):
+    fresh = chip.state()
+    chip.set_level(2, True)
+    assert chip.state() == fresh
+    chip.set_level(2, False)
+    assert chip.state() == fresh
+
+
+@pytest.mark.parametrize("gsi", [-1, 24, 4096, 1 << 33])
+def test_what_is_no_gsi_is_refused(chip, gsi):
+    with pytest.raises(ConfigError, match=rf"no GSI {gsi}; use 0 to 23"):
+        chip.set_level(gsi, True)
+    with pytest.raises(ConfigError, match=rf"no GSI {gsi}; use 0 to 23"):
+        chip.assign_irqfd(gsi, 0)
+
+
+def test_a_closed_chip_reaches_no_other_vm():
+    memory = GuestMemory([(0, 1 << 20)])
+    with System() as system:
+        with system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
+            old = vm.create_irqchip()
+            state = old.state()
+        with system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
+            new = vm.create_irqchip()
+            for use in (
+                lambda: old.set_level(3, True),
+                lambda: old.restore(state),
+                old.reset,
+                old.state,
+                lambda: old.assign_irqfd(3, 0),
+            ):
+                with pytest.raises(HostError, match="is closed; make another"):
+                    use()
+            assert new.state()["pic_master"] == state["pic_master"]
+    memory.close()
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -141,9 +141,10 @@ def kernel(image: bytes, initrd: bytes | None, cmdline: str, memory: GuestMemory
         items[address], items[size] = struct.pack("<I", gpa), struct.pack("<I", len(data))
         items[content] = data
 
+    after = max(header.load + len(code), header.pref_address + header.init_size)
+    _check_room(memory, after)
     initrd_range = None
     if initrd is not None:
-        after = max(header.load + len(code), header.pref_address + header.init_size)
         at = _initrd_place(memory, len(initrd), header.initrd_addr_max + 1, after)
         initrd_range = range(at, at + len(initrd))
         add((fw_cfg.INITRD_ADDR, fw_cfg.INITRD_SIZE, fw_cfg.INITRD_DATA), at, initrd)
@@ -154,14 +155,37 @@ def kernel(image: bytes, initrd: bytes | None, cmdline: str, memory: GuestMemory
     return Contents(items, {_ROM: option_rom(), "bootorder": f"/rom@{_ROM}\0".encode()})
 
 
+def _tables_start(memory: GuestMemory) -> int:
+    """Where the RAM below the hole ends for all but the firmware."""
+    return min(memory.regions[0].end, MMIO_HOLE_START) - FIRMWARE_TABLES
+
+
+def _check_room(memory: GuestMemory, kernel_end: int) -> None:
+    """Raises ImageError unless RAM and the firmware's tables reach beyond the kernel."""
+    if kernel_end > _tables_start(memory):
+        raise ImageError(
+            f"the kernel needs memory up to {kernel_end:#x}, and the firmware some above; "
+            + _more_memory(kernel_end)
+        )
+
+
+def _more_memory(end: int) -> str:
+    """The remedy, if what a kernel needs ends at `end`."""
+    needed = end + FIRMWARE_TABLES
+    if needed > MMIO_HOLE_START:
+        return "use a smaller one"
+    return f"use --memory {-(-needed >> 20)}M or more"
+
+
 def _initrd_place(memory: GuestMemory, size: int, limit: int, after: int) -> int:
     """The highest page for `size` bytes below `limit` and the firmware's tables."""
-    ram_end = min(memory.regions[0].end, MMIO_HOLE_START) - FIRMWARE_TABLES
-    at = (min(ram_end, limit) - size) // PAGE_SIZE * PAGE_SIZE
+    end = min(_tables_start(memory), limit)
+    at = (end - size) // PAGE_SIZE * PAGE_SIZE
     if at < after:
+        least = after + size + PAGE_SIZE
         raise ImageError(
             f"the initrd ({size} bytes) has no room between the kernel, which ends at {after:#x}, "
-            f"and {min(ram_end, limit):#x}; use more --memory, or a smaller one"
+            f"and {end:#x}; " + (_more_memory(least) if least <= limit else "use a smaller one")
         )
     return at
 

@@ -46,6 +46,7 @@ _INFORMATION = struct.Struct("<3I4x3I16x2I12xI48x")
 _MODULE = struct.Struct("<3I4x")  # start, end, string
 _MAP_ENTRY = struct.Struct("<IQQI")  # the size of what follows it, base, length, type
 _NAME = "vmexit"
+_BDA = range(BDA_EBDA_SEGMENT, BDA_BASE_MEMORY_KIB + 2)  # what is written of it
 
 
 class Module(NamedTuple):
@@ -141,10 +142,17 @@ def module_files(spec: str | os.PathLike[str]) -> list[tuple[str, str]]:
     pieces = os.fsdecode(spec).replace(",,", "\0").split(",")
     strings = [piece.replace("\0", ",").strip() for piece in pieces]
     if not all(strings):
+        if not any(strings) and len(strings) == 1:
+            raise ConfigError("--initrd names no file; name one, or leave it out")
         raise ConfigError(
             "--initrd has a comma with no file beside it; name one, or write a comma twice"
         )
     return [(string.partition(" ")[0], string) for string in strings]
+
+
+def room_for_modules(memory: GuestMemory, kernel: bytes) -> int:
+    """How many bytes all modules may have, at most, behind `kernel`. Raises ImageError."""
+    return max(0, memory.regions[0].end - max(parse(kernel).taken.stop, HIGH_MEMORY))
 
 
 def load(memory: GuestMemory, kernel: bytes, modules: Sequence[Module], cmdline: str) -> BootEntry:
@@ -159,8 +167,9 @@ def load(memory: GuestMemory, kernel: bytes, modules: Sequence[Module], cmdline:
     placement.claim(KERNEL_GDT, len(gdt), "the boot tables")
     placement.claim(EBDA_START, HIGH_MEMORY - EBDA_START, "the BIOS area")
     memory.write(KERNEL_GDT, gdt)
-    memory.write_u16(BDA_EBDA_SEGMENT, EBDA_START >> 4)
-    memory.write_u16(BDA_BASE_MEMORY_KIB, EBDA_START >> 10)
+    if parts.taken.stop <= _BDA.start or parts.taken.start >= _BDA.stop:  # else its bss is 0 there
+        memory.write_u16(BDA_EBDA_SEGMENT, EBDA_START >> 4)
+        memory.write_u16(BDA_BASE_MEMORY_KIB, EBDA_START >> 10)
     if parts.elf is not None:
         elf.load(memory, kernel, parts.elf, placement)
     elif (flat := parts.flat) is not None:

@@ -90,8 +90,8 @@ class Bus:
         for start, stop, other, _ in ranges:
             if base < stop and start < end:
                 raise ConfigError(
-                    f"{self.name} {base:#x}..{end - 1:#x} ({type(device).__name__}) overlaps "
-                    f"{start:#x}..{stop - 1:#x} ({type(other).__name__}); give one another address"
+                    f"{self.name} {base:#x}..{end - 1:#x} ({_name(device)}) overlaps "
+                    f"{start:#x}..{stop - 1:#x} ({_name(other)}); give one another address"
                 )
         self._replace(sorted([*ranges, (base, end, device, overhang)], key=_base))
 
@@ -195,6 +195,14 @@ _Range = tuple[int, int, RegisterBlock, bool]
 
 def _base(entry: _Range) -> int:
     return entry[0]
+
+
+def _name(device: RegisterBlock) -> str:
+    """How a message calls it: by its class, or the device of which it is a part."""
+    kind = type(device)
+    if kind.__name__.startswith("_"):
+        return f"a part of {kind.__module__.rpartition('.')[2]}"
+    return kind.__name__
 
 
 def _half(size: int) -> int:

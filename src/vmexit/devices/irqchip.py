@@ -2,6 +2,7 @@
 
 GSIs are as KVM numbers them (KVM API 4.24, default routing): 0 to 15 are the ISA interrupts, which
 reach both the PICs and the I/O APIC, where GSI 0 has pin 2; those up to 23 reach the I/O APIC only.
+GSI 2 leads nowhere: that input of the master PIC is the slave's.
 """
 
 import threading
@@ -11,12 +12,13 @@ from vmexit.core.bus import State, Stateful
 from vmexit.core.clock import Clock
 from vmexit.core.errors import ConfigError
 from vmexit.core.irq import Startup
-from vmexit.devices.ioapic import Ioapic
+from vmexit.devices.ioapic import PINS, Ioapic
 from vmexit.devices.lapic import LOWEST_PRIORITY, TO_ALL, TO_SELF, Lapic
 from vmexit.devices.pic import PicPair
 
 _ISA_PINS = 16
 _TIMER_PIN = 2  # of the I/O APIC, for GSI 0
+_CASCADE_GSI = 2
 
 
 class PcIrqChip:
@@ -37,7 +39,11 @@ class PcIrqChip:
         self.vcpus = [_VcpuSide(self, lapic) for lapic in self._lapics]
 
     def set_level(self, gsi: int, level: bool) -> None:
-        """Raise or lower a GSI, 0 to 23."""
+        """Raise or lower a GSI, 0 to 23. Raises ConfigError for any other."""
+        if not 0 <= gsi < PINS:
+            raise ConfigError(f"there is no GSI {gsi}; use 0 to {PINS - 1}")
+        if gsi == _CASCADE_GSI:
+            return
         with self._lock:
             if gsi < _ISA_PINS:
                 self.pic.set_level(gsi, level)

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Accelerator, Executor, Vcpu, Vm
-from vmexit.arch.x86.layout import ACPI_TABLES, ROM_MAX_SIZE, ram_ranges
+from vmexit.arch.x86.layout import ACPI_TABLES, ROM_END, ROM_MAX_SIZE, TESTDEV_MEMORY, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
 from vmexit.boot.image import ImageKind, detect, find_multiboot, read_image
@@ -21,6 +21,9 @@ from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
 
 _Path = str | os.PathLike[str]
+
+# A kernel's file may be larger than what of it goes into memory: symbols stay outside.
+_KERNEL_MAX_SIZE = 1 << 30
 
 if TYPE_CHECKING:
     from vmexit.boot.firmware_items import Contents
@@ -186,6 +189,7 @@ def _load(config: MachineConfig, memory: GuestMemory) -> "tuple[BootEntry, Conte
     """Put what is to run into memory; how it starts, and what fw_cfg tells it, if there is one."""
     if config.firmware is not None:
         rom = read_image(config.firmware, limit=ROM_MAX_SIZE, what="firmware")
+        _check_testdev(config, len(rom))
         entry = firmware.load(memory, rom)
         if config.kernel is None:
             return entry, None
@@ -203,11 +207,24 @@ def _load(config: MachineConfig, memory: GuestMemory) -> "tuple[BootEntry, Conte
     return flat.start(memory, config.entry, config.mode, image, config.segment), None
 
 
+def _check_testdev(config: MachineConfig, rom_size: int) -> None:
+    """Raises ConfigError where the ROM would lie over the memory of the test device."""
+    if "testdev" not in config.devices:
+        return
+    from vmexit.devices.testdev import MEMORY_SIZE
+
+    if ROM_END - rom_size < TESTDEV_MEMORY + MEMORY_SIZE:
+        raise ConfigError(
+            f"a firmware ROM of {rom_size} bytes lies over the memory of testdev at "
+            f"{TESTDEV_MEMORY:#x}; use a smaller --firmware, or leave out --device testdev"
+        )
+
+
 def _for_firmware(config: MachineConfig, path: _Path, memory: GuestMemory) -> "Contents":
     """What firmware is told of the machine, and of the kernel that it is to boot."""
     from vmexit.boot import firmware_items
 
-    kernel, initrd = read_image(path, what="kernel"), _read_initrd(config)
+    kernel, initrd = _read_kernel(config, path), _read_initrd(config)
     return (
         firmware_items.machine(memory.regions, config.smp, serial=config.serial is not None)
         | firmware_items.acpi_tables(_acpi(config, 0))
@@ -227,7 +244,7 @@ def _load_kernel(
     """Put a kernel into memory, by the loader that its file is for."""
     from vmexit.boot import linux
 
-    kernel = read_image(path, what="kernel")
+    kernel = _read_kernel(config, path)
     by_multiboot = config.protocol == "auto" and find_multiboot(kernel) is not None
     if config.machine == "bare" and not by_multiboot and config.protocol != "16":
         # By 16, a boot loader may come, and a multiboot kernel may want no more than it finds.
@@ -251,15 +268,21 @@ def _load_multiboot(
     from vmexit.boot import firmware_items, multiboot
 
     files = multiboot.module_files(config.initrd) if config.initrd is not None else []
-    modules = [
-        multiboot.Module(read_image(file, limit=config.memory, what="module"), string)
-        for file, string in files
-    ]
+    room = multiboot.room_for_modules(memory, kernel)
+    modules = []
+    for file, string in files:
+        data = read_image(file, limit=room, what="module")
+        modules.append(multiboot.Module(data, string))
+        room -= len(data)
     # The first word is the program, as kernels with an argv expect it.
     cmdline = f"{os.fsdecode(path)} {config.append}".rstrip()
     entry = multiboot.load(memory, kernel, modules, cmdline)
     # Multiboot does not tell how many processors there are: kvm-unit-tests ask fw_cfg.
     return entry, firmware_items.machine(memory.regions, config.smp, serial=False)
+
+
+def _read_kernel(config: MachineConfig, path: _Path) -> bytes:
+    return read_image(path, limit=max(config.memory, _KERNEL_MAX_SIZE), what="kernel")
 
 
 def _read_initrd(config: MachineConfig) -> bytes | None:

@@ -31,6 +31,9 @@ DEFAULT_DEBUG_EXIT = 0xF4
 # Any size that there can be is shorter, and Python refuses to print far longer numbers.
 _MAX_DIGITS = 64
 
+# What a message repeats of a text.
+_LONGEST = 64
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -50,8 +53,15 @@ def parse_size(text: str | int) -> int:
             return int(digits.removesuffix(unit), 0) * _UNITS[unit]
     except ValueError:
         pass
-    short = text if len(text) <= _MAX_DIGITS else text[:_MAX_DIGITS] + "..."
-    raise ConfigError(f"{short!r} is no size; use bytes, or 512K, 128M, 1G")
+    raise ConfigError(f"{_cut(text)} is no size; use bytes, or 512K, 128M, 1G")
+
+
+def _cut(value: object) -> str:
+    """`value` as a message shows it: its beginning, if it is long."""
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return repr(value[:_LONGEST] + "...")
+    text = repr(value)
+    return text if len(text) <= 2 * _LONGEST else text[: 2 * _LONGEST] + "..."
 
 
 _REQUIRED = frozenset(("memory", "load_address", "entry", "smp"))
@@ -116,18 +126,23 @@ class MachineConfig(_Options):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name in _REQUIRED):
                 raise ConfigError(f"{name} takes a number, not {value!r}")
+        self._check_types()
         if self.debugcon is not None and not isinstance(self.debugcon, tuple):
             raise ConfigError(f'debugcon takes (port, path), not {self.debugcon!r}; path may be ""')
         if self.accel not in ACCELERATORS:
-            raise ConfigError(f"there is no accelerator {self.accel!r}; use auto, kvm or soft")
+            raise ConfigError(f"there is no accelerator {_cut(self.accel)}; use auto, kvm or soft")
         if self.mode not in MODES:
-            raise ConfigError(f"there is no CPU mode {self.mode!r}; use real, protected or long")
+            raise ConfigError(
+                f"there is no CPU mode {_cut(self.mode)}; use real, protected or long"
+            )
         if self.machine not in MACHINES:
-            raise ConfigError(f"there is no machine {self.machine!r}; use bare or microvm")
+            raise ConfigError(f"there is no machine {_cut(self.machine)}; use bare or microvm")
         _ = self.cpu_model
         for name in self.devices:
             if name not in DEVICES:
-                raise ConfigError(f"there is no device {name!r}; use {' or '.join(DEVICES)}")
+                raise ConfigError(f"there is no device {_cut(name)}; use {' or '.join(DEVICES)}")
+            if self.devices.count(name) > 1:
+                raise ConfigError(f"--device {name} is given twice; one is all there can be")
         self._check_virtio()
         self._check_start()
         if not 1 <= self.smp <= MAX_CPUS:
@@ -153,6 +168,18 @@ class MachineConfig(_Options):
         for name, port in ports:
             if not 0 <= port <= 0xFFFF:
                 raise ConfigError(f"{name}: {port:#x} is no port; use 0 to 0xffff")
+
+    def _check_types(self) -> None:
+        if not isinstance(self.cpu, str):
+            raise ConfigError(f"cpu takes a text, not {_cut(self.cpu)}; use host, max or host,-avx")
+        for name in ("devices", "drives"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
+                raise ConfigError(
+                    f"{name} takes a tuple of texts, not {_cut(values)}; one of them is ('...',)"
+                )
+        if not isinstance(self.rng, bool):
+            raise ConfigError(f"rng takes True or False, not {_cut(self.rng)}; leave it out for no")
 
     def _check_virtio(self) -> None:
         if not self.drives and not self.rng:
@@ -192,7 +219,7 @@ class MachineConfig(_Options):
                     raise ConfigError(f"{name} is for a kernel; give --kernel, too")
         if self.protocol not in PROTOCOLS:
             raise ConfigError(
-                f"there is no boot protocol {self.protocol!r}; use {', '.join(PROTOCOLS)}"
+                f"there is no boot protocol {_cut(self.protocol)}; use {', '.join(PROTOCOLS)}"
             )
 
     def _check_memory(self) -> None:

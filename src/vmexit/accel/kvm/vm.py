@@ -6,15 +6,17 @@ import os
 import struct
 from fcntl import ioctl
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
     KVM_CREATE_VCPU,
+    KVM_GET_CPUID2,
     KVM_GET_DIRTY_LOG,
+    KVM_GET_SREGS,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
     KVM_SET_IDENTITY_MAP_ADDR,
+    KVM_SET_SREGS,
     KVM_SET_TSS_ADDR,
     KVM_SET_USER_MEMORY_REGION,
 )
@@ -26,7 +28,7 @@ from vmexit.abi.kvm_caps import (
     KVM_CAP_SET_TSS_ADDR,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
-from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_userspace_memory_region
+from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_sregs, kvm_userspace_memory_region
 from vmexit.accel.base import ANY_CPU
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.arch.x86.cpu_model import CpuModel
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from vmexit.accel.kvm.irqchip import KvmIrqChip
     from vmexit.accel.kvm.system import System
     from vmexit.arch.x86.cpuid import Table
+
+_CPUID_ENTRIES = 256
 
 
 class KvmVm:
@@ -142,7 +146,7 @@ class KvmVm:
         observer: ExitObserver | None = None,
         interrupts: VcpuInterrupts | None = None,
     ) -> KvmVcpu:
-        """KVM_CREATE_VCPU (KVM API 4.7), with the CPUID that KVM supports. Raises HostError."""
+        """KVM_CREATE_VCPU (KVM API 4.7), with what CPUID says. Raises HostError."""
         if interrupts is not None:
             raise HostError("KVM's interrupt controllers are its own; use --accel soft")
         try:
@@ -170,31 +174,57 @@ class KvmVm:
                 f"cannot map vCPU {index}: {error.strerror}; raise the limits (ulimit -n, -v)"
             ) from error
         self._vcpus.append(vcpu)
+        if self._irqchip is None:
+            _switch_off_lapic(fd)
         vcpu.set_cpuid(self._cpuid(index))
+        if self._model.left_out:
+            self._check_left_out(vcpu)
         return vcpu
 
     def _cpuid(self, index: int) -> bytes:
-        if self._irqchip is None and self._model == ANY_CPU:
-            return self._system.supported_cpuid()
-        from vmexit.accel.kvm.cpuid import pack
+        from vmexit.accel.kvm.cpuid import pack, packed_of_vcpu
 
+        if self._model == ANY_CPU:
+            return packed_of_vcpu(*self._cpuid_basis(index))
         return pack(self.cpuid(index))
 
-    def cpuid(self, index: int) -> "Table":
-        """What vCPU `index` says of itself. Raises ConfigError for a model that cannot be."""
-        from vmexit.accel.kvm.cpuid import parse
-        from vmexit.arch.x86.cpu_features import FEATURES
-        from vmexit.arch.x86.cpuid import brand, with_brand, with_topology
+    def _cpuid_basis(self, index: int) -> tuple[bytes, int, int, bool, bool]:
+        lapic = self._irqchip is not None
+        deadline = lapic and bool(self._system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+        return self._system.supported_cpuid(), index, self._cpus, lapic, deadline
 
-        table = parse(self._system.supported_cpuid())
-        if self._irqchip is not None:
-            if not brand(table):  # KVM leaves it to the VMM
-                table = with_brand(table, _host_brand())
-            table = with_topology(table, index, self._cpus)
-            FEATURES["hypervisor"].put_into(table, True)
-            if self._system.check_extension(KVM_CAP_TSC_DEADLINE_TIMER):
-                FEATURES["tsc-deadline"].put_into(table, True)
-        return self._model.applied(table)
+    def cpuid(self, index: int) -> "Table":
+        """What vCPU `index` is to say of itself. Raises HostError for a model that cannot be."""
+        from vmexit.accel.kvm.cpuid import of_vcpu
+
+        return self._model.applied(of_vcpu(*self._cpuid_basis(index)), "KVM")
+
+    def guest_cpuid(self, vcpu: KvmVcpu) -> "Table":
+        """What `vcpu` says of itself indeed (KVM_GET_CPUID2): not every KVM does as it is told."""
+        from vmexit.accel.kvm.cpuid import empty, parse
+
+        buffer = empty(_CPUID_ENTRIES)
+        try:
+            ioctl(vcpu.fd, KVM_GET_CPUID2, buffer, True)
+        except OSError as error:
+            raise HostError(
+                f"KVM does not tell the CPUID of vCPU {vcpu.index}: {error.strerror}; "
+                "use --accel soft"
+            ) from error
+        return parse(buffer)
+
+    def _check_left_out(self, vcpu: KvmVcpu) -> None:
+        """Raises HostError if the guest sees a feature that was left out."""
+        from vmexit.arch.x86.cpu_features import FEATURES, with_dependents
+
+        table = self.guest_cpuid(vcpu)
+        for wanted in self._model.left_out:
+            for name in with_dependents([wanted]):
+                if FEATURES[name].is_in(table):
+                    raise HostError(
+                        f"this KVM shows {name} to its guests in spite of -{wanted}; "
+                        f"leave -{wanted} out, or use --accel soft"
+                    )
 
     @property
     def executors(self) -> list[KvmVcpu]:
@@ -206,6 +236,8 @@ class KvmVm:
         for vcpu in self._vcpus:
             vcpu.close()
         self._vcpus.clear()
+        if self._irqchip is not None:
+            self._irqchip.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -217,15 +249,17 @@ class KvmVm:
         self.close()
 
 
-@cache
-def _host_brand() -> str:
-    """What this host's processor calls itself, as Linux read it."""
+def _switch_off_lapic(fd: int) -> None:
+    """Without one in the kernel there is none: KVM shows an APIC as long as its base says so."""
+    sregs = kvm_sregs()
     try:
-        lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()
-    except OSError:  # no /proc
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names and names[0] else "KVM processor"
+        ioctl(fd, KVM_GET_SREGS, sregs, True)
+        sregs.apic_base = 0
+        ioctl(fd, KVM_SET_SREGS, sregs)
+    except OSError as error:
+        raise HostError(
+            f"KVM refused to switch off the APIC of a vCPU: {error.strerror}; use --accel soft"
+        ) from error
 
 
 @cache

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.core.errors import ConfigError
+from vmexit.core.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
     from vmexit.arch.x86.cpuid import Table
+
+_LONGEST = 64  # what a message repeats of a text
 
 
 class CpuModel(NamedTuple):
@@ -23,42 +25,63 @@ class CpuModel(NamedTuple):
         base, *changes = text.split(",")
         if base not in ("host", "max"):
             raise ConfigError(
-                f"there is no processor {base!r}; use host or max, with ,+feature or ,-feature"
+                f"--cpu: there is no processor {_quoted(base)}; use host or max, with ,+feature or "
+                ",-feature"
             )
-        named: dict[str, list[str]] = {"+": [], "-": []}
+        named: dict[str, dict[str, None]] = {"+": {}, "-": {}}
         for change in changes:
             sign = change[:1]
+            if not sign:
+                raise ConfigError(
+                    "--cpu has a comma with no feature behind it; use ,+feature or ,-feature"
+                )
             if sign not in named:
-                raise ConfigError(f"{change!r} of --cpu is neither +feature nor -feature")
-            named[sign].append(_feature(change[1:]))
-        return cls(tuple(named["+"]), tuple(named["-"]))
+                raise ConfigError(
+                    f"--cpu: {_quoted(change)} is neither +feature nor -feature; "
+                    "begin it with + or -"
+                )
+            named[sign][_feature(change[1:])] = None
+        model = cls(tuple(named["+"]), tuple(named["-"]))
+        model._check()
+        return model
 
-    def applied(self, table: "Table") -> "Table":
+    def _check(self) -> None:
+        """Raises ConfigError for a feature that is both required and left out."""
+        if not self.required or not self.left_out:
+            return
+        from vmexit.arch.x86.cpu_features import with_dependents
+
+        for name in self.left_out:
+            for lost in with_dependents([name]):
+                if lost in self.required:
+                    why = f", without which there is no {lost}" if lost != name else ""
+                    raise ConfigError(
+                        f"--cpu asks for +{lost} and leaves out {name}{why}; give one of them"
+                    )
+
+    def applied(self, table: "Table", accelerator: str) -> "Table":
         """`table`, with all that the accelerator has, without what is left out.
 
-        Raises ConfigError for a feature that it has not.
+        Raises HostError for a feature that it has not.
         """
-        self.require(table)
+        self.require(table, accelerator)
         return self.without(table)
 
-    def require(self, table: "Table") -> None:
-        """Raises ConfigError for a feature that is required and not in `table`."""
+    def require(self, table: "Table", accelerator: str = "the software CPU") -> None:
+        """Raises HostError for a feature that is required and not in `table`."""
         from vmexit.arch.x86.cpu_features import FEATURES
 
         for name in self.required:
             if not FEATURES[name].is_in(table):
-                raise ConfigError(
-                    f"the accelerator cannot offer {name} on this host; leave +{name} out"
+                raise HostError(
+                    f"{accelerator} cannot offer {name} on this host; leave +{name} out"
                 )
 
     def without(self, table: "Table") -> "Table":
-        """`table` without what is left out."""
-        from vmexit.arch.x86.cpu_features import FEATURES
+        """`table` without what is left out and what depends on it."""
+        from vmexit.arch.x86.cpu_features import without
 
-        new = dict(table)
-        for name in self.left_out:
-            FEATURES[name].put_into(new, False)
-        return new
+        return without(table, self.left_out)
 
 
 def _feature(name: str) -> str:
@@ -69,6 +92,14 @@ def _feature(name: str) -> str:
         return known
     import difflib
 
-    close = difflib.get_close_matches(name, FEATURES, 3)
+    close = difflib.get_close_matches(name[:_LONGEST], FEATURES, 3)
     hint = f"is it {' or '.join(close)}?" if close else "see vmexit doctor --cpuid"
-    raise ConfigError(f"there is no CPU feature {name!r}; {hint}")
+    raise ConfigError(f"--cpu: there is no CPU feature {_quoted(name)}; {hint}")
+
+
+def _quoted(text: str) -> str:
+    return repr(_cut(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
