@@ -237,8 +237,8 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )  # fmt: skip
     run.add_argument(
         "--drive", metavar="file=P", action="append", default=[],
-        help="a disk, /dev/vda and so on in Linux: a raw image or a block device; ,readonly=on "
-        "keeps it as it is; ,serial=S gives it a serial number",
+        help="a disk, /dev/vda in Linux, the next one /dev/vdb: a raw image or a block device; "
+        ",readonly=on keeps it as it is; ,serial=S gives it a serial number",
     )  # fmt: skip
     run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
     run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")

@@ -89,6 +89,17 @@ def test_modules_come_after_what_they_wish_for_if_that_is_there(tmp_path):
     assert [name for name, _ in modules.in_order(["behind"])] == ["plain", "behind"]
 
 
+def test_virtio_devices_are_found_over_mmio(tmp_path):
+    (tmp_path / "x.s").write_text("nop\n")
+    subprocess.run(["as", "--64", "-o", tmp_path / "x.ko", tmp_path / "x.s"], check=True)
+    content = (tmp_path / "x.ko").read_bytes()
+    modules = Modules(["virtio_mmio.ko", "virtio-blk.ko", "ext4.ko"], [], lambda path: content)
+    assert [n for n, _ in modules.in_order(["ext4", "virtio_blk"])] == [
+        "virtio_mmio", "ext4", "virtio_blk",
+    ]  # fmt: skip
+    assert [n for n, _ in modules.in_order(["ext4"])] == ["ext4"]
+
+
 @needs_apt
 @pytest.mark.linux
 @pytest.mark.timeout(300)

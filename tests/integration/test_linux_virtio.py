@@ -99,6 +99,21 @@ def test_what_is_synced_survives_a_kill(tmp_path):
     fsck(disk)
 
 
+def test_poweroff_leaves_the_file_system_clean(tmp_path):
+    """So that it can be mounted read-only, which cannot recover a journal."""
+    disk = ext4(tmp_path / "disk", 64)
+    with boot("--drive", f"file={disk}") as guest:
+        guest.run("mount /dev/vda /mnt && echo kept >/mnt/file")
+        guest.type("poweroff\n")
+        assert guest.status() == 0
+    fsck(disk)
+    header = subprocess.run(["dumpe2fs", "-h", disk], capture_output=True, text=True).stdout
+    assert "needs_recovery" not in header
+    with boot("--drive", f"file={disk},readonly=on") as guest:
+        assert guest.run("mount -o ro /dev/vda /mnt && cat /mnt/file") == "kept"
+        power_off(guest)
+
+
 def test_programs_from_a_disk_run_where_others_have_run_before(tmp_path):
     """Pages of code are filled by the disk, freed, and filled with other code."""
     disk = ext4(tmp_path / "disk", 64)

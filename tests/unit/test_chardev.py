@@ -242,10 +242,13 @@ def test_a_tcp_port_in_use_is_a_config_error_and_free_again_after_close() -> Non
 def test_a_file_is_emptied_and_gets_every_byte(tmp_path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"old" * 1000)
-    chardev = open_chardev(f"file:{path}")
+    loop = EventLoop(lambda error: None)
+    chardev = open_chardev(f"file:{path}", loop=loop)
     assert path.read_bytes() == b""
     chardev.write(EVERY_BYTE)
     chardev.write(b"!")
+    chardev.running(False)
+    loop.close()
     assert path.read_bytes() == EVERY_BYTE + b"!"
     assert chardev.read(16) == b""
     chardev.close()
@@ -257,7 +260,7 @@ def test_a_file_is_emptied_and_gets_every_byte(tmp_path) -> None:
 def test_a_full_device_is_a_host_error_that_says_so() -> None:
     chardev = open_chardev("file:/dev/full")
     with pytest.raises(HostError, match="No space left on device"):
-        chardev.write(b"x")
+        chardev.write(b"x\n")
     chardev.close()
 
 
@@ -422,6 +425,7 @@ while len(data) < 256:
 print("before", end="", flush=False)
 c = open_chardev("stdio")
 c.write(data)
+c.running(False)
 """
 
 
@@ -453,7 +457,9 @@ def test_standard_output_that_nobody_reads_is_not_waited_for_once_the_run_ends()
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-STOPS = "c = open_chardev('stdio')\nassert not any(c.read(1) for _ in range(1000))\nc.write(b'ok')"
+STOPS = (
+    "c = open_chardev('stdio')\nassert not any(c.read(1) for _ in range(1000))\nc.write(b'ok\\n')"
+)
 
 
 @pytest.mark.parametrize("how", ["end of file", "closed"])
@@ -463,7 +469,7 @@ def test_without_standard_input_there_is_no_input(how) -> None:
     if how == "closed":
         code = f"os.close(0)\n{STOPS}"
     done = run(code, stdout=subprocess.PIPE, **options)
-    assert (done.stdout, done.stderr) == (b"ok", b"")
+    assert (done.stdout, done.stderr) == (b"ok\n", b"")
 
 
 def test_without_standard_output_opening_it_gives_an_error_of_ours_or_none() -> None:
@@ -480,7 +486,7 @@ def test_a_reader_of_standard_output_that_has_gone_is_a_host_error() -> None:
     code = """
 from vmexit.core.errors import HostError
 try:
-    open_chardev("stdio").write(b"x")
+    open_chardev("stdio").write(b"x\\n")
 except HostError as error:
     sys.stderr.write(str(error))
 """

@@ -227,7 +227,7 @@ def test_a_disk_in_use_is_refused(image):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         ) as other:  # fmt: skip
             assert other.stdout.readline() == b"1\n"
-            with pytest.raises(ConfigError, match=r"is in use; end who uses it"):
+            with pytest.raises(ConfigError, match=r"is in use, by another machine"):
                 Disk(str(image))
             if more:
                 Disk(str(image), readonly=True).close()
@@ -243,9 +243,12 @@ def test_what_is_no_disk_is_refused_with_the_remedy(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ConfigError, match=message):
             Disk(str(tmp_path / name))
+    (tmp_path / "qcow2").write_bytes(b"QFI\xfb".ljust(512, b"\0"))
+    Disk(str(tmp_path / "qcow2"), probe=False).close()
     for path, message in (
         (str(tmp_path / "none"), "No such file or directory; make one: truncate"),
         (str(tmp_path), "Is a directory|neither a file"),
+        (str(tmp_path / "qcow2"), "looks like a qcow2 image, and only raw ones can be used"),
         ("/dev/null", "is neither a file nor a block device"),
         ("a\0b", "NUL"),
     ):
@@ -258,6 +261,7 @@ def test_what_is_no_disk_is_refused_with_the_remedy(tmp_path):
     [
         ("file=a", Drive("a")),
         ("file=a,readonly=on", Drive("a", True)),
+        ("file=a,format=raw", Drive("a", format="raw")),
         ("readonly=off,serial=s 1,file=a,,b=c", Drive("a,b=c", False, "s 1")),
     ],
 )
@@ -265,8 +269,21 @@ def test_drives(text, drive):
     assert Drive.parse(text) == drive
 
 
-@pytest.mark.parametrize("text", ["", "a", "file=", "file=a,readonly", "file=a,cache=none",
-                                  "file=a,readonly=yes", "readonly=on", "file=a,"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        "file=",
+        "file=a,readonly",
+        "file=a,cache=none",
+        "file=a,readonly=yes",
+        "readonly=on",
+        "file=a,",
+        "file=a,file=a",
+        "file=a,format=qcow2",
+    ],
+)
 def test_what_is_no_drive(text):
-    with pytest.raises(ConfigError, match=r"use |neither on nor off"):
+    with pytest.raises(ConfigError, match=r"use |neither on nor off|leave one out|make it raw"):
         Drive.parse(text)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from vmexit.backends.console import Console, is_our_terminal
 from vmexit.backends.files import open_output
+from vmexit.backends.gather import Gathered
 from vmexit.backends.wait import Ending, Output, never, ready
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
@@ -58,7 +59,7 @@ def open_chardev(
     if spec == "pty":
         return Pty(loop)
     if kind == "file" and rest:
-        return File(rest, ending)
+        return File(rest, ending, loop)
     if kind == "unix" and rest:
         return _listen(rest, loop, ending)
     if kind == "tcp":
@@ -107,7 +108,8 @@ class _Descriptor:
         self._out = out
         self._in = into
         self._loop = loop
-        self._output = Output(out, ending)
+        output = Output(out, ending)
+        self._output = output if loop is None else Gathered(output, loop)
 
     def write(self, data: bytes) -> None:
         if self._out >= 0:
@@ -127,7 +129,9 @@ class _Descriptor:
             self._loop.watch(self._in, function)
 
     def running(self, runs: bool) -> None:
-        """It makes no difference."""
+        """At the end of a run all is written."""
+        if not runs and self._out >= 0:
+            self._output.flush()
 
     def close(self) -> None:
         """Forget the descriptors, which stay open."""
@@ -166,12 +170,12 @@ class Stdio(_Descriptor):
 class File(_Descriptor):
     """A file, emptied first; input there is none."""
 
-    def __init__(self, path: str, ending: Ending = never) -> None:
+    def __init__(self, path: str, ending: Ending = never, loop: EventLoop | None = None) -> None:
         out, replaces = open_output(path)
         if replaces:
             with suppress(OSError):  # EINVAL: a pipe has no length
                 os.ftruncate(out, 0)
-        super().__init__(out, -1, None, ending)
+        super().__init__(out, -1, loop, ending)
 
     def close(self) -> None:
         if self._out >= 0:

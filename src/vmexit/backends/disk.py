@@ -14,6 +14,8 @@ _SECTOR = 512
 _ZEROS = bytes(1 << 20)
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE, _FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # linux/falloc.h
 _NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+# Other formats, by their first bytes.
+_FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD"}
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
@@ -23,8 +25,10 @@ class Disk:
     While it is open, another vmexit or QEMU cannot open it to write.
     """
 
-    def __init__(self, path: str, *, readonly: bool = False) -> None:
-        """Raises ConfigError for what is no disk, or is in use."""
+    def __init__(self, path: str, *, readonly: bool = False, probe: bool = True) -> None:
+        """Raises ConfigError for what is no disk, or is in use; with `probe`, for an image of
+        another format, which would be ruined.
+        """
         self.readonly = readonly
         flags = os.O_RDONLY if readonly else os.O_RDWR
         try:
@@ -39,6 +43,8 @@ class Disk:
             raise ConfigError(f"cannot open the disk {shown(path)}: {why}; {remedy}") from error
         try:
             self.size, self.block_size = self._measure(path)
+            if probe:
+                self._check_format(path)
             self._lock(path)
         except ConfigError:
             os.close(self._fd)
@@ -51,6 +57,8 @@ class Disk:
                 f"{shown(path)} is neither a file nor a block device; give the disk's image"
             )
         size = os.lseek(self._fd, 0, os.SEEK_END)
+        if not size and stat.S_ISBLK(status.st_mode):
+            raise ConfigError(f"the disk {shown(path)} has no medium; give one that has")
         if size % _SECTOR:
             raise ConfigError(
                 f"the disk {shown(path)} has {size} bytes, which are no whole sectors; "
@@ -63,13 +71,23 @@ class Disk:
         block = min(max(status.st_blksize, _SECTOR), 1 << 16)
         return size, block if block & block - 1 == 0 else _SECTOR
 
+    def _check_format(self, path: str) -> None:
+        start = os.pread(self._fd, 8, 0)
+        for magic, name in _FORMATS.items():
+            if start.startswith(magic):
+                raise ConfigError(
+                    f"the disk {shown(path)} looks like a {name} image, and only raw ones can be "
+                    f"used; convert it (qemu-img convert -O raw), or say format=raw"
+                )
+
     def _lock(self, path: str) -> None:
         kind = fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX
         try:
             fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"the disk {shown(path)} is in use; end who uses it, or give both readonly=on"
+                f"the disk {shown(path)} is in use, by another machine or as another drive of "
+                "this one; end that, or give both readonly=on"
             ) from error
         except OSError as error:  # a file system without locks
             if error.errno not in (*_NOT_POSSIBLE, errno.ENOLCK):

@@ -65,6 +65,13 @@ class Output:
         self._is_file = stat.S_ISREG(mode)
         self._room = 0
 
+    def flush(self) -> None:
+        """All is written: nothing waits here."""
+
+    def has_room(self) -> bool:
+        """Whether some of a page goes into it now, without a wait."""
+        return self._is_file or ready(self._fd, select.POLLOUT)
+
     def write(self, data: bytes) -> None:
         """Write all of it. Several threads may; raises HostError."""
         try:

@@ -29,7 +29,10 @@ poweroff -f
 
 # The shell takes its own commands before those in PATH. This init takes no signals, by which they
 # would have it switch off: -f does without.
-SHRC = "".join(f"{name}() {{ command {name} -f; }}\n" for name in ("poweroff", "reboot", "halt"))
+SHRC = "".join(
+    f"{name}() {{ umount -a -r 2>/dev/null; command {name} -f; }}\n"
+    for name in ("poweroff", "reboot", "halt")
+)
 
 MOTD = "vmexit guest: a busybox shell. `poweroff` ends it, `reboot` too.\n"
 

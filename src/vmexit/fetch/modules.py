@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from vmexit.core.errors import ConfigError
 
 # How modules are chosen: another name for each way, as what was made before is kept.
-CHOICE = "depends, softdep with crypto"
+CHOICE = "depends, softdep with crypto, virtio_mmio"
 
 _SUFFIX = re.compile(r"\.ko(\.xz|\.gz|\.zst)?$")
 
@@ -43,8 +43,11 @@ class Modules:
         Raises ConfigError for a module that the kernel does not have.
         """
         found: dict[str, bytes] = {}
-        for name in wanted:
-            self._add(_canonical(name), found, frozenset())
+        names = [_canonical(name) for name in wanted]
+        if any(name.startswith("virtio_") for name in names):
+            names.insert(0, "virtio_mmio")  # without which the others find no device
+        for name in names:
+            self._add(name, found, frozenset())
         return list(found.items())
 
     def _add(self, name: str, found: dict[str, bytes], above: frozenset[str]) -> None:

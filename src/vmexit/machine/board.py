@@ -152,7 +152,7 @@ class Board:
             from vmexit.machine.drive import Drive
 
             drive = Drive.parse(text)
-            disk = Disk(drive.file, readonly=drive.readonly)
+            disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
             self._on_close(disk.close)
             yield f"disk{number}", Blk(disk, drive.serial)
         if config.rng:

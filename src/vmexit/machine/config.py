@@ -189,7 +189,7 @@ class MachineConfig(_Options):
         for text in self.drives:
             Drive.parse(text)
         if self.machine == "bare":
-            raise ConfigError("the bare machine has no disks; use --machine microvm")
+            raise ConfigError("the bare machine has no virtio devices; use machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
             raise ConfigError(
                 f"{self.virtio_devices} virtio devices are too many; use {len(VIRTIO_GSIS)} at most"

@@ -1,4 +1,4 @@
-"""What a user says of a disk: `--drive file=P[,readonly=on][,serial=S]`."""
+"""What a user says of a disk: `--drive file=P[,readonly=on][,serial=S][,format=raw]`."""
 
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ class Drive(NamedTuple):
     file: str
     readonly: bool = False
     serial: str = ""
+    format: str = ""
+    """Empty: raw, but not if the file looks like another one."""
 
     @classmethod
     def parse(cls, text: str) -> "Drive":
@@ -25,10 +27,16 @@ class Drive(NamedTuple):
                     f"{option!r} of the drive {text!r} is unknown; "
                     f"use file=PATH, with {', '.join(f'{k}=' for k in cls._fields[1:])}"
                 )
+            if key in values:
+                raise ConfigError(f"the drive {text!r} has {key}= twice; leave one out")
             values[key] = value
         if not values.get("file"):
             raise ConfigError(f"the drive {text!r} names no file; use file=PATH")
         readonly = values.get("readonly", "off")
         if readonly not in _ON_OFF:
             raise ConfigError(f"readonly={readonly} of the drive {text!r} is neither on nor off")
-        return cls(values["file"], _ON_OFF[readonly], values.get("serial", ""))
+        if (kind := values.get("format", "")) not in ("", "raw"):
+            raise ConfigError(
+                f"a drive cannot be {kind!r} yet; make it raw: qemu-img convert -O raw"
+            )
+        return cls(values["file"], _ON_OFF[readonly], values.get("serial", ""), kind)

@@ -215,7 +215,7 @@ class Machine:
         protocol: str = "auto",
         cpu: str = "host",
         devices: tuple[str, ...] = (),
-        drives: tuple[str, ...] = (),
+        drives: Sequence[str] = (),
         rng: bool = False,
         observer: ExitObserver | None = None,
     ) -> None:
@@ -258,7 +258,7 @@ class Machine:
             protocol=protocol,
             cpu=cpu,
             devices=devices,
-            drives=drives,
+            drives=drives if isinstance(drives, str) else tuple(drives),  # type: ignore[arg-type]
             rng=rng,
         )
         self._build(config, observer)
