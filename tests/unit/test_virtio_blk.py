@@ -94,6 +94,28 @@ def test_a_header_may_be_split_and_the_status_share_a_part(driver, memory):
     assert memory.read(DATA, 513) == struct.pack("<Q", 3) * 64 + b"\0"
 
 
+def test_a_request_that_names_the_same_memory_again_and_again_has_a_limit(memory, tmp_path):
+    """As much as 256 MiB are a request; this one is larger, though not than its disk."""
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(1 << 30)
+    disk = Disk(str(big))
+    driver = Driver(Blk(disk), memory)
+    driver.start()
+    memory.write(HEADER, struct.pack("<IIQ", v.BLK_T_IN, 0, 0))
+    ring, table = driver.rings[0], 0x7_0000
+    direct, ring.desc = ring.desc, table
+    parts = 700
+    ring.chain([(HEADER, 16)], [(0x8_1000, 0x7_0000)] * parts + [(STATUS - 0x8000, 1)])
+    ring.desc = direct
+    ring.describe(0, table, 16 * (parts + 2), v.DESC_F_INDIRECT)
+    ring.offer(0)
+    driver.kick()
+    assert ring.done() == [(0, parts * 0x7_0000 + 1)]
+    assert memory.read_u8(STATUS - 0x8000) == v.BLK_S_IOERR
+    disk.close()
+
+
 def test_the_serial_number(driver, memory):
     assert request(driver, v.BLK_T_GET_ID, 0, into=[(DATA, 20)]) == v.BLK_S_OK
     assert memory.read(DATA, 20) == b"serial number 1\0\0\0\0\0"

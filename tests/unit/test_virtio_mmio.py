@@ -8,7 +8,7 @@ from virtio_driver import F_ALL, Driver
 from vmexit.abi import virtio as v
 from vmexit.core.errors import ConfigError
 from vmexit.core.memory import GuestMemory
-from vmexit.devices.virtio.queue import Chain
+from vmexit.devices.virtio.queue import Chain, Queue
 from vmexit.devices.virtio.rng import Rng
 
 MEMORY = 1 << 20
@@ -39,7 +39,7 @@ class Echo:
 
     def notify(self, index):
         queue = self.queues[index]
-        while (chain := queue.pop()) is not None:
+        for chain in queue.requests():
             queue.push(chain, chain.write(chain.read(1 << 20)))
         queue.tell()
 
@@ -222,6 +222,50 @@ def test_an_indirect_table_within_an_indirect_table_is_refused(driver):
     ring.offer(0)
     driver.kick()
     assert driver.broken
+
+
+def test_nobody_is_held_up_by_a_driver_that_always_has_more(memory):
+    """Each buffer that is used is offered again at once, as by another vCPU."""
+    driver = Driver(Rng(), memory)
+    driver.start(size=8)
+    ring = driver.rings[0]
+    ring.chain([], [(BUFFERS, 8)])
+    before = Queue.push
+
+    def push(queue, chain, written):
+        before(queue, chain, written)
+        ring.offer(0)
+
+    driver.device._queue.push = push.__get__(driver.device._queue)
+    ring.offer(0)
+    driver.kick()
+    assert len(ring.done()) == 8
+    driver.clock.fire()
+    assert len(ring.done()) == 8
+    del driver.device._queue.push
+    driver.clock.fire()
+    assert len(ring.done()) == 1
+    driver.clock.fire()
+    assert ring.done() == []
+
+
+def test_a_rom_is_not_written(memory):
+    memory.add_rom(0x10_0000, b"ROM" * 1000)
+    driver = Driver(Echo(), memory)
+    driver.start()
+    ring = driver.rings[0]
+    ring.offer(ring.chain([(0x10_0000, 3)], [(BUFFERS, 3)]))
+    driver.kick()
+    assert ring.done() == [(0, 3)] and memory.read(BUFFERS, 3) == b"ROM"
+    ring.offer(ring.chain([(BUFFERS, 3)], [(0x10_0003, 3)]))
+    driver.kick()
+    assert driver.broken and memory.read(0x10_0000, 9) == b"ROMROMROM"
+    assert driver.accept(1 << 32)
+    driver.set(v.MMIO_QUEUE_SEL, 0)
+    driver.set(v.MMIO_QUEUE_SIZE, 4)
+    driver.place(0x10_0000, 0x10_0100, 0x10_0200)
+    driver.set(v.MMIO_QUEUE_READY, 1)
+    assert driver.get(v.MMIO_QUEUE_READY) == 0
 
 
 def test_an_index_that_is_more_than_the_queue_ahead_is_refused(driver):

@@ -2,6 +2,8 @@
 
 import struct
 
+from fakes import ManualClock
+
 from vmexit.abi import virtio as v
 from vmexit.core.irq import IrqLine
 from vmexit.core.memory import GuestMemory
@@ -70,7 +72,8 @@ class Driver:
     def __init__(self, device, memory: GuestMemory) -> None:
         self.lines = Lines()
         self.memory = memory
-        self.registers = MmioTransport(device, memory, IrqLine(self.lines, 5))
+        self.clock = ManualClock()
+        self.registers = MmioTransport(device, memory, IrqLine(self.lines, 5), self.clock)
         self.device = device
         self.rings: list[Ring] = []
 

@@ -139,7 +139,7 @@ class Board:
 
         for number, (name, device) in enumerate(self._virtio_devices()):
             irq = IrqLine(chip, layout.VIRTIO_GSIS[number])
-            transport = MmioTransport(device, memory, irq)
+            transport = MmioTransport(device, memory, irq, self._loop)
             at = layout.VIRTIO_MMIO + number * layout.VIRTIO_MMIO_SIZE
             self._mmio.attach(at, layout.VIRTIO_MMIO_SIZE, transport)
             self.devices[name] = transport

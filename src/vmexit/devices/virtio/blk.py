@@ -19,8 +19,10 @@ QUEUE_SIZE = 256
 # Segments of data in a request: the chain has a header and a status, too.
 _SEG_MAX = QUEUE_SIZE - 2
 # So much is discarded or zeroed at a time, at most.
-_MAX_RANGE = 1 << 22  # sectors: 2 GiB
+_MAX_RANGE = 1 << 19  # sectors: 256 MiB
 _STATUS = 1
+# Bytes of one request: 1 MiB for each segment. Buffers may name the same memory many times.
+_MOST = _SEG_MAX << 20
 
 
 class DiskBackend(Protocol):
@@ -92,7 +94,7 @@ class Blk:
         queue = self._queue
         if queue is None:
             return
-        while (chain := queue.pop()) is not None:
+        for chain in queue.requests():
             queue.push(chain, self._serve(chain))
         queue.tell()
 
@@ -117,7 +119,7 @@ class Blk:
         """The status of a request."""
         disk = self._disk
         if kind == v.BLK_T_IN:
-            if not self._within(sector, size):
+            if not self._readable(sector, size):
                 return v.BLK_S_IOERR
             disk.read_into(data, sector * v.SECTOR_SIZE)
         elif kind == v.BLK_T_GET_ID:
@@ -129,7 +131,7 @@ class Blk:
                 disk.flush()
         elif kind == v.BLK_T_OUT:
             source = _without_first(chain.readable, _HEADER.size)
-            if disk.readonly or not self._within(sector, sum(map(len, source))):
+            if disk.readonly or not self._readable(sector, sum(map(len, source))):
                 return v.BLK_S_IOERR
             disk.write_from(source, sector * v.SECTOR_SIZE)
         elif kind in (v.BLK_T_DISCARD, v.BLK_T_WRITE_ZEROES):
@@ -160,6 +162,10 @@ class Blk:
         """Whether whole sectors of the disk are meant."""
         end = sector * v.SECTOR_SIZE + size
         return size % v.SECTOR_SIZE == 0 and end <= self._disk.size
+
+    def _readable(self, sector: int, size: int) -> bool:
+        """Likewise, and not so many that the host would be busy with it for long."""
+        return size <= _MOST and self._within(sector, size)
 
     def reset(self) -> None:
         self._queue = None

@@ -5,9 +5,11 @@ between its look and its acknowledgement makes another edge.
 """
 
 import threading
+from collections.abc import Callable
 
 from vmexit.abi import virtio as v
 from vmexit.core.bus import State
+from vmexit.core.clock import Clock
 from vmexit.core.irq import IrqLine
 from vmexit.core.memory import GuestMemory
 from vmexit.devices.saved import Saved
@@ -34,12 +36,17 @@ class MmioTransport:
 
     widths = (1, 2, 4)
 
-    def __init__(self, device: VirtioDevice, memory: GuestMemory, irq: IrqLine) -> None:
+    def __init__(
+        self, device: VirtioDevice, memory: GuestMemory, irq: IrqLine, clock: Clock
+    ) -> None:
         self.device = device
         self._irq = irq
         self._lock = threading.RLock()  # a device tells of its configuration from within a call
         self._offered = device.features | _COMMON
-        self._queues = [Queue(memory, size, self._used) for size in device.queue_sizes]
+        self._queues = [
+            Queue(memory, size, self._used, self._kick_later(index, clock))
+            for index, size in enumerate(device.queue_sizes)
+        ]
         self._generation = 0
         self._clear()
 
@@ -56,6 +63,10 @@ class MmioTransport:
             for queue in self._queues:
                 queue.reset()
             self._clear()
+
+    def _kick_later(self, index: int, clock: Clock) -> Callable[[], None]:
+        timer = clock.timer(lambda: self.kick(index))
+        return lambda: timer.set(clock.now())
 
     # Interrupts.
 

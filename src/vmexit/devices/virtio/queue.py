@@ -6,7 +6,7 @@ checked before it is used; a chain has a limit, in the descriptor table and in a
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from vmexit.abi.virtio import (
@@ -71,10 +71,19 @@ class Chain(NamedTuple):
 class Queue:
     """The device's half of one queue. Whoever uses it holds the lock of its device."""
 
-    def __init__(self, memory: GuestMemory, size_max: int, interrupt: Callable[[], None]) -> None:
-        """`interrupt` tells the driver that buffers were used."""
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size_max: int,
+        interrupt: Callable[[], None],
+        again: Callable[[], None],
+    ) -> None:
+        """`interrupt` tells the driver that buffers were used; `again` has the device look later
+        whether there is more to do.
+        """
         self._memory = memory
         self._interrupt = interrupt
+        self._again = again
         # What orders a store before a later load of another word: x86 itself may swap these two,
         # but not across the locked instruction that this takes (Intel SDM vol. 3, 9.2.3.4).
         self._fence = threading.Lock()
@@ -104,20 +113,36 @@ class Queue:
         view = self._view
         self._desc = view(self.desc, DESC_SIZE * size)
         self._avail = view(self.driver, _RING + 2 * size + event)
-        self._used = view(self.device, _RING + 8 * size + event)
+        self._used = view(self.device, _RING + 8 * size + event, write=True)
         self.ready = True
 
     def disable(self) -> None:
         """The driver takes the queue away."""
         self.ready = False
 
-    def _view(self, gpa: int, size: int) -> memoryview:
+    def _view(self, gpa: int, size: int, *, write: bool = False) -> memoryview:
         try:
-            return self._memory.view(gpa, size)
+            region = self._memory.region(gpa, size)
         except GuestAddressError as error:
             raise QueueError(str(error)) from error
+        if write and region.readonly:
+            raise QueueError(f"the ROM at {gpa:#x} cannot be written")
+        start = gpa - region.gpa
+        return region.view[start : start + size]
 
     # Requests.
+
+    def requests(self) -> Iterator[Chain]:
+        """What there is to do, but no more at a time than the queue holds.
+
+        A guest that asks for more all the time would hold up for ever who looks. Raises QueueError.
+        """
+        for _ in range(self.size):
+            chain = self.pop()
+            if chain is None:
+                return
+            yield chain
+        self._again()
 
     def pop(self) -> Chain | None:
         """The next request, or None. Raises QueueError."""
@@ -169,7 +194,7 @@ class Queue:
             if not size:
                 raise QueueError("a descriptor has no bytes")
             if flags & DESC_F_WRITE:
-                writable.append(self._view(gpa, size))
+                writable.append(self._view(gpa, size, write=True))
                 written.append((gpa, size))
             elif writable:
                 raise QueueError("bytes to read come behind bytes to write")

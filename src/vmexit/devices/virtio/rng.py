@@ -35,7 +35,7 @@ class Rng:
         queue = self._queue
         if queue is None:
             return
-        while (chain := queue.pop()) is not None:
+        for chain in queue.requests():
             queue.push(chain, chain.write(os.urandom(min(chain.writable_size(), _MOST))))
         queue.tell()
 
