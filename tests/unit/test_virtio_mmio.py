@@ -38,10 +38,7 @@ class Echo:
         self.queues, self.accepted = queues, features
 
     def notify(self, index):
-        queue = self.queues[index]
-        for chain in queue.requests():
-            queue.push(chain, chain.write(chain.read(1 << 20)))
-        queue.tell()
+        self.queues[index].serve(lambda chain: chain.write(chain.read(1 << 20)))
 
     def reset(self):
         self.queues = []

@@ -43,3 +43,14 @@ class GuestAddressError(VmexitError, IndexError):
 def shown(path: str) -> str:
     """`path` as it is put into a message: quoted where it has line breaks and the like."""
     return path if path and path.isprintable() else repr(path)
+
+
+_LONGEST = 64
+
+
+def quoted(value: object) -> str:
+    """`value` as a message repeats it: quoted, and only the beginning if it is long."""
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return repr(value[:_LONGEST] + "...")
+    text = repr(value)
+    return text if len(text) <= 2 * _LONGEST else text[: 2 * _LONGEST] + "..."

@@ -41,6 +41,11 @@ class Region(NamedTuple):
         """The first GPA behind the region."""
         return self.gpa + self.size
 
+    def part(self, gpa: int, size: int) -> memoryview:
+        """The view of `size` bytes at `gpa`, which are in the region."""
+        start = gpa - self.gpa
+        return self.view[start : start + size]
+
 
 class GuestMemory:
     """RAM ranges and ROMs of one guest. Slices are views, not copies.
@@ -128,9 +133,7 @@ class GuestMemory:
 
     def view(self, gpa: int, size: int) -> memoryview:
         """`size` bytes at `gpa` as a writable view of the guest's own bytes."""
-        region = self.region(gpa, size)
-        start = gpa - region.gpa
-        return region.view[start : start + size]
+        return self.region(gpa, size).part(gpa, size)
 
     def read(self, gpa: int, size: int) -> bytes:
         """A copy of `size` bytes at `gpa`."""

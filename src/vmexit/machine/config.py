@@ -14,7 +14,7 @@ from vmexit.arch.x86.layout import (
     VIRTIO_GSIS,
 )
 from vmexit.boot.flat import MODES
-from vmexit.core.errors import ConfigError
+from vmexit.core.errors import ConfigError, quoted
 from vmexit.core.memory import PAGE_SIZE
 
 ACCELERATORS = ("auto", "kvm", "soft")
@@ -30,9 +30,6 @@ DEFAULT_DEBUG_EXIT = 0xF4
 
 # Any size that there can be is shorter, and Python refuses to print far longer numbers.
 _MAX_DIGITS = 64
-
-# What a message repeats of a text.
-_LONGEST = 64
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -53,15 +50,7 @@ def parse_size(text: str | int) -> int:
             return int(digits.removesuffix(unit), 0) * _UNITS[unit]
     except ValueError:
         pass
-    raise ConfigError(f"{_cut(text)} is no size; use bytes, or 512K, 128M, 1G")
-
-
-def _cut(value: object) -> str:
-    """`value` as a message shows it: its beginning, if it is long."""
-    if isinstance(value, str) and len(value) > _LONGEST:
-        return repr(value[:_LONGEST] + "...")
-    text = repr(value)
-    return text if len(text) <= 2 * _LONGEST else text[: 2 * _LONGEST] + "..."
+    raise ConfigError(f"{quoted(text)} is no size; use bytes, or 512K, 128M, 1G")
 
 
 _REQUIRED = frozenset(("memory", "load_address", "entry", "smp"))
@@ -130,17 +119,19 @@ class MachineConfig(_Options):
         if self.debugcon is not None and not isinstance(self.debugcon, tuple):
             raise ConfigError(f'debugcon takes (port, path), not {self.debugcon!r}; path may be ""')
         if self.accel not in ACCELERATORS:
-            raise ConfigError(f"there is no accelerator {_cut(self.accel)}; use auto, kvm or soft")
+            raise ConfigError(
+                f"there is no accelerator {quoted(self.accel)}; use auto, kvm or soft"
+            )
         if self.mode not in MODES:
             raise ConfigError(
-                f"there is no CPU mode {_cut(self.mode)}; use real, protected or long"
+                f"there is no CPU mode {quoted(self.mode)}; use real, protected or long"
             )
         if self.machine not in MACHINES:
-            raise ConfigError(f"there is no machine {_cut(self.machine)}; use bare or microvm")
+            raise ConfigError(f"there is no machine {quoted(self.machine)}; use bare or microvm")
         _ = self.cpu_model
         for name in self.devices:
             if name not in DEVICES:
-                raise ConfigError(f"there is no device {_cut(name)}; use {' or '.join(DEVICES)}")
+                raise ConfigError(f"there is no device {quoted(name)}; use {' or '.join(DEVICES)}")
             if self.devices.count(name) > 1:
                 raise ConfigError(f"--device {name} is given twice; one is all there can be")
         self._check_virtio()
@@ -171,15 +162,19 @@ class MachineConfig(_Options):
 
     def _check_types(self) -> None:
         if not isinstance(self.cpu, str):
-            raise ConfigError(f"cpu takes a text, not {_cut(self.cpu)}; use host, max or host,-avx")
+            raise ConfigError(
+                f"cpu takes a text, not {quoted(self.cpu)}; use host, max or host,-avx"
+            )
         for name in ("devices", "drives"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
                 raise ConfigError(
-                    f"{name} takes a tuple of texts, not {_cut(values)}; one of them is ('...',)"
+                    f"{name} takes a tuple of texts, not {quoted(values)}; one of them is ('...',)"
                 )
         if not isinstance(self.rng, bool):
-            raise ConfigError(f"rng takes True or False, not {_cut(self.rng)}; leave it out for no")
+            raise ConfigError(
+                f"rng takes True or False, not {quoted(self.rng)}; leave it out for no"
+            )
 
     def _check_virtio(self) -> None:
         if not self.drives and not self.rng:
@@ -219,7 +214,7 @@ class MachineConfig(_Options):
                     raise ConfigError(f"{name} is for a kernel; give --kernel, too")
         if self.protocol not in PROTOCOLS:
             raise ConfigError(
-                f"there is no boot protocol {_cut(self.protocol)}; use {', '.join(PROTOCOLS)}"
+                f"there is no boot protocol {quoted(self.protocol)}; use {', '.join(PROTOCOLS)}"
             )
 
     def _check_memory(self) -> None:

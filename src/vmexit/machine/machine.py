@@ -215,7 +215,7 @@ class Machine:
         protocol: str = "auto",
         cpu: str = "host",
         devices: tuple[str, ...] = (),
-        drives: Sequence[str] = (),
+        drives: tuple[str, ...] | list[str] = (),
         rng: bool = False,
         observer: ExitObserver | None = None,
     ) -> None:
@@ -258,7 +258,7 @@ class Machine:
             protocol=protocol,
             cpu=cpu,
             devices=devices,
-            drives=drives if isinstance(drives, str) else tuple(drives),  # type: ignore[arg-type]
+            drives=tuple(drives) if isinstance(drives, list) else drives,
             rng=rng,
         )
         self._build(config, observer)

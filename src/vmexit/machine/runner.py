@@ -203,14 +203,17 @@ class Runner:
 
     def in_vcpu_thread(self) -> bool:
         """Whether the caller is a device or a callback, on a vCPU's thread."""
-        current = threading.current_thread()
-        return any(t.thread is current for t in self._threads)
+        return self._executor() is not None
 
     def holds(self, vcpu: int) -> bool:
         """Whether the caller is within an access of `vcpu`, or of one that shares its thread."""
+        number = self._executor()
+        return number == vcpu or (number == 0 and len(self._threads) == 1)
+
+    def _executor(self) -> int | None:
+        """The number of the executor that the caller's thread runs."""
         current = threading.current_thread()
-        numbers = [n for n, thread in enumerate(self._threads) if thread.thread is current]
-        return bool(numbers) and (len(self._threads) == 1 or numbers[0] == vcpu)
+        return next((n for n, t in enumerate(self._threads) if t.thread is current), None)
 
     def run(self, timeout: float | None) -> Stop:
         """Run until the first vCPU stops, a stop is requested, or `timeout` seconds have passed.

@@ -18,6 +18,7 @@ from vmexit.abi.kvm import (
     KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_MMIO,
     KVM_EXIT_SET_TPR,
+    KVM_GET_CPUID2,
     KVM_GET_MP_STATE,
     KVM_GET_MSRS,
     KVM_GET_REGS,
@@ -90,6 +91,7 @@ _SEGMENT_FIELDS = 12
 _SYSTEM_FORMAT = struct.Struct(
     "=" + "QIH9Bx" * len(SEGMENTS) + "QH6x" * len(TABLES) + f"{len(CONTROL)}Q"
 )
+_APIC_BASE_FORMAT = struct.Struct("=Q")
 _MP_STATE = struct.Struct("=I")  # struct kvm_mp_state
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
 
@@ -320,6 +322,16 @@ class KvmVcpu:
         """KVM_SET_CPUID2 (KVM API 4.20); `cpuid` is a `struct kvm_cpuid2` with its entries."""
         # fcntl takes more than 1 KiB only if it may be written to.
         self._set("CPUID", KVM_SET_CPUID2, bytearray(cpuid))
+
+    def get_cpuid(self, buffer: bytearray) -> None:
+        """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
+        self._get("CPUID", KVM_GET_CPUID2, buffer)
+
+    def switch_off_lapic(self) -> None:
+        """There is none but in the kernel, and KVM shows one as long as the APIC base says so."""
+        buffer = self._sregs()
+        _APIC_BASE_FORMAT.pack_into(buffer, kvm_sregs.apic_base.offset, 0)
+        self._set("APIC base", KVM_SET_SREGS, buffer)
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
     KVM_CREATE_VCPU,
-    KVM_GET_CPUID2,
     KVM_GET_DIRTY_LOG,
-    KVM_GET_SREGS,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
     KVM_SET_IDENTITY_MAP_ADDR,
-    KVM_SET_SREGS,
     KVM_SET_TSS_ADDR,
     KVM_SET_USER_MEMORY_REGION,
 )
@@ -28,7 +25,7 @@ from vmexit.abi.kvm_caps import (
     KVM_CAP_SET_TSS_ADDR,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
-from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_sregs, kvm_userspace_memory_region
+from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_userspace_memory_region
 from vmexit.accel.base import ANY_CPU
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.arch.x86.cpu_model import CpuModel
@@ -175,7 +172,7 @@ class KvmVm:
             ) from error
         self._vcpus.append(vcpu)
         if self._irqchip is None:
-            _switch_off_lapic(fd)
+            vcpu.switch_off_lapic()
         vcpu.set_cpuid(self._cpuid(index))
         if self._model.left_out:
             self._check_left_out(vcpu)
@@ -204,13 +201,7 @@ class KvmVm:
         from vmexit.accel.kvm.cpuid import empty, parse
 
         buffer = empty(_CPUID_ENTRIES)
-        try:
-            ioctl(vcpu.fd, KVM_GET_CPUID2, buffer, True)
-        except OSError as error:
-            raise HostError(
-                f"KVM does not tell the CPUID of vCPU {vcpu.index}: {error.strerror}; "
-                "use --accel soft"
-            ) from error
+        vcpu.get_cpuid(buffer)
         return parse(buffer)
 
     def _check_left_out(self, vcpu: KvmVcpu) -> None:
@@ -247,19 +238,6 @@ class KvmVm:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _switch_off_lapic(fd: int) -> None:
-    """Without one in the kernel there is none: KVM shows an APIC as long as its base says so."""
-    sregs = kvm_sregs()
-    try:
-        ioctl(fd, KVM_GET_SREGS, sregs, True)
-        sregs.apic_base = 0
-        ioctl(fd, KVM_SET_SREGS, sregs)
-    except OSError as error:
-        raise HostError(
-            f"KVM refused to switch off the APIC of a vCPU: {error.strerror}; use --accel soft"
-        ) from error
 
 
 @cache

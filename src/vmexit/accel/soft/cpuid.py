@@ -63,7 +63,7 @@ class Cpuid:
         self._tsc_khz = 0
         self._model = ANY_CPU
         if model.required:
-            model.require(self.table(0, True))
+            model.require(self.table(0, True), "the software CPU")
             self._tsc_khz = 0  # measured over too short a time
         self._model = model
 

@@ -105,7 +105,6 @@ class SoftVm:
             library, self._engine, memory, pio, mmio, list(self._holes()), cpus, model
         )
         self._scheduler = Scheduler(self._processor, self._vcpus)
-        self._processor.host_writes.attention = self._scheduler.attention
 
     def map(self, region: Region) -> None:
         """Let the engine see `region` at its GPA: the same pages, no copy."""

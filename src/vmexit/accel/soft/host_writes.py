@@ -1,10 +1,10 @@
 """What devices write to guest memory, for an engine that keeps translations of its code."""
 
 from collections import deque
-from collections.abc import Callable
 
 from vmexit.accel.soft.native import Library
 from vmexit.accel.soft.stopping import Stopper
+from vmexit.accel.soft.stubs import StopWords
 from vmexit.core.memory import GuestMemory
 
 # So many may wait; if there are more, all translations go.
@@ -15,7 +15,7 @@ class HostWrites:
     """Drops the translations of code that a device has written over while the guest runs.
 
     Within an access that is done at once. From another thread it has to wait until the engine can
-    be entered, which `attention` asks for.
+    be entered, which it is asked for.
     """
 
     def __init__(
@@ -31,7 +31,6 @@ class HostWrites:
         self._stopper = stopper
         self._pending: deque[tuple[int, int]] = deque()
         self._too_many = False
-        self.attention: Callable[[], None] = lambda: None
         # Where the engine counts each region from, by its HVA.
         self._offsets: dict[int, int] = {}
         memory.on_host_write(self._wrote)
@@ -44,7 +43,7 @@ class HostWrites:
                 self._pending.append((gpa, size))
             else:
                 self._too_many = True
-            self.attention()
+            self._stopper.ask(StopWords.ATTENTION)
 
     def drop(self) -> None:
         """Do what has waited; on the thread of the engine, which does not execute now."""

@@ -131,7 +131,7 @@ class Processor:
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
         self._stopper = Stopper(library, cpu, self._words)
-        self.host_writes = HostWrites(library, self._handle, memory, self._stopper)
+        self._host_writes = HostWrites(library, self._handle, memory, self._stopper)
         self._replay = Replay(self._words)
         self._ports = PortIo(
             self._state,
@@ -286,7 +286,7 @@ class Processor:
             state.request(
                 (VIRTUAL_INTERRUPT if interrupts.pending() else 0) | (NMI if vcpu.nmi else 0)
             )
-        self.host_writes.drop()
+        self._host_writes.drop()
         words[StopWords.DELIVERING] = 0  # a triple fault ends within one
         words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
         self._stopper.running(True)

@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.core.errors import ConfigError, HostError
+from vmexit.core.errors import ConfigError, HostError, quoted
 
 if TYPE_CHECKING:
     from vmexit.arch.x86.cpuid import Table
 
-_LONGEST = 64  # what a message repeats of a text
+_LONGEST = 64  # what is compared with the names of features
 
 
 class CpuModel(NamedTuple):
@@ -25,7 +25,7 @@ class CpuModel(NamedTuple):
         base, *changes = text.split(",")
         if base not in ("host", "max"):
             raise ConfigError(
-                f"--cpu: there is no processor {_quoted(base)}; use host or max, with ,+feature or "
+                f"--cpu: there is no processor {quoted(base)}; use host or max, with ,+feature or "
                 ",-feature"
             )
         named: dict[str, dict[str, None]] = {"+": {}, "-": {}}
@@ -37,7 +37,7 @@ class CpuModel(NamedTuple):
                 )
             if sign not in named:
                 raise ConfigError(
-                    f"--cpu: {_quoted(change)} is neither +feature nor -feature; "
+                    f"--cpu: {quoted(change)} is neither +feature nor -feature; "
                     "begin it with + or -"
                 )
             named[sign][_feature(change[1:])] = None
@@ -67,7 +67,7 @@ class CpuModel(NamedTuple):
         self.require(table, accelerator)
         return self.without(table)
 
-    def require(self, table: "Table", accelerator: str = "the software CPU") -> None:
+    def require(self, table: "Table", accelerator: str) -> None:
         """Raises HostError for a feature that is required and not in `table`."""
         from vmexit.arch.x86.cpu_features import FEATURES
 
@@ -94,12 +94,4 @@ def _feature(name: str) -> str:
 
     close = difflib.get_close_matches(name[:_LONGEST], FEATURES, 3)
     hint = f"is it {' or '.join(close)}?" if close else "see vmexit doctor --cpuid"
-    raise ConfigError(f"--cpu: there is no CPU feature {_quoted(name)}; {hint}")
-
-
-def _quoted(text: str) -> str:
-    return repr(_cut(text))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+    raise ConfigError(f"--cpu: there is no CPU feature {quoted(name)}; {hint}")

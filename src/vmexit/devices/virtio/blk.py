@@ -91,12 +91,8 @@ class Blk:
         self._queue = queues[0]
 
     def notify(self, index: int) -> None:
-        queue = self._queue
-        if queue is None:
-            return
-        for chain in queue.requests():
-            queue.push(chain, self._serve(chain))
-        queue.tell()
+        if self._queue is not None:
+            self._queue.serve(self._serve)
 
     def _serve(self, chain: Chain) -> int:
         """Do what is asked, put the status behind it; the number of bytes written."""

@@ -16,8 +16,6 @@ from vmexit.devices.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.queue import Queue, QueueError
 
-SIZE = 0x1000
-
 _VENDOR = int.from_bytes(b"VMEX", "little")
 _COMMON = 1 << v.F_VERSION_1 | 1 << v.F_INDIRECT_DESC | 1 << v.F_EVENT_IDX
 _LOW32 = 0xFFFF_FFFF

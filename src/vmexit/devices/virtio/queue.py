@@ -6,7 +6,7 @@ checked before it is used; a chain has a limit, in the descriptor table and in a
 
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from vmexit.abi.virtio import (
@@ -41,12 +41,12 @@ class Chain(NamedTuple):
     head: int
     readable: list[memoryview]
     writable: list[memoryview]
-    written: list[tuple[int, int]]
+    ranges: list[tuple[int, int]]
     """GPA and size of each of `writable`."""
 
     def writable_size(self) -> int:
         """Bytes that the device may write."""
-        return sum(size for _, size in self.written)
+        return sum(size for _, size in self.ranges)
 
     def read(self, most: int) -> bytes:
         """At most so many of the bytes to read."""
@@ -127,22 +127,24 @@ class Queue:
             raise QueueError(str(error)) from error
         if write and region.readonly:
             raise QueueError(f"the ROM at {gpa:#x} cannot be written")
-        start = gpa - region.gpa
-        return region.view[start : start + size]
+        return region.part(gpa, size)
 
     # Requests.
 
-    def requests(self) -> Iterator[Chain]:
-        """What there is to do, but no more at a time than the queue holds.
+    def serve(self, do: Callable[[Chain], int]) -> None:
+        """Do what there is to do, and tell the driver; `do` returns how many bytes it has written.
 
-        A guest that asks for more all the time would hold up for ever who looks. Raises QueueError.
+        No more at a time than the queue holds: a guest that asks for more all the time would hold
+        up for ever who looks. Raises QueueError.
         """
         for _ in range(self.size):
             chain = self.pop()
             if chain is None:
-                return
-            yield chain
-        self._again()
+                break
+            self.push(chain, do(chain))
+        else:
+            self._again()
+        self.tell()
 
     def pop(self) -> Chain | None:
         """The next request, or None. Raises QueueError."""
@@ -175,7 +177,7 @@ class Queue:
         table, count, index = self._desc, self.size, head
         readable: list[memoryview] = []
         writable: list[memoryview] = []
-        written: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         left = self.size
         indirect = False
         while True:
@@ -195,17 +197,17 @@ class Queue:
                 raise QueueError("a descriptor has no bytes")
             if flags & DESC_F_WRITE:
                 writable.append(self._view(gpa, size, write=True))
-                written.append((gpa, size))
+                ranges.append((gpa, size))
             elif writable:
                 raise QueueError("bytes to read come behind bytes to write")
             else:
                 readable.append(self._view(gpa, size))
             if not flags & DESC_F_NEXT:
-                return Chain(head, readable, writable, written)
+                return Chain(head, readable, writable, ranges)
 
     def push(self, chain: Chain, written: int) -> None:
         """`chain` is done, and the first so many bytes of its writable part were written."""
-        self._memory.host_wrote(chain.written, written)
+        self._memory.host_wrote(chain.ranges, written)
         at = _RING + 8 * (self._next_used & self.size - 1)
         _USED.pack_into(self._used, at, chain.head, written)
         self._next_used = self._next_used + 1 & _MASK16

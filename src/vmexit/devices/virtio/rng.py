@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from vmexit.abi.virtio import ENTROPY
 from vmexit.core.bus import State
 from vmexit.devices.saved import Saved
-from vmexit.devices.virtio.queue import Queue
+from vmexit.devices.virtio.queue import Chain, Queue
 
 # For one buffer: a driver asks again for more, and the host is not held up for long.
 _MOST = 64 << 10
+
+
+def _fill(chain: Chain) -> int:
+    return chain.write(os.urandom(min(chain.writable_size(), _MOST)))
 
 
 class Rng:
@@ -32,12 +36,8 @@ class Rng:
         self._queue = queues[0]
 
     def notify(self, index: int) -> None:
-        queue = self._queue
-        if queue is None:
-            return
-        for chain in queue.requests():
-            queue.push(chain, chain.write(os.urandom(min(chain.writable_size(), _MOST))))
-        queue.tell()
+        if self._queue is not None:
+            self._queue.serve(_fill)
 
     def reset(self) -> None:
         self._queue = None
