@@ -1,18 +1,14 @@
 """Rows `boot`: Debian's kernel on the software CPU, against QEMU's TCG, to the same lines."""
 
-import os
-import select
 import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from measure import Row, Unavailable, attempt, differences, interleave, ratios, spread
-from start import QEMU, as_installed, command
+from console import boot, debian, row
+from measure import Row, Unavailable, attempt, interleave
+from start import QEMU, command
 
-from vmexit.core.errors import VmexitError
-from vmexit.fetch.debian import Fetched, fetch
+from vmexit.fetch.debian import Fetched
 
 MEMORY = "256M"
 TIMEOUT = 20
@@ -38,33 +34,18 @@ def rows(quick: bool) -> Iterator[Row]:
 def _compare(rounds: int) -> Iterator[Row]:
     if shutil.which(QEMU) is None:
         raise Unavailable(f"{QEMU} is not installed")
-    try:
-        files = fetch("cloud-amd64", (), lambda what, done: None)
-    except VmexitError as error:
-        raise Unavailable(str(error)) from error
+    files = debian()
     ours, theirs = _ours(files), _theirs(files)
     _once(ours), _patiently(theirs)  # byte code, page cache
     mine, other = interleave(rounds, (lambda: _once(ours), lambda: _patiently(theirs)))
     for what, field in (("kernel is up", 0), ("shell", 1)):
-        a, b = [t[field] for t in mine], [t[field] for t in other]
-        ratio = ratios(a, b)
-        yield Row(
+        yield row(
             f"boot soft, {what}",
             f"`vmexit run --accel soft` against `{QEMU} -M microvm -accel tcg`, Debian's cloud "
             f"kernel, {MEMORY}; until its console shows `{(_KERNEL, _SHELL)[field].decode()}`",
-            rounds,
-            f"{spread(a).median:.2f} s",
-            f"{spread(b).median:.2f} s",
-            f"{ratio.text('x')}",
-            f"{TARGET}x",
-            ratio.median <= TARGET,
-            ratio.around(TARGET),
-            figures={
-                "vmexit_s": spread(a),
-                "qemu_s": spread(b),
-                "ratio": ratio,
-                "difference_s": differences(a, b),
-            },
+            [times[field] for times in mine],
+            [times[field] for times in other],
+            TARGET,
         )
 
 
@@ -94,32 +75,4 @@ def _patiently(command: list[str]) -> Times:
 
 
 def _once(command: list[str]) -> Times:
-    begin = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=as_installed(),
-    ) as process:
-        assert process.stdout is not None
-        try:
-            return Times(*_arrivals(process.stdout.fileno(), begin, (_KERNEL, _SHELL)))
-        except TimeoutError as error:
-            raise Unavailable(f"{command[0]} did not boot within {TIMEOUT} s") from error
-        finally:
-            process.kill()
-
-
-def _arrivals(fd: int, begin: float, lines: tuple[bytes, ...]) -> list[float]:
-    text, times = b"", []
-    for line in lines:
-        while line not in text:
-            left = begin + TIMEOUT - time.perf_counter()
-            ready, _, _ = select.select([fd], [], [], max(left, 0))
-            data = os.read(fd, 1 << 16) if ready else b""
-            if not data:
-                raise TimeoutError
-            text += data
-        times.append(time.perf_counter() - begin)
-    return times
+    return Times(*boot(command, (_KERNEL, _SHELL), TIMEOUT))

@@ -8,22 +8,19 @@ crashes: such a boot of either side is repeated, and the table says how often.
 import argparse
 import os
 import platform
-import select
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import Row, Unavailable, attempt, differences, interleave, ratios, spread, table
-from start import QEMU, as_installed, command
+from console import boot, debian, row
+from measure import Row, Unavailable, attempt, interleave, table
+from start import QEMU, command
 
-from vmexit.core.errors import VmexitError
-from vmexit.fetch.debian import Fetched, fetch
+from vmexit.fetch.debian import Fetched
 
 MEMORY = "256M"
 ROUNDS = 5
@@ -72,7 +69,7 @@ class Side:
         return self._once()
 
     def _once(self) -> Times:
-        times = _once(self.command)
+        times = Times(*boot(self.command, (_MESSAGE, _INIT), TIMEOUT))
         name = Path(self.command[0]).name
         print(f"{name}: {times.first:.2f} s, {times.init:.2f} s", file=sys.stderr, flush=True)
         return times
@@ -84,18 +81,11 @@ def rows(rounds: int) -> Iterator[Row]:
         raise Unavailable(f"{QEMU} is not installed")
     if os.environ.get("VMEXIT_IN_LAB") != "1":
         raise Unavailable("this is not the KVM lab; use make bench-lab")
-    files = _files()
+    files = debian()
     for side in _sides(files, _LOGS["quiet"]):
         side.boot()  # for what the lab has not read yet from outside, and byte code
     for log, append in _LOGS.items():
         yield from attempt(f"lab {log}", _compare(log, _sides(files, append), rounds))
-
-
-def _files() -> Fetched:
-    try:
-        return fetch("cloud-amd64", (), lambda what, done: None)
-    except VmexitError as error:
-        raise Unavailable(str(error)) from error
 
 
 def _sides(files: Fetched, append: str) -> tuple[Side, Side]:
@@ -116,77 +106,21 @@ def _compare(log: str, sides: tuple[Side, Side], rounds: int) -> Iterator[Row]:
     ours, theirs = sides
     mine, other = interleave(rounds, (ours.boot, theirs.boot))
     repeated = f"; {ours.repeated} and {theirs.repeated} boots were repeated"
-    yield _row(
+    yield row(
         f"lab {log}, process to init",
         f"`vmexit run --accel kvm` against `{QEMU} -M microvm,rtc=on -accel kvm -cpu host`, "
         f"Debian's cloud kernel, {MEMORY}; until its console shows `{_INIT.decode()}`{repeated}",
         [times.init for times in mine],
         [times.init for times in other],
+        TARGET,
     )
-    yield _row(
+    yield row(
         f"lab {log}, kernel to init",
         "the same boots, from the kernel's first message on: with `quiet` that is an error",
         [times.since_first for times in mine],
         [times.since_first for times in other],
+        TARGET,
     )
-
-
-def _row(name: str, compared: str, ours: list[float], theirs: list[float]) -> Row:
-    ratio = ratios(ours, theirs)
-    return Row(
-        name,
-        compared,
-        len(ours),
-        f"{spread(ours).median:.2f} s",
-        f"{spread(theirs).median:.2f} s",
-        ratio.text("x"),
-        f"{TARGET}x",
-        ratio.median <= TARGET,
-        ratio.around(TARGET),
-        figures={
-            "vmexit_s": spread(ours),
-            "qemu_s": spread(theirs),
-            "ratio": ratio,
-            "difference_s": differences(ours, theirs),
-        },
-    )
-
-
-def _once(command: list[str]) -> Times:
-    begin = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=as_installed(),
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        try:
-            return _arrivals(process.stdout.fileno(), begin)
-        except TimeoutError as error:
-            raise Unavailable(f"{command[0]} did not boot within {TIMEOUT} s") from error
-        except EOFError as error:
-            said = " / ".join(process.stderr.read().decode(errors="replace").splitlines())
-            raise Unavailable(f"{command[0]} ended: {said}") from error
-        finally:
-            process.kill()
-
-
-def _arrivals(fd: int, begin: float) -> Times:
-    text, first = b"", 0.0
-    while _INIT not in text:
-        left = begin + TIMEOUT - time.perf_counter()
-        ready, _, _ = select.select([fd], [], [], max(left, 0))
-        if not ready:
-            raise TimeoutError
-        data = os.read(fd, 1 << 16)
-        if not data:
-            raise EOFError
-        text += data
-        if not first and _MESSAGE in text:
-            first = time.perf_counter() - begin
-    return Times(first, time.perf_counter() - begin)
 
 
 def main() -> int:
@@ -197,7 +131,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.prepare:
         with suppress(Unavailable):  # the table will say it
-            _files()
+            debian()
         return 0
     measured = list(attempt("lab", rows(arguments.rounds)))
     print(f"\nPython {platform.python_version()}, Linux {platform.release()}, in the KVM lab\n")

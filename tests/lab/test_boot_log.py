@@ -5,7 +5,6 @@ records outside, by running this module as a program: `test_boot_log.py FILE`.
 """
 
 import difflib
-import os
 import re
 import shutil
 import subprocess
@@ -15,15 +14,9 @@ from pathlib import Path
 import pytest
 from kernels import busybox_initrd, debian_kernel
 from linux_guest import Guest
+from marks import linux_in_lab
 
-IN_LAB = os.environ.get("VMEXIT_IN_LAB") == "1"
-
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.linux,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(not IN_LAB, reason="not in the KVM lab: make test-lab"),
-]
+pytestmark = linux_in_lab
 
 SOFT_LOG = Path(__file__).parents[2] / "build" / "soft-boot.log"
 QEMU = "qemu-system-x86_64"

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from marks import IN_LAB, in_lab
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/kvm-lab"
-IN_LAB = os.environ.get("VMEXIT_IN_LAB") == "1"
 
 lab_tool = pytest.mark.lab_tool
-in_lab = pytest.mark.skipif(not IN_LAB, reason="not in the KVM lab: make test-lab")
 
 
 class Done(NamedTuple):

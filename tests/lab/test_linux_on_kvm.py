@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 from kernels import busybox_initrd, debian_kernel, vmlinux
 from linux_guest import Guest
+from marks import linux_in_lab
 
-IN_LAB = os.environ.get("VMEXIT_IN_LAB") == "1"
-
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.linux,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(not IN_LAB, reason="not in the KVM lab: make test-lab"),
-]
+pytestmark = linux_in_lab
 
 COMPLAINTS = re.compile(r"WARNING:|BUG:|Oops|unchecked MSR|nobody cared|Spurious|lockup|stall")
 

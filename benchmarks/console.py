@@ -1,0 +1,83 @@
+"""What a guest's console shows, and when: boots of vmexit and QEMU are timed by the same lines."""
+
+import os
+import select
+import subprocess
+import time
+
+from measure import Row, Unavailable, differences, ratios, spread
+from start import as_installed
+
+from vmexit.core.errors import VmexitError
+from vmexit.fetch.debian import Fetched, fetch
+
+
+def debian() -> Fetched:
+    """Debian's cloud kernel with its RAM disk. Raises Unavailable."""
+    try:
+        return fetch("cloud-amd64", (), lambda what, done: None)
+    except VmexitError as error:
+        raise Unavailable(str(error)) from error
+
+
+def boot(command: list[str], lines: tuple[bytes, ...], timeout: float) -> list[float]:
+    """Seconds from the start of `command` until its output shows each of `lines`, in their order.
+
+    It is ended then. Raises Unavailable if that takes longer than `timeout`, or it ends before.
+    """
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=as_installed(),
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            return _arrivals(process.stdout.fileno(), begin, lines, timeout)
+        except TimeoutError as error:
+            raise Unavailable(f"{command[0]} did not boot within {timeout} s") from error
+        except EOFError as error:
+            said = " / ".join(process.stderr.read().decode(errors="replace").splitlines())
+            raise Unavailable(f"{command[0]} ended: {said}") from error
+        finally:
+            process.kill()
+
+
+def _arrivals(fd: int, begin: float, lines: tuple[bytes, ...], timeout: float) -> list[float]:
+    text, times = b"", []
+    for line in lines:
+        while line not in text:
+            left = begin + timeout - time.perf_counter()
+            ready, _, _ = select.select([fd], [], [], max(left, 0))
+            if not ready:
+                raise TimeoutError
+            data = os.read(fd, 1 << 16)
+            if not data:
+                raise EOFError
+            text += data
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def row(name: str, compared: str, ours: list[float], theirs: list[float], target: float) -> Row:
+    """Seconds of ours against those of theirs, in turns; their ratio is to be `target` at most."""
+    ratio = ratios(ours, theirs)
+    return Row(
+        name,
+        compared,
+        len(ours),
+        f"{spread(ours).median:.2f} s",
+        f"{spread(theirs).median:.2f} s",
+        ratio.text("x"),
+        f"{target}x",
+        ratio.median <= target,
+        ratio.around(target),
+        figures={
+            "vmexit_s": spread(ours),
+            "qemu_s": spread(theirs),
+            "ratio": ratio,
+            "difference_s": differences(ours, theirs),
+        },
+    )
