@@ -233,13 +233,13 @@ def test_nobody_is_held_up_by_a_driver_that_always_has_more(memory):
         before(queue, chain, written)
         ring.offer(0)
 
-    driver.device._queue.push = push.__get__(driver.device._queue)
+    driver.device.queues[0].push = push.__get__(driver.device.queues[0])
     ring.offer(0)
     driver.kick()
     assert len(ring.done()) == 8
     driver.clock.fire()
     assert len(ring.done()) == 8
-    del driver.device._queue.push
+    del driver.device.queues[0].push
     driver.clock.fire()
     assert len(ring.done()) == 1
     driver.clock.fire()

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vmexit.abi import virtio as v
-from vmexit.core.bus import State
-from vmexit.devices.saved import Saved
-from vmexit.devices.virtio.queue import Chain, Queue, QueueError
+from vmexit.devices.virtio.device import VirtioDevice
+from vmexit.devices.virtio.queue import Chain, QueueError
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _RANGE = struct.Struct("<QII")  # sector, number of sectors, flags: discard and write zeroes
@@ -60,17 +59,17 @@ class DiskBackend(Protocol):
         ...
 
 
-class Blk:
+class Blk(VirtioDevice):
     """One queue of requests, each of which is done before the next one is looked at."""
 
     device_id = v.BLOCK
     queue_sizes = (QUEUE_SIZE,)
+    waits = True
 
     def __init__(self, disk: DiskBackend, serial: str = "") -> None:
         """`serial` is what the guest sees as the disk's serial number: at most 20 bytes count."""
         self._disk = disk
         self._id = serial.encode()[: v.BLK_ID_SIZE].ljust(v.BLK_ID_SIZE, b"\0")
-        self._queue: Queue | None = None
         bits = [v.BLK_F_SEG_MAX, v.BLK_F_BLK_SIZE, v.BLK_F_TOPOLOGY, v.BLK_F_FLUSH]
         bits += [v.BLK_F_RO] if disk.readonly else [v.BLK_F_DISCARD, v.BLK_F_WRITE_ZEROES]
         self.features = sum(1 << bit for bit in bits)
@@ -84,15 +83,8 @@ class Blk:
     def config(self) -> bytes:
         return self._config
 
-    def write_config(self, offset: int, data: bytes) -> None:
-        """Nothing can be written: the cache mode is not negotiated."""
-
-    def activate(self, queues: Sequence[Queue], features: int) -> None:
-        self._queue = queues[0]
-
     def notify(self, index: int) -> None:
-        if self._queue is not None:
-            self._queue.serve(self._serve)
+        self.queues[index].serve(self._serve)
 
     def _serve(self, chain: Chain) -> int:
         """Do what is asked, put the status behind it; the number of bytes written."""
@@ -162,16 +154,6 @@ class Blk:
     def _readable(self, sector: int, size: int) -> bool:
         """Likewise, and not so many that the host would be busy with it for long."""
         return size <= _MOST and self._within(sector, size)
-
-    def reset(self) -> None:
-        self._queue = None
-
-    def state(self) -> State:
-        return {"version": 1}
-
-    def restore(self, state: State) -> None:
-        """Raises ConfigError for what is no state of this."""
-        Saved(state, "a block device", 1)
 
 
 def _without_last_byte(views: list[memoryview]) -> list[memoryview]:

@@ -1,54 +1,80 @@
-"""What a virtio device offers a transport."""
+"""What a virtio device offers a transport, and what it may ask of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vmexit.core.bus import State
+from vmexit.devices.saved import Saved
 from vmexit.devices.virtio.queue import Queue
 
 
-class VirtioDevice(Protocol):
-    """One type of device (virtio 5). Its transport calls it, never two calls at a time."""
+class Transport(Protocol):
+    """What a device may ask, from any thread. No call of one device is made within another."""
 
-    @property
-    def device_id(self) -> int:
-        """Its type (5)."""
+    def enter(self, function: Callable[[], None]) -> None:
+        """Call `function` as if the driver had called: after other calls, and within no other.
+
+        Not at all before the driver is ready. A QueueError that it raises breaks the device.
+        """
         ...
 
-    @property
-    def features(self) -> int:
-        """The bits of its type that it offers."""
+    def config_changed(self) -> None:
+        """The configuration is another one now: tell the driver."""
         ...
 
-    @property
-    def queue_sizes(self) -> Sequence[int]:
-        """The greatest size of each queue."""
-        ...
+
+class VirtioDevice:
+    """One type of device (virtio 5): the base of all. Its transport calls it, never twice at once.
+
+    What comes from elsewhere, as from the event loop when a socket can be read, goes through
+    `transport.enter()`.
+    """
+
+    device_id: int
+    """Its type (5)."""
+
+    features = 0
+    """The bits of its type that it offers."""
+
+    queue_sizes: Sequence[int] = ()
+    """The greatest size of each queue."""
+
+    waits = False
+    """Whether a request may take as long as the host's disks do. Then it has a thread of its own
+    where the accelerator can notify one."""
+
+    transport: Transport
+    """Set before anything else happens."""
+
+    queues: Sequence[Queue] = ()
+    """Those that the driver has set up; none before it is ready."""
 
     def config(self) -> bytes:
         """The device configuration space as it is now."""
-        ...
+        return b""
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes to the configuration space, within its size."""
-        ...
 
     def activate(self, queues: Sequence[Queue], features: int) -> None:
         """The driver is ready, with these of the features."""
-        ...
+        self.queues = queues
 
     def notify(self, index: int) -> None:
-        """There may be requests in a queue. Raises QueueError for what breaks its rules."""
-        ...
+        """There may be buffers in a queue. Raises QueueError for what breaks its rules."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget the driver."""
-        ...
+        self.queues = ()
 
     def state(self) -> State:
         """What the device itself has to keep, as plain versioned data."""
-        ...
+        return {"version": 1}
 
     def restore(self, state: State) -> None:
-        """Take over what `state()` gave; `activate()` follows, if the driver was ready."""
-        ...
+        """Take over what `state()` gave; `activate()` follows, if the driver was ready.
+
+        Raises ConfigError for what is no state of this.
+        """
+        Saved(state, f"a {type(self).__name__}", 1)

@@ -38,6 +38,7 @@ class MmioTransport:
         self, device: VirtioDevice, memory: GuestMemory, irq: IrqLine, clock: Clock
     ) -> None:
         self.device = device
+        device.transport = self
         self._irq = irq
         self._lock = threading.RLock()  # a device tells of its configuration from within a call
         self._offered = device.features | _COMMON
@@ -189,12 +190,17 @@ class MmioTransport:
 
     def kick(self, index: int) -> None:
         """There may be requests in queue `index`; from any thread."""
+        if index < len(self._queues):
+            self.enter(lambda: self.device.notify(index))
+
+    def enter(self, function: Callable[[], None]) -> None:
+        """See `vmexit.devices.virtio.device.Transport`."""
         with self._lock:
             ready = v.DRIVER_OK | v.FEATURES_OK
-            if index >= len(self._queues) or self._status & (ready | v.NEEDS_RESET) != ready:
+            if self._status & (ready | v.NEEDS_RESET) != ready:
                 return
             try:
-                self.device.notify(index)
+                function()
             except QueueError:
                 self._break()
 
