@@ -58,6 +58,10 @@ class EventLoop:
         self._timer_fd = self._wake_fd = -1
         self._poll: select.epoll | None = None
 
+    def another(self) -> "EventLoop":
+        """One with a thread of its own, for what may take long; it fails to the same."""
+        return EventLoop(self._fail)
+
     def now(self) -> int:
         return time.monotonic_ns()
 

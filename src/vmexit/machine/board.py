@@ -12,6 +12,7 @@ from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
 if TYPE_CHECKING:
+    from vmexit.accel.base import Notifier
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
     from vmexit.devices.irqchip import PcIrqChip
@@ -46,8 +47,12 @@ class Board:
         self._on_close = on_close
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
-        self.running: Callable[[bool], None] = lambda runs: None
+        self._when_running: list[Callable[[bool], None]] = []
+
+    def running(self, runs: bool) -> None:
         """To be called when a run begins, and when it has ended."""
+        for function in self._when_running:
+            function(runs)
 
     def _port(self, name: str, port: int, size: int, device: Device, *, wide: bool = False) -> None:
         self._pio.attach(port, size, device, overhang=wide)
@@ -71,7 +76,7 @@ class Board:
             )
             self._on_close(backend.close)
             self.serial_where = backend.where
-            self.running = backend.running
+            self._when_running.append(backend.running)
             irq = IrqLine(chip, layout.COM1_GSI) if chip is not None else None
             self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq, self._loop))
         if config.debugcon is not None:
@@ -133,16 +138,16 @@ class Board:
         pm = AcpiPm(self._loop, irq(layout.SCI_IRQ), power_off)
         self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm)
 
-    def attach_virtio(self, chip: IrqChip, memory: "GuestMemory") -> None:
-        """Disks and whatever else is virtio, each with a page of registers and an interrupt."""
-        from vmexit.devices.virtio.mmio import MmioTransport
+    def attach_virtio(
+        self, chip: IrqChip, memory: "GuestMemory", notifier: "Notifier | None"
+    ) -> None:
+        """Disks and whatever else is virtio."""
+        from vmexit.machine.virtio import VirtioSlots
 
-        for number, (name, device) in enumerate(self._virtio_devices()):
-            irq = IrqLine(chip, layout.VIRTIO_GSIS[number])
-            transport = MmioTransport(device, memory, irq, self._loop)
-            at = layout.VIRTIO_MMIO + number * layout.VIRTIO_MMIO_SIZE
-            self._mmio.attach(at, layout.VIRTIO_MMIO_SIZE, transport)
-            self.devices[name] = transport
+        slots = VirtioSlots(self._mmio, chip, memory, self._loop, notifier, self._on_close)
+        for name, device in self._virtio_devices():
+            self.devices[name] = slots.attach(device)
+        self._when_running.append(slots.running)
 
     def _virtio_devices(self) -> Iterator[tuple[str, "VirtioDevice"]]:
         config = self._config

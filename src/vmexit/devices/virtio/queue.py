@@ -19,6 +19,7 @@ from vmexit.abi.virtio import (
 from vmexit.core.bus import State
 from vmexit.core.errors import GuestAddressError, VmexitError
 from vmexit.core.memory import GuestMemory
+from vmexit.core.rate import Limit
 from vmexit.devices.saved import Saved
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
@@ -43,6 +44,10 @@ class Chain(NamedTuple):
     writable: list[memoryview]
     ranges: list[tuple[int, int]]
     """GPA and size of each of `writable`."""
+
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(map(len, self.readable)) + self.writable_size()
 
     def writable_size(self) -> int:
         """Bytes that the device may write."""
@@ -76,10 +81,10 @@ class Queue:
         memory: GuestMemory,
         size_max: int,
         interrupt: Callable[[], None],
-        again: Callable[[], None],
+        again: Callable[[int | None], None],
     ) -> None:
-        """`interrupt` tells the driver that buffers were used; `again` has the device look later
-        whether there is more to do.
+        """`interrupt` tells the driver that buffers were used; `again` has the device look whether
+        there is more to do, at a time on the clock, or soon (None).
         """
         self._memory = memory
         self._interrupt = interrupt
@@ -88,6 +93,8 @@ class Queue:
         # but not across the locked instruction that this takes (Intel SDM vol. 3, 9.2.3.4).
         self._fence = threading.Lock()
         self.size_max = size_max
+        self.limit: Limit | None = None
+        """How much `serve()` does in a time."""
         self.reset()
 
     def reset(self) -> None:
@@ -137,13 +144,19 @@ class Queue:
         No more at a time than the queue holds: a guest that asks for more all the time would hold
         up for ever who looks. Raises QueueError.
         """
+        limit = self.limit
         for _ in range(self.size):
+            if limit is not None and (later := limit.ready_at()) is not None:
+                self._again(later)
+                break
             chain = self.pop()
             if chain is None:
                 break
+            if limit is not None:
+                limit.take(chain.size())
             self.push(chain, do(chain))
         else:
-            self._again()
+            self._again(None)
         self.tell()
 
     def pop(self) -> Chain | None:
