@@ -248,6 +248,11 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "a second ,bps=10M ,pps=1000",
     )  # fmt: skip
     run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
+    run.add_argument(
+        "--balloon", metavar="SIZE",
+        help="a memory balloon, which takes SIZE (0 or 64M) from the guest, and gives back to the "
+        "host what the guest does not use",
+    )  # fmt: skip
     run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")
     _add_start(run)
     run.add_argument(
@@ -375,6 +380,7 @@ def _run(arguments: argparse.Namespace) -> int:
             drives=tuple(arguments.drive),
             nets=tuple(arguments.net),
             rng=arguments.rng,
+            balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))

@@ -165,7 +165,7 @@ def test_zeros_are_written_where_the_file_system_cannot_do_it(driver, image, mon
     def refuse(*arguments):
         raise OSError(errno.EOPNOTSUPP, "not here")
 
-    monkeypatch.setattr("vmexit.backends.disk._fallocate", refuse)
+    monkeypatch.setattr("vmexit.core.holes.fallocate", refuse)
     before = image.read_bytes()
     assert clear(driver, v.BLK_T_WRITE_ZEROES, 1, 2, int(mode == "punch")) == v.BLK_S_OK
     assert image.read_bytes() == before[:512] + bytes(1024) + before[1536:]
@@ -270,7 +270,7 @@ def test_what_is_no_disk_is_refused_with_the_remedy(tmp_path):
     for path, message in (
         (str(tmp_path / "none"), "No such file or directory; make one: truncate"),
         (str(tmp_path), "Is a directory|neither a file"),
-        (str(tmp_path / "qcow2"), "looks like a qcow2 image, and only raw ones can be used"),
+        (str(tmp_path / "qcow2"), "looks like a qcow2 image; say format=qcow2, or format=raw"),
         ("/dev/null", "is neither a file nor a block device"),
         ("a\0b", "NUL"),
     ):
@@ -284,6 +284,12 @@ def test_what_is_no_disk_is_refused_with_the_remedy(tmp_path):
         ("file=a", Drive("a")),
         ("file=a,readonly=on", Drive("a", True)),
         ("file=a,format=raw", Drive("a", format="raw")),
+        ("file=a.qcow2", Drive("a.qcow2", format="qcow2")),
+        ("file=a.VDI,readonly=on", Drive("a.VDI", True, format="vdi")),
+        ("file=a.qcow2,format=raw", Drive("a.qcow2", format="raw")),
+        ("file=a,format=vpc", Drive("a", format="vpc")),
+        ("vhost-user:/tmp/a=b,,c", Drive("", socket="/tmp/a=b,c")),
+        ("vhost-user:/tmp/a,reconnect=5", Drive("", socket="/tmp/a", reconnect=5)),
         ("readonly=off,serial=s 1,file=a,,b=c", Drive("a,b=c", False, "s 1")),
     ],
 )
@@ -303,9 +309,13 @@ def test_drives(text, drive):
         "readonly=on",
         "file=a,",
         "file=a,file=a",
-        "file=a,format=qcow2",
+        "file=a,format=qcow3",
+        "file=a.qcow2,serial=1",
+        "vhost-user:",
+        "vhost-user:a,readonly=on",
+        "vhost-user:a,reconnect=-1",
     ],
 )
 def test_what_is_no_drive(text):
-    with pytest.raises(ConfigError, match=r"use |neither on nor off|leave one out|make it raw"):
+    with pytest.raises(ConfigError, match=r"use |neither on nor off|leave one out|leave it out"):
         Drive.parse(text)

@@ -57,3 +57,11 @@ NET_CTRL_RX_LAST = 5  # the commands of NET_CTRL_RX are 0 to this
 NET_CTRL_MAC_TABLE_SET, NET_CTRL_MAC_ADDR_SET = 0, 1
 NET_CTRL_GUEST_OFFLOADS_SET = 0
 NET_OK, NET_ERR = 0, 1
+
+# Memory balloon (5.5): features, pages of 4 KiB, statistics by tag.
+BALLOON_F_STATS_VQ, BALLOON_F_DEFLATE_ON_OOM, BALLOON_F_PAGE_REPORTING = 1, 2, 5
+BALLOON_PAGE = 4096
+BALLOON_STATISTICS = (
+    "swap_in", "swap_out", "major_faults", "minor_faults", "free_memory", "total_memory",
+    "available_memory", "disk_caches", "hugetlb_allocations", "hugetlb_failures",
+)  # fmt: skip

@@ -1,19 +1,16 @@
 """Disks as files: raw images and block devices."""
 
-import ctypes
 import errno
 import fcntl
 import os
 import stat
 from collections.abc import Sequence
-from functools import cache
 
 from vmexit.core.errors import ConfigError, shown
+from vmexit.core.holes import NOT_POSSIBLE, punch_hole, zero_range
 
 _SECTOR = 512
 _ZEROS = bytes(1 << 20)
-_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE, _FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # linux/falloc.h
-_NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 # Other formats, by their first bytes.
 _FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx", b"conectix": "vpc"}
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -90,7 +87,7 @@ class Disk:
                 "this one; end that, or give both readonly=on"
             ) from error
         except OSError as error:  # a file system without locks
-            if error.errno not in (*_NOT_POSSIBLE, errno.ENOLCK):
+            if error.errno not in (*NOT_POSSIBLE, errno.ENOLCK):
                 raise ConfigError(f"cannot lock {shown(path)}: {error.strerror}") from error
 
     def read_into(self, views: Sequence[memoryview], offset: int) -> None:
@@ -106,17 +103,16 @@ class Disk:
 
     def discard(self, offset: int, size: int) -> None:
         try:
-            _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, size)
+            punch_hole(self._fd, offset, size)
         except OSError as error:
-            if error.errno not in _NOT_POSSIBLE:
+            if error.errno not in NOT_POSSIBLE:
                 raise
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
-        mode = _FALLOC_PUNCH_HOLE if unmap else _FALLOC_ZERO_RANGE
         try:
-            _fallocate(self._fd, mode | _FALLOC_KEEP_SIZE, offset, size)
+            (punch_hole if unmap else zero_range)(self._fd, offset, size)
         except OSError as error:
-            if error.errno not in _NOT_POSSIBLE:
+            if error.errno not in NOT_POSSIBLE:
                 raise
             end = offset + size
             while offset < end:
@@ -146,17 +142,3 @@ def _all(call, fd: int, views: list[memoryview], offset: int) -> int:  # type: i
         if done:
             views[0] = views[0][done:]
     return total
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    return libc
-
-
-def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
-    """fallocate(2), which Python has only without modes."""
-    if size and _libc().fallocate(fd, mode, offset, size):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, GuestAddressError, HostError
+from vmexit.core.holes import punch_hole
 
 PAGE_SIZE = 4096
 
@@ -177,6 +178,18 @@ class GuestMemory:
             for listener in self._listeners:
                 listener(gpa, min(length, size))
             size -= length
+
+    def discard(self, gpa: int, size: int) -> None:
+        """Give the whole pages in `[gpa, gpa + size)` back to the host: they are zeros from now on.
+
+        Where there is no RAM nothing happens.
+        """
+        first, end = -(-gpa // PAGE_SIZE) * PAGE_SIZE, (gpa + size) // PAGE_SIZE * PAGE_SIZE
+        for region, offset in self.shared():
+            start, stop = max(first, region.gpa), min(end, region.end)
+            if start < stop:
+                punch_hole(self.fd, offset + start - region.gpa, stop - start)
+                self.host_wrote(((start, stop - start),), stop - start)
 
     def read_u8(self, gpa: int) -> int:
         """The byte at `gpa`."""

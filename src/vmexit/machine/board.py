@@ -7,6 +7,7 @@ from vmexit.arch.x86 import layout
 from vmexit.core.bus import Bus, Device, Stateful
 from vmexit.core.irq import IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
+from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
@@ -46,6 +47,7 @@ class Board:
         self._on_close = on_close
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
+        self.balloon: MemoryBalloon | None = None
         self._when_running: list[Callable[[bool], None]] = []
 
     def running(self, runs: bool) -> None:
@@ -148,6 +150,7 @@ class Board:
         for name, device in parts.devices():
             self.devices[name] = slots.attach(device)
         self._when_running.append(slots.running)
+        self.balloon = parts.balloon
 
     def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
         """What firmware asks of the machine."""

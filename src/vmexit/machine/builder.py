@@ -16,6 +16,7 @@ from vmexit.core.errors import ConfigError, HostError, ImageError, shown
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
+from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.board import Board, StatefulIrqChip
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.runner import StopRequest
@@ -44,6 +45,7 @@ class Parts(NamedTuple):
     serial: str
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
+    balloon: MemoryBalloon | None
     closer: ExitStack
 
 
@@ -182,6 +184,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.devices,
             board.serial_where,
             board.running,
+            board.balloon,
             stack.pop_all(),
         )
 

@@ -53,7 +53,7 @@ def parse_size(text: str | int) -> int:
     raise ConfigError(f"{quoted(text)} is no size; use bytes, or 512K, 128M, 1G")
 
 
-_REQUIRED = frozenset(("memory", "load_address", "entry", "smp"))
+_REQUIRED = ("memory", "load_address", "entry", "smp")
 
 
 class _Options(NamedTuple):
@@ -79,6 +79,7 @@ class _Options(NamedTuple):
     drives: tuple[str, ...] = ()
     nets: tuple[str, ...] = ()
     rng: bool = False
+    balloon: int | None = None
 
     @property
     def cpu_model(self) -> CpuModel:
@@ -112,7 +113,7 @@ class MachineConfig(_Options):
             return MachineConfig(**{**self._asdict(), **options})
 
     def _check(self) -> None:
-        for name in ("memory", "load_address", "entry", "segment", "debug_exit", "smp"):
+        for name in (*_REQUIRED, "segment", "debug_exit", "balloon"):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name in _REQUIRED):
                 raise ConfigError(f"{name} takes a number, not {value!r}")
@@ -180,6 +181,10 @@ class MachineConfig(_Options):
     def _check_virtio(self) -> None:
         if not self.virtio_devices:
             return
+        if not 0 <= (self.balloon or 0) <= self.memory:
+            raise ConfigError(
+                f"a balloon of {self.balloon} bytes cannot be; use 0 to {self.memory}, the memory"
+            )
         from vmexit.machine.drive import Drive
         from vmexit.machine.net import NetOptions
 
@@ -197,7 +202,7 @@ class MachineConfig(_Options):
     @property
     def virtio_devices(self) -> int:
         """How many there are."""
-        return len(self.drives) + len(self.nets) + self.rng
+        return len(self.drives) + len(self.nets) + self.rng + (self.balloon is not None)
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

@@ -22,6 +22,7 @@ from vmexit.core.errors import ConfigError, ImageError, VmexitError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
 from vmexit.machine import builder
+from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import (
     DEFAULT_DEBUG_EXIT,
     DEFAULT_MEMORY,
@@ -218,6 +219,7 @@ class Machine:
         drives: tuple[str, ...] | list[str] = (),
         nets: tuple[str, ...] | list[str] = (),
         rng: bool = False,
+        balloon: int | str | None = None,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -236,6 +238,7 @@ class Machine:
         name: `testdev`, the test device of QEMU that test suites for KVM look for.
         `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, `nets` network interfaces,
         `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
+        `balloon` is how much memory to take back from the guest at first, None for no balloon.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -263,6 +266,7 @@ class Machine:
             drives=_tuple(drives),
             nets=_tuple(nets),
             rng=rng,
+            balloon=None if balloon is None else parse_size(balloon),
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for
@@ -299,6 +303,16 @@ class Machine:
     def serial_where(self) -> str:
         """How to reach the serial port, for a pseudo-terminal or a socket; else empty."""
         return self._parts.serial
+
+    @property
+    def balloon(self) -> MemoryBalloon:
+        """The memory balloon: `vm.balloon.set_target(bytes)`, `.actual`, `.statistics`.
+
+        Raises ConfigError for a machine without one.
+        """
+        if self._parts.balloon is None:
+            raise ConfigError("this machine has no memory balloon; make it with balloon=0")
+        return self._parts.balloon
 
     @property
     def memory(self) -> GuestMemory:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import socket
 
     from vmexit.backends.vhost_user import VhostUser
+    from vmexit.devices.virtio.balloon import Balloon
 
 
 class VirtioSlots:
@@ -126,6 +127,7 @@ class VirtioParts:
         self._loop = loop
         self._fail = fail
         self._on_close = on_close
+        self.balloon: Balloon | None = None
 
     def devices(self) -> Iterator[tuple[str, VirtioDevice]]:
         """Each with its name, in the order of their places. Raises ConfigError, HostError."""
@@ -138,6 +140,11 @@ class VirtioParts:
             from vmexit.devices.virtio.rng import Rng
 
             yield "rng", Rng()
+        if config.balloon is not None:
+            from vmexit.devices.virtio.balloon import Balloon
+
+            self.balloon = Balloon(self._memory, config.balloon)
+            yield "balloon", self.balloon
 
     def _disk(self, text: str) -> VirtioDevice:
         from vmexit.machine.drive import FORMATS, Drive

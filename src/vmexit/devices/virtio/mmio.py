@@ -191,7 +191,13 @@ class MmioTransport:
             new &= ~v.FEATURES_OK
         self._status |= value & ~v.NEEDS_RESET
         if new & v.DRIVER_OK and self._status & v.FEATURES_OK:
-            self.device.activate(self._queues, self._accepted)
+            self._activate()
+
+    def _activate(self) -> None:
+        """The driver is ready. It may have offered buffers before, when nobody looked (3.1.1)."""
+        self.device.activate(self._queues, self._accepted)
+        for index in range(len(self._queues)):
+            self.kick(index)
 
     def kick(self, index: int) -> None:
         """There may be requests in queue `index`; from any thread."""
@@ -256,4 +262,4 @@ class MmioTransport:
             self._interrupts, self._generation = interrupts, generation
             ready = v.DRIVER_OK | v.FEATURES_OK
             if status & ready == ready:
-                self.device.activate(self._queues, accepted)
+                self._activate()

@@ -1,0 +1,30 @@
+"""The memory balloon, as a program that holds a machine sees it."""
+
+from typing import Protocol
+
+
+class MemoryBalloon(Protocol):
+    """Takes memory from the guest for the host; sizes in bytes. Any thread may use it."""
+
+    @property
+    def target(self) -> int:
+        """How much it shall have."""
+        ...
+
+    @property
+    def actual(self) -> int:
+        """How much it has, as the guest says."""
+        ...
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """What the guest has told last: `free_memory`, `major_faults`, … (virtio 5.5.6.4)."""
+        ...
+
+    def set_target(self, size: int) -> None:
+        """Ask the guest for `size` bytes in all."""
+        ...
+
+    def ask_for_statistics(self) -> None:
+        """Have the guest tell its statistics anew, some time later."""
+        ...
