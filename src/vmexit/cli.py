@@ -241,6 +241,11 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         ",readonly=on keeps it as it is; ,serial=S gives it a serial number",
     )  # fmt: skip
     run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
+    run.add_argument(
+        "--vsock", metavar="cid=N,path=P",
+        help="sockets between guest and host: a client of the Unix socket P that sends 'CONNECT "
+        "PORT' reaches the guest's port, and the guest (CID N, default 3) reaches P_PORT at CID 2",
+    )  # fmt: skip
     run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")
     _add_start(run)
     run.add_argument(
@@ -367,6 +372,7 @@ def _run(arguments: argparse.Namespace) -> int:
             devices=tuple(arguments.device),
             drives=tuple(arguments.drive),
             rng=arguments.rng,
+            vsock=arguments.vsock,
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))

@@ -164,6 +164,15 @@ class Board:
             from vmexit.devices.virtio.rng import Rng
 
             yield "rng", Rng()
+        if config.vsock is not None:
+            from vmexit.backends.vsock import VsockSockets
+            from vmexit.devices.virtio.vsock import Vsock
+            from vmexit.machine.vsock import VsockOptions
+
+            options = VsockOptions.parse(config.vsock)
+            sockets = VsockSockets(options.path, self._loop)
+            self._on_close(sockets.close)
+            yield "vsock", Vsock(options.cid, sockets)
 
     def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
         """What firmware asks of the machine."""

@@ -78,6 +78,7 @@ class _Options(NamedTuple):
     devices: tuple[str, ...] = ()
     drives: tuple[str, ...] = ()
     rng: bool = False
+    vsock: str | None = None
 
     @property
     def cpu_model(self) -> CpuModel:
@@ -175,14 +176,20 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"rng takes True or False, not {quoted(self.rng)}; leave it out for no"
             )
+        if self.vsock is not None and not isinstance(self.vsock, str):
+            raise ConfigError(f"vsock takes a text, not {quoted(self.vsock)}; use path=PATH,cid=3")
 
     def _check_virtio(self) -> None:
-        if not self.drives and not self.rng:
+        if not self.virtio_devices:
             return
         from vmexit.machine.drive import Drive
 
         for text in self.drives:
             Drive.parse(text)
+        if self.vsock is not None:
+            from vmexit.machine.vsock import VsockOptions
+
+            VsockOptions.parse(self.vsock)
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
@@ -193,7 +200,7 @@ class MachineConfig(_Options):
     @property
     def virtio_devices(self) -> int:
         """How many there are."""
-        return len(self.drives) + self.rng
+        return len(self.drives) + self.rng + (self.vsock is not None)
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

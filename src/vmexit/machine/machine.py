@@ -217,6 +217,7 @@ class Machine:
         devices: tuple[str, ...] = (),
         drives: tuple[str, ...] | list[str] = (),
         rng: bool = False,
+        vsock: str | None = None,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -234,6 +235,7 @@ class Machine:
         the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
         name: `testdev`, the test device of QEMU that test suites for KVM look for.
         `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, and `rng` is a source of entropy.
+        `vsock` is `path=PATH[,cid=N]`: Unix sockets of the host that lead to sockets of the guest.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -260,6 +262,7 @@ class Machine:
             devices=devices,
             drives=tuple(drives) if isinstance(drives, list) else drives,
             rng=rng,
+            vsock=vsock,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for

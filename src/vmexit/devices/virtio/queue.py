@@ -138,14 +138,18 @@ class Queue:
 
     # Requests.
 
-    def serve(self, do: Callable[[Chain], int]) -> None:
+    def serve(self, do: Callable[[Chain], int], wanted: Callable[[], bool] = lambda: True) -> None:
         """Do what there is to do, and tell the driver; `do` returns how many bytes it has written.
+
+        With `wanted`, a request is taken only where that says so.
 
         No more at a time than the queue holds: a guest that asks for more all the time would hold
         up for ever who looks. Raises QueueError.
         """
         limit = self.limit
         for _ in range(self.size):
+            if not wanted():
+                break
             if limit is not None and (later := limit.ready_at()) is not None:
                 self._again(later)
                 break
