@@ -542,10 +542,11 @@ def test_without_buffers_the_host_is_not_read_and_nothing_is_lost(guest):
             guest.settle()
         (connection,) = guest.device._connections.values()
         assert len(connection._input) <= 64 << 10 and sender.is_alive()
+        guest.give(20)
         found = b""
         while len(found) < len(data):
-            guest.give(20)
-            found += guest.data(1)
+            found += guest.data(1)  # of one packet
+            guest.give(1)
         sender.join()
         assert found == data
 
