@@ -258,7 +258,7 @@ def test_clients_that_say_nothing_keep_no_more_than_some_waiting(guest):
 
 def test_clients_have_to_go_after_their_time(guest, monkeypatch):
     monkeypatch.setattr("vmexit.backends.vsock._PATIENCE", 1)
-    with guest.client(b"CONN") as host:
+    with guest.client(b"") as host:
         assert host.recv(10) == b""
     guest.settle()
     assert not guest.host._waiting and not guest.host._streams
@@ -490,18 +490,19 @@ def test_a_reset_is_never_answered(guest):
 
 
 def test_other_cids_and_types_are_reset(guest):
-    guest.listen(2).close()
-    for packet in (
-        Packet(CID, 7, 1, 2, 0, 1, v.VSOCK_OP_REQUEST),
-        Packet(CID, 2, 1, 2, 0, 2, v.VSOCK_OP_REQUEST),
-    ):
+    with guest.listen(2):
+        for packet in (
+            Packet(CID, 7, 1, 2, 0, 1, v.VSOCK_OP_REQUEST),
+            Packet(CID, 2 | 1 << 32, 1, 2, 0, 1, v.VSOCK_OP_REQUEST),
+            Packet(CID, 2, 1, 2, 0, 2, v.VSOCK_OP_REQUEST),
+        ):
+            guest.give(1)
+            guest.raw(packet)
+            answer, _ = guest.packet()
+            assert answer == packet.answer(v.VSOCK_OP_RST)
         guest.give(1)
-        guest.raw(packet)
-        answer, _ = guest.packet()
-        assert answer == packet.answer(v.VSOCK_OP_RST)
-    guest.give(1)
-    guest.raw(Packet(CID + 1, 2, 1, 2, 0, 1, v.VSOCK_OP_REQUEST))
-    assert guest.quiet()
+        guest.raw(Packet(CID + 1, 2, 1, 2, 0, 1, v.VSOCK_OP_REQUEST))
+        assert guest.quiet()
 
 
 def test_short_buffers_lose_nothing(guest):
