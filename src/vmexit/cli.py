@@ -240,6 +240,13 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="a disk, /dev/vda in Linux, the next one /dev/vdb: a raw image or a block device; "
         ",readonly=on keeps it as it is; ,serial=S gives it a serial number",
     )  # fmt: skip
+    run.add_argument(
+        "--net", metavar="user|tap=NAME", action="append", default=[],
+        help="a network interface. user: out by the host's sockets, with no privileges (passt), "
+        "and in by ,hostfwd=tcp:127.0.0.1:8080-:80; tap=NAME: an interface of the host, made if it "
+        "is not there, with ,address=10.0.0.1/24 or ,bridge=br0; both with ,mac= ,mtu= and limits "
+        "a second ,bps=10M ,pps=1000",
+    )  # fmt: skip
     run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
     run.add_argument(
         "--vsock", metavar="cid=N,path=P",
@@ -371,6 +378,7 @@ def _run(arguments: argparse.Namespace) -> int:
             cpu=arguments.cpu,
             devices=tuple(arguments.device),
             drives=tuple(arguments.drive),
+            nets=tuple(arguments.net),
             rng=arguments.rng,
             vsock=arguments.vsock,
         )

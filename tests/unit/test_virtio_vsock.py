@@ -151,7 +151,8 @@ class Guest:
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(20)
         client.connect(self.path)
-        client.sendall(line)
+        if line:
+            client.sendall(line)
         return client
 
 

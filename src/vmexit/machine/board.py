@@ -160,6 +160,8 @@ class Board:
             disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
             self._on_close(disk.close)
             yield f"disk{number}", Blk(disk, drive.serial)
+        for number, text in enumerate(config.nets):
+            yield f"net{number}", self._net(text, number)
         if config.rng:
             from vmexit.devices.virtio.rng import Rng
 
@@ -173,6 +175,32 @@ class Board:
             sockets = VsockSockets(options.path, self._loop)
             self._on_close(sockets.close)
             yield "vsock", Vsock(options.cid, sockets)
+
+    def _net(self, text: str, number: int) -> "VirtioDevice":
+        from vmexit.core.rate import Limit
+        from vmexit.devices.virtio.net import Net
+        from vmexit.machine.net import NetOptions
+
+        options = NetOptions.parse(text, number)
+        limits = [Limit(self._loop, options.pps, options.bps) for _ in range(2)]
+        if options.tap:
+            from vmexit.backends.tap import Tap
+
+            tap = Tap(
+                options.tap,
+                self._loop,
+                mtu=options.mtu,
+                address=options.address,
+                bridge=options.bridge,
+            )
+            self._on_close(tap.close)
+            return Net(tap, options.mac, *limits)
+        from vmexit.backends.passt import MTU, Passt
+
+        forwards = [word for forward in options.forwards for word in forward.for_passt()]
+        passt = Passt(self._loop, options.mac, mtu=options.mtu or MTU, forwards=forwards)
+        self._on_close(passt.close)
+        return Net(passt, options.mac, *limits)
 
     def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
         """What firmware asks of the machine."""

@@ -77,6 +77,7 @@ class _Options(NamedTuple):
     cpu: str = "host"
     devices: tuple[str, ...] = ()
     drives: tuple[str, ...] = ()
+    nets: tuple[str, ...] = ()
     rng: bool = False
     vsock: str | None = None
 
@@ -166,7 +167,7 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"cpu takes a text, not {quoted(self.cpu)}; use host, max or host,-avx"
             )
-        for name in ("devices", "drives"):
+        for name in ("devices", "drives", "nets"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
                 raise ConfigError(
@@ -183,12 +184,14 @@ class MachineConfig(_Options):
         if not self.virtio_devices:
             return
         from vmexit.machine.drive import Drive
+        from vmexit.machine.net import NetOptions
+        from vmexit.machine.vsock import VsockOptions
 
         for text in self.drives:
             Drive.parse(text)
+        for text in self.nets:
+            NetOptions.parse(text)
         if self.vsock is not None:
-            from vmexit.machine.vsock import VsockOptions
-
             VsockOptions.parse(self.vsock)
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use machine microvm")
@@ -200,7 +203,7 @@ class MachineConfig(_Options):
     @property
     def virtio_devices(self) -> int:
         """How many there are."""
-        return len(self.drives) + self.rng + (self.vsock is not None)
+        return len(self.drives) + len(self.nets) + self.rng + (self.vsock is not None)
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

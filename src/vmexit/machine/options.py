@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from vmexit.core.errors import ConfigError, quoted
+from vmexit.machine.config import parse_size
 
+_MAX_SIZE = 1 << 48
 _ON_OFF = {"on": True, "off": False}
 
 
@@ -61,6 +63,13 @@ class Options:
         raise ConfigError(
             f"{key}={value[:40]} of {self.what} cannot be; use a number from {least} to {most}"
         )
+
+    def size(self, key: str) -> int:
+        """A number of bytes, as `512K`; 0 where nothing is said."""
+        value = parse_size(self.text(key, "0"))
+        if 0 <= value < _MAX_SIZE:
+            return value
+        raise ConfigError(f"{key}={self.text(key)[:40]} of {self.what} cannot be; use 1M, 1G")
 
 
 def _list(keys: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ checked before it is used; a chain has a limit, in the descriptor table and in a
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vmexit.abi.virtio import (
@@ -30,6 +30,10 @@ _RING = 4  # offset of the entries in either ring: behind flags and index
 # A driver makes no chain longer than the queue (2.7.5.3.1); an indirect table may have more room.
 _MAX_INDIRECT = 1024
 _MASK16 = 0xFFFF
+
+
+def _always() -> bool:
+    return True
 
 
 class QueueError(VmexitError):
@@ -71,6 +75,15 @@ class Chain(NamedTuple):
             view[: len(part)] = part
             done += len(part)
         return done
+
+
+def without_first(views: list[memoryview], size: int) -> list[memoryview]:
+    """`views` behind their first `size` bytes, which they have."""
+    for number, view in enumerate(views):
+        if size < len(view):
+            return [view[size:], *views[number + 1 :]]
+        size -= len(view)
+    return []
 
 
 class Queue:
@@ -138,30 +151,36 @@ class Queue:
 
     # Requests.
 
-    def serve(self, do: Callable[[Chain], int], wanted: Callable[[], bool] = lambda: True) -> None:
+    def serve(self, do: Callable[[Chain], int], may: Callable[[], bool] = _always) -> None:
         """Do what there is to do, and tell the driver; `do` returns how many bytes it has written.
 
-        With `wanted`, a request is taken only where that says so.
-
+        Before each request `may` is asked whether there is room for what comes of it.
         No more at a time than the queue holds: a guest that asks for more all the time would hold
         up for ever who looks. Raises QueueError.
         """
-        limit = self.limit
         for _ in range(self.size):
-            if not wanted():
-                break
-            if limit is not None and (later := limit.ready_at()) is not None:
-                self._again(later)
+            if not may() or self.must_wait():
                 break
             chain = self.pop()
             if chain is None:
                 break
-            if limit is not None:
-                limit.take(chain.size())
+            self.count(chain.size())
             self.push(chain, do(chain))
         else:
             self._again(None)
         self.tell()
+
+    def must_wait(self) -> bool:
+        """Whether the limit forbids another request now: then `again` is called in time."""
+        if self.limit is None or (later := self.limit.ready_at()) is None:
+            return False
+        self._again(later)
+        return True
+
+    def count(self, size: int) -> None:
+        """A request of `size` bytes counts for the limit."""
+        if self.limit is not None:
+            self.limit.take(size)
 
     def pop(self) -> Chain | None:
         """The next request, or None. Raises QueueError."""
@@ -224,11 +243,20 @@ class Queue:
 
     def push(self, chain: Chain, written: int) -> None:
         """`chain` is done, and the first so many bytes of its writable part were written."""
-        self._memory.host_wrote(chain.ranges, written)
-        at = _RING + 8 * (self._next_used & self.size - 1)
-        _USED.pack_into(self._used, at, chain.head, written)
-        self._next_used = self._next_used + 1 & _MASK16
+        self.push_all(((chain, written),))
+
+    def push_all(self, done: Iterable[tuple[Chain, int]]) -> None:
+        """Likewise for several, which the driver sees at once."""
+        for chain, written in done:
+            self._memory.host_wrote(chain.ranges, written)
+            at = _RING + 8 * (self._next_used & self.size - 1)
+            _USED.pack_into(self._used, at, chain.head, written)
+            self._next_used = self._next_used + 1 & _MASK16
         _U16.pack_into(self._used, 2, self._next_used)
+
+    def give_back(self, count: int) -> None:
+        """The last `count` requests are not used after all: `pop()` gives them again."""
+        self._next_avail = self._next_avail - count & _MASK16
 
     def tell(self) -> None:
         """Interrupt the driver, if anything was used and it wants to know (2.7.7)."""
