@@ -1,6 +1,7 @@
 """The socket device: real Unix sockets at one end, and a driver that can be wrong at the other."""
 
 import os
+import resource
 import socket
 import stat
 import struct
@@ -591,9 +592,30 @@ def test_there_are_not_more_connections_than_may_be(guest):
 
 
 def test_there_are_descriptors_left_for_others(guest):
-    import resource
-
     assert guest.host.capacity == resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+
+
+def test_without_descriptors_clients_wait_and_the_guest_is_refused(guest):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    taken: list[int] = []
+    with guest.listen(52), socket.socket(socket.AF_UNIX) as client:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limit[1]))
+        try:
+            with suppress(OSError):
+                while True:
+                    taken.append(os.dup(client.fileno()))
+            client.connect(guest.path)
+            client.sendall(b"CONNECT 9\n")
+            guest.settle()
+            guest.give(2)
+            guest.send(v.VSOCK_OP_REQUEST, (1000, 52))
+            guest.expect(v.VSOCK_OP_RST)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            for fd in taken:
+                os.close(fd)
+        assert guest.expect(v.VSOCK_OP_REQUEST).dst_port == 9
 
 
 def test_64_connections_have_their_turn_each(guest):
