@@ -15,6 +15,7 @@ import pytest
 from kernels import debian_kernel, initrd_with
 from linux_guest import Guest
 
+from vmexit import Machine
 from vmexit.fetch.cpio import archive, executable
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
@@ -211,3 +212,43 @@ def test_the_host_closes_while_the_guest_sends(guest, path):
     guest.run("vs echo 1")
     with connect(path, 1) as client:
         assert exchange(client, b"and goes on") == b"and goes on"
+
+
+def test_connections_end_when_a_state_is_restored(initrd, path, tmp_path):
+    """And the guest is told so: what listens there goes on."""
+    console = socket.socket(socket.AF_UNIX)
+    console.settimeout(SECONDS)
+
+    def expect(text: bytes) -> None:
+        seen = b""
+        while text not in seen:
+            part = console.recv(4096)
+            assert part, seen
+            seen += part
+
+    machine = Machine(
+        accel=ACCEL, kernel=debian_kernel(FLAVOUR), initrd=initrd, append="console=ttyS0 quiet",
+        serial=f"unix:{tmp_path / 'console'}", vsock=f"path={path}",
+    )  # fmt: skip
+    with machine as vm, console, ThreadPoolExecutor(1) as pool:
+        console.connect(str(tmp_path / "console"))
+        run = pool.submit(vm.run, SECONDS)
+        try:
+            expect(b"/root # ")
+            console.sendall(b"vs echo 1; echo listens at $((1))\n")
+            expect(b"listens at 1\r\n")
+            with connect(path, 1) as client:
+                client.sendall(b"before")
+                assert client.recv(10) == b"before"
+                assert vm.stop()
+                run.result()
+                device = vm._parts.devices["vsock"]
+                device.restore(device.state())
+                assert client.recv(10) == b""
+            run = pool.submit(vm.run, SECONDS)
+            expect(b"read: Connection reset by peer")  # of the child that echoed
+            with connect(path, 1) as client:
+                assert exchange(client, b"after") == b"after"
+        finally:
+            vm.stop()
+            run.result()
