@@ -1,7 +1,7 @@
 """Numbers of the Virtual I/O Device standard, version 1.2 (OASIS); section numbers are its own."""
 
 # Device IDs (5).
-NET, BLOCK, CONSOLE, ENTROPY, BALLOON, VSOCK = 1, 2, 3, 4, 5, 19
+NET, BLOCK, CONSOLE, ENTROPY, BALLOON, VSOCK, FS = 1, 2, 3, 4, 5, 19, 26
 
 # Device status (2.1).
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
@@ -34,7 +34,7 @@ MAGIC = 0x7472_6976  # "virt"
 INTERRUPT_USED, INTERRUPT_CONFIG = 1, 2
 
 # Block device (5.2): features, request types, flags, status.
-BLK_F_SEG_MAX, BLK_F_RO, BLK_F_BLK_SIZE, BLK_F_FLUSH = 2, 5, 6, 9
+BLK_F_SIZE_MAX, BLK_F_SEG_MAX, BLK_F_RO, BLK_F_BLK_SIZE, BLK_F_FLUSH = 1, 2, 5, 6, 9
 BLK_F_TOPOLOGY, BLK_F_MQ, BLK_F_DISCARD, BLK_F_WRITE_ZEROES = 10, 12, 13, 14
 BLK_T_IN, BLK_T_OUT, BLK_T_FLUSH, BLK_T_GET_ID, BLK_T_DISCARD, BLK_T_WRITE_ZEROES = (
     0, 1, 4, 8, 11, 13,

@@ -1,6 +1,6 @@
 """The devices of a machine: which there are, and where the guest finds them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from vmexit.arch.x86 import layout
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
     from vmexit.devices.irqchip import PcIrqChip
-    from vmexit.devices.virtio.device import VirtioDevice
 
 
 OnClose = Callable[[Callable[[], None]], object]
@@ -142,65 +141,13 @@ class Board:
         self, chip: IrqChip, memory: "GuestMemory", notifier: "Notifier | None"
     ) -> None:
         """Disks and whatever else is virtio."""
-        from vmexit.machine.virtio import VirtioSlots
+        from vmexit.machine.virtio import VirtioParts, VirtioSlots
 
         slots = VirtioSlots(self._mmio, chip, memory, self._loop, notifier, self._on_close)
-        for name, device in self._virtio_devices():
+        parts = VirtioParts(self._config, memory, self._loop, self._request.fail, self._on_close)
+        for name, device in parts.devices():
             self.devices[name] = slots.attach(device)
         self._when_running.append(slots.running)
-
-    def _virtio_devices(self) -> Iterator[tuple[str, "VirtioDevice"]]:
-        config = self._config
-        for number, text in enumerate(config.drives):
-            from vmexit.backends.disk import Disk
-            from vmexit.devices.virtio.blk import Blk
-            from vmexit.machine.drive import Drive
-
-            drive = Drive.parse(text)
-            disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
-            self._on_close(disk.close)
-            yield f"disk{number}", Blk(disk, drive.serial)
-        for number, text in enumerate(config.nets):
-            yield f"net{number}", self._net(text, number)
-        if config.rng:
-            from vmexit.devices.virtio.rng import Rng
-
-            yield "rng", Rng()
-        if config.vsock is not None:
-            from vmexit.backends.vsock import VsockSockets
-            from vmexit.devices.virtio.vsock import Vsock
-            from vmexit.machine.vsock import VsockOptions
-
-            options = VsockOptions.parse(config.vsock)
-            sockets = VsockSockets(options.path, self._loop)
-            self._on_close(sockets.close)
-            yield "vsock", Vsock(options.cid, sockets)
-
-    def _net(self, text: str, number: int) -> "VirtioDevice":
-        from vmexit.core.rate import Limit
-        from vmexit.devices.virtio.net import Net
-        from vmexit.machine.net import NetOptions
-
-        options = NetOptions.parse(text, number)
-        limits = [Limit(self._loop, options.pps, options.bps) for _ in range(2)]
-        if options.tap:
-            from vmexit.backends.tap import Tap
-
-            tap = Tap(
-                options.tap,
-                self._loop,
-                mtu=options.mtu,
-                address=options.address,
-                bridge=options.bridge,
-            )
-            self._on_close(tap.close)
-            return Net(tap, options.mac, *limits)
-        from vmexit.backends.passt import MTU, Passt
-
-        forwards = [word for forward in options.forwards for word in forward.for_passt()]
-        passt = Passt(self._loop, options.mac, mtu=options.mtu or MTU, forwards=forwards)
-        self._on_close(passt.close)
-        return Net(passt, options.mac, *limits)
 
     def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
         """What firmware asks of the machine."""

@@ -15,11 +15,12 @@ class Options:
     def __init__(self, what: str, text: str, keys: Sequence[str], *, named: bool = False) -> None:
         """`keys` are those there are; with `named`, what comes first is a name or a kind."""
         self.what = f"{what} {quoted(text)}"
-        self.name = self.value = ""
+        self.first = self.name = self.value = ""
         self._values: dict[str, list[str]] = {}
         for number, option in enumerate(text.replace(",,", "\0").split(",")):
             key, equals, value = option.replace("\0", ",").partition("=")
             if named and number == 0:
+                self.first = option.replace("\0", ",")
                 self.name, self.value = key, value
             elif equals and key in keys:
                 self._values.setdefault(key, []).append(value)

@@ -1,9 +1,10 @@
 """The virtio devices of a machine: registers, an interrupt and notifications for each."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from vmexit.abi.virtio import MMIO_QUEUE_NOTIFY
+from vmexit.abi import virtio as v
 from vmexit.accel.base import Notifier
 from vmexit.arch.x86 import layout
 from vmexit.core.bus import Bus
@@ -13,6 +14,12 @@ from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.mmio import MmioTransport
+from vmexit.machine.config import MachineConfig
+
+if TYPE_CHECKING:
+    import socket
+
+    from vmexit.backends.vhost_user import VhostUser
 
 
 class VirtioSlots:
@@ -55,7 +62,7 @@ class VirtioSlots:
         if self._notifier is not None:
             for index in range(len(device.queue_sizes)):
                 eventfd = self._eventfd()
-                self._notifier.assign_ioeventfd(gpa + MMIO_QUEUE_NOTIFY, 4, index, eventfd)
+                self._notifier.assign_ioeventfd(gpa + v.MMIO_QUEUE_NOTIFY, 4, index, eventfd)
                 _Kick(loop, eventfd, transport, index).watch()
             self._on_close(loop.close)  # before the eventfds
         self._transports.append(transport)
@@ -100,3 +107,127 @@ class _Kick:
         os.eventfd_read(self._eventfd)
         self.watch()
         self._transport.kick(self._index)
+
+
+class VirtioParts:
+    """Makes the devices that a machine is to have, with what is behind them."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        memory: GuestMemory,
+        loop: EventLoop,
+        fail: Callable[[BaseException], None],
+        on_close: Callable[[Callable[[], None]], object],
+    ) -> None:
+        """`fail` takes what goes wrong while the machine runs; for `on_close` see VirtioSlots."""
+        self._config = config
+        self._memory = memory
+        self._loop = loop
+        self._fail = fail
+        self._on_close = on_close
+
+    def devices(self) -> Iterator[tuple[str, VirtioDevice]]:
+        """Each with its name, in the order of their places. Raises ConfigError, HostError."""
+        config = self._config
+        for number, text in enumerate(config.drives):
+            yield f"disk{number}", self._disk(text)
+        for number, text in enumerate(config.nets):
+            yield f"net{number}", self._net(text, number)
+        if config.rng:
+            from vmexit.devices.virtio.rng import Rng
+
+            yield "rng", Rng()
+        if config.vsock is not None:
+            yield "vsock", self._vsock(config.vsock)
+
+    def _disk(self, text: str) -> VirtioDevice:
+        from vmexit.machine.drive import FORMATS, Drive
+
+        drive = Drive.parse(text)
+        if drive.socket:
+            from vmexit.backends.program import connect_to
+
+            return self._vhost_disk(
+                f"the vhost-user back end at {drive.socket}",
+                lambda: connect_to(drive.socket),
+                drive.reconnect,
+            )
+        if drive.format in FORMATS:
+            from vmexit.backends.storage_daemon import serve_image
+
+            program = serve_image(
+                drive.file, drive.format, readonly=drive.readonly, direct=False, queues=1
+            )
+            self._on_close(program.close)
+            try:
+                return self._vhost_disk(program.name, program.connect, 0)
+            except HostError as error:
+                raise HostError(
+                    f"cannot use the disk {drive.file}: {program.complaint()}; see its format"
+                ) from error
+        from vmexit.backends.disk import Disk
+        from vmexit.devices.virtio.blk import Blk
+
+        disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
+        self._on_close(disk.close)
+        return Blk(disk, drive.serial)
+
+    def _vhost_disk(
+        self, name: str, connect: "Callable[[], socket.socket]", patience: float
+    ) -> VirtioDevice:
+        from vmexit.devices.virtio.blk import CONFIG_SIZE, PASSED_ON, QUEUE_SIZE
+        from vmexit.devices.virtio.vhost import Vhost
+
+        backend = self._vhost(name, connect, 1)
+        config = backend.config(CONFIG_SIZE)
+        return Vhost(
+            v.BLOCK, backend, PASSED_ON, config, [QUEUE_SIZE], self._loop, self._fail, patience
+        )
+
+    def _vhost(self, name: str, connect: "Callable[[], socket.socket]", queues: int) -> "VhostUser":
+        from vmexit.backends.vhost_user import Shared, VhostUser
+
+        memory = [
+            Shared(region.gpa, region.size, region.hva, self._memory.fd, offset)
+            for region, offset in self._memory.shared()
+        ]
+        backend = VhostUser(name, connect, self._loop, memory, queues, layout.VHOST_RINGS)
+        self._on_close(backend.close)
+        return backend
+
+    def _net(self, text: str, number: int) -> VirtioDevice:
+        from vmexit.core.rate import Limit
+        from vmexit.devices.virtio.net import Net
+        from vmexit.machine.net import NetOptions
+
+        options = NetOptions.parse(text, number)
+        limits = [Limit(self._loop, options.pps, options.bps) for _ in range(2)]
+        if options.tap:
+            from vmexit.backends.tap import Tap
+
+            tap = Tap(
+                options.tap,
+                self._loop,
+                mtu=options.mtu,
+                address=options.address,
+                bridge=options.bridge,
+            )
+            self._on_close(tap.close)
+            return Net(tap, options.mac, *limits)
+        from vmexit.backends.passt import MTU, Passt
+
+        forwards = [word for forward in options.forwards for word in forward.for_passt()]
+        passt = Passt(self._loop, options.mac, mtu=options.mtu or MTU, forwards=forwards)
+        self._on_close(passt.close)
+        return Net(passt, options.mac, *limits)
+
+    def _vsock(self, text: str) -> VirtioDevice:
+        from vmexit.backends.vsock import VsockSockets
+        from vmexit.devices.virtio.vsock import Vsock
+        from vmexit.machine.vsock import VsockOptions
+
+        options = VsockOptions.parse(text)
+        sockets = VsockSockets(options.path, self._loop)
+        self._on_close(sockets.close)
+        return Vsock(options.cid, sockets)

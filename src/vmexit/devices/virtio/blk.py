@@ -14,6 +14,16 @@ _RANGE = struct.Struct("<QII")  # sector, number of sectors, flags: discard and 
 # write zeroes (two), write_zeroes_may_unmap (5.2.4)
 _CONFIG = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
 
+CONFIG_SIZE = _CONFIG.size
+# Features of disks whose requests are served by others.
+PASSED_ON = sum(
+    1 << bit
+    for bit in (
+        v.BLK_F_SIZE_MAX, v.BLK_F_SEG_MAX, v.BLK_F_RO, v.BLK_F_BLK_SIZE, v.BLK_F_FLUSH,
+        v.BLK_F_TOPOLOGY, v.BLK_F_MQ, v.BLK_F_DISCARD, v.BLK_F_WRITE_ZEROES,
+    )
+)  # fmt: skip
+
 QUEUE_SIZE = 256
 # Segments of data in a request: the chain has a header and a status, too.
 _SEG_MAX = QUEUE_SIZE - 2

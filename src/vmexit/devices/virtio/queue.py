@@ -46,8 +46,15 @@ class Chain(NamedTuple):
     head: int
     readable: list[memoryview]
     writable: list[memoryview]
+    sources: list[tuple[int, int]]
+    """GPA and size of each of `readable`."""
     ranges: list[tuple[int, int]]
     """GPA and size of each of `writable`."""
+
+    def segments(self) -> list[tuple[int, int, bool]]:
+        """GPA and size of each part, and whether it is to be written."""
+        parts = [(gpa, size, False) for gpa, size in self.sources]
+        return parts + [(gpa, size, True) for gpa, size in self.ranges]
 
     def size(self) -> int:
         """Bytes in all."""
@@ -213,6 +220,7 @@ class Queue:
         table, count, index = self._desc, self.size, head
         readable: list[memoryview] = []
         writable: list[memoryview] = []
+        sources: list[tuple[int, int]] = []
         ranges: list[tuple[int, int]] = []
         left = self.size
         indirect = False
@@ -238,8 +246,9 @@ class Queue:
                 raise QueueError("bytes to read come behind bytes to write")
             else:
                 readable.append(self._view(gpa, size))
+                sources.append((gpa, size))
             if not flags & DESC_F_NEXT:
-                return Chain(head, readable, writable, ranges)
+                return Chain(head, readable, writable, sources, ranges)
 
     def push(self, chain: Chain, written: int) -> None:
         """`chain` is done, and the first so many bytes of its writable part were written."""
