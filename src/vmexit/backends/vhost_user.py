@@ -7,6 +7,7 @@ tell by.
 import array
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ class VhostUser:
         self._loop = loop
         self._memory = memory
         self._socket: socket.socket | None = None
+        self._lock = threading.RLock()  # for questions and their answers
         self._acknowledges = False
         self._needs_table = True
         self._when_gone: Callable[[], None] = lambda: None
@@ -84,6 +86,10 @@ class VhostUser:
 
     def open(self) -> None:
         """Connect, again if need be, and agree. Raises OSError, HostError."""
+        with self._lock:
+            self._open()
+
+    def _open(self) -> None:
         self._drop()
         self._socket = self._connect()
         self._socket.settimeout(_PATIENCE)
@@ -173,16 +179,18 @@ class VhostUser:
 
     def _ask(self, request: int, data: bytes = b"", fds: Sequence[int] = ()) -> bytes:
         try:
-            self._send(request, data, fds, 0)
-            return self._answer(request)
+            with self._lock:
+                self._send(request, data, fds, 0)
+                return self._answer(request)
         except OSError as error:
             raise self._error(f"no answer to request {request}: {error}") from error
 
     def _tell(self, request: int, data: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Send what has no answer, but whether it was done, if that can be asked for."""
         try:
-            self._send(request, data, fds, u.NEED_REPLY * self._acknowledges)
-            failed = self._acknowledges and any(self._answer(request))
+            with self._lock:
+                self._send(request, data, fds, u.NEED_REPLY * self._acknowledges)
+                failed = self._acknowledges and any(self._answer(request))
         except OSError as error:
             raise self._error(f"request {request} was not taken: {error}") from error
         if failed:
