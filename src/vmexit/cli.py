@@ -253,6 +253,11 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="a memory balloon, which takes SIZE (0 or 64M) from the guest, and gives back to the "
         "host what the guest does not use",
     )  # fmt: skip
+    run.add_argument(
+        "--vsock", metavar="cid=N,path=P",
+        help="sockets between guest and host: a client of the Unix socket P that sends 'CONNECT "
+        "PORT' reaches the guest's port, and the guest (CID N, default 3) reaches P_PORT at CID 2",
+    )  # fmt: skip
     run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")
     _add_start(run)
     run.add_argument(
@@ -381,6 +386,7 @@ def _run(arguments: argparse.Namespace) -> int:
             nets=tuple(arguments.net),
             rng=arguments.rng,
             balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
+            vsock=arguments.vsock,
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))

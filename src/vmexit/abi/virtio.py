@@ -65,3 +65,12 @@ BALLOON_STATISTICS = (
     "swap_in", "swap_out", "major_faults", "minor_faults", "free_memory", "total_memory",
     "available_memory", "disk_caches", "hugetlb_allocations", "hugetlb_failures",
 )  # fmt: skip
+
+# Socket device (5.10): queues, types, operations, flags of a shutdown, events, well-known CIDs.
+VSOCK_RX, VSOCK_TX, VSOCK_EVENT = 0, 1, 2
+VSOCK_TYPE_STREAM = 1
+VSOCK_OP_REQUEST, VSOCK_OP_RESPONSE, VSOCK_OP_RST, VSOCK_OP_SHUTDOWN = 1, 2, 3, 4
+VSOCK_OP_RW, VSOCK_OP_CREDIT_UPDATE, VSOCK_OP_CREDIT_REQUEST = 5, 6, 7
+VSOCK_SHUTDOWN_F_RECEIVE, VSOCK_SHUTDOWN_F_SEND = 1, 2
+VSOCK_EVENT_TRANSPORT_RESET = 0
+VSOCK_CID_HOST, VSOCK_CID_FIRST, VSOCK_CID_LAST = 2, 3, 0xFFFF_FFFE

@@ -1,12 +1,10 @@
 """A socket that a client connects to, as the other end of a character device."""
 
-import os
 import socket
-import stat
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
+from vmexit.backends.unix_socket import SocketFile
 from vmexit.backends.wait import PATIENCE, Ending, never, reason, wait_writable
 from vmexit.core.errors import ConfigError, shown
 from vmexit.core.loop import EventLoop
@@ -32,6 +30,7 @@ class Listener:
         self._client: socket.socket | None = None
         self._silent = False  # the client has said that it sends no more
         self._stuck = False  # it did not read what was there to read
+        self._file: SocketFile | None = None
         self._path = address if isinstance(address, str) else ""
         where = shown(address if isinstance(address, str) else "{}:{}".format(*address))
         try:
@@ -44,17 +43,15 @@ class Listener:
         try:
             if not self._path:
                 self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self._server.bind(place)
             else:
-                os.fchmod(self._server.fileno(), 0o600)  # whoever connects is at the console
-                _remove_stale(self._path)
-            self._server.bind(place)
+                self._file = SocketFile(self._server, self._path)
             self._server.listen(1)
         except (OSError, OverflowError, ValueError) as error:
             self._server.close()
             raise ConfigError(
                 f"cannot listen at {where}: {reason(error)}; use another address"
             ) from error
-        self._inode = _inode(self._path)
         self._server.setblocking(False)
         name = self._server.getsockname()
         self.where = f"unix:{shown(self._path)}" if self._path else f"tcp:{name[0]}:{name[1]}"
@@ -141,18 +138,8 @@ class Listener:
         self._loop.unwatch(self._server.fileno())
         if self._server.fileno() >= 0:
             self._server.close()
-            # Unless it is another one's by now.
-            if self._inode is not None and _inode(self._path) == self._inode:
-                Path(self._path).unlink(missing_ok=True)
-
-
-def _inode(path: str) -> tuple[int, int] | None:
-    """What is at `path` now; None if nothing is, or for no path."""
-    try:
-        status = Path(path).lstat()
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino) if path else None
+            if self._file is not None:
+                self._file.remove()
 
 
 def _resolve(
@@ -163,19 +150,3 @@ def _resolve(
     host, port = address
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return found[0], found[4]
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens at any more: its owner was killed."""
-    if "\0" in path:
-        raise ValueError("a path has no zero byte")  # the rest of it would be passed over
-    try:
-        if not stat.S_ISSOCK(Path(path).lstat().st_mode):
-            return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        Path(path).unlink(missing_ok=True)
-    except OSError:
-        return  # not there, or in use: bind() tells

@@ -80,6 +80,7 @@ class _Options(NamedTuple):
     nets: tuple[str, ...] = ()
     rng: bool = False
     balloon: int | None = None
+    vsock: str | None = None
 
     @property
     def cpu_model(self) -> CpuModel:
@@ -177,6 +178,8 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"rng takes True or False, not {quoted(self.rng)}; leave it out for no"
             )
+        if self.vsock is not None and not isinstance(self.vsock, str):
+            raise ConfigError(f"vsock takes a text, not {quoted(self.vsock)}; use path=PATH,cid=3")
 
     def _check_virtio(self) -> None:
         if not self.virtio_devices:
@@ -187,11 +190,14 @@ class MachineConfig(_Options):
             )
         from vmexit.machine.drive import Drive
         from vmexit.machine.net import NetOptions
+        from vmexit.machine.vsock import VsockOptions
 
         for text in self.drives:
             Drive.parse(text)
         for text in self.nets:
             NetOptions.parse(text)
+        if self.vsock is not None:
+            VsockOptions.parse(self.vsock)
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
@@ -202,7 +208,13 @@ class MachineConfig(_Options):
     @property
     def virtio_devices(self) -> int:
         """How many there are."""
-        return len(self.drives) + len(self.nets) + self.rng + (self.balloon is not None)
+        return (
+            len(self.drives)
+            + len(self.nets)
+            + self.rng
+            + (self.balloon is not None)
+            + (self.vsock is not None)
+        )
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

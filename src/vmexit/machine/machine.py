@@ -220,6 +220,7 @@ class Machine:
         nets: tuple[str, ...] | list[str] = (),
         rng: bool = False,
         balloon: int | str | None = None,
+        vsock: str | None = None,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -239,6 +240,7 @@ class Machine:
         `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, `nets` network interfaces,
         `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
         `balloon` is how much memory to take back from the guest at first, None for no balloon.
+        `vsock` is `path=PATH[,cid=N]`: Unix sockets of the host that lead to sockets of the guest.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -267,6 +269,7 @@ class Machine:
             nets=_tuple(nets),
             rng=rng,
             balloon=None if balloon is None else parse_size(balloon),
+            vsock=vsock,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for

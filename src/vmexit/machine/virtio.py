@@ -145,6 +145,8 @@ class VirtioParts:
 
             self.balloon = Balloon(self._memory, config.balloon)
             yield "balloon", self.balloon
+        if config.vsock is not None:
+            yield "vsock", self._vsock(config.vsock)
 
     def _disk(self, text: str) -> VirtioDevice:
         from vmexit.machine.drive import FORMATS, Drive
@@ -226,3 +228,13 @@ class VirtioParts:
         passt = Passt(self._loop, options.mac, mtu=options.mtu or MTU, forwards=forwards)
         self._on_close(passt.close)
         return Net(passt, options.mac, *limits)
+
+    def _vsock(self, text: str) -> VirtioDevice:
+        from vmexit.backends.vsock import VsockSockets
+        from vmexit.devices.virtio.vsock import Vsock
+        from vmexit.machine.vsock import VsockOptions
+
+        options = VsockOptions.parse(text)
+        sockets = VsockSockets(options.path, self._loop)
+        self._on_close(sockets.close)
+        return Vsock(options.cid, sockets)
