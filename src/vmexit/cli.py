@@ -240,6 +240,11 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="a disk, /dev/vda in Linux, the next one /dev/vdb: a raw image or a block device; "
         ",readonly=on keeps it as it is; ,serial=S gives it a serial number",
     )  # fmt: skip
+    run.add_argument(
+        "--share", metavar="TAG=DIR", action="append", default=[],
+        help="a folder that Linux mounts: mount -t 9p -o trans=virtio TAG /mnt; ,readonly=on "
+        "refuses changes",
+    )  # fmt: skip
     run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
     run.add_argument("--smp", metavar="N", type=_count, default=1, help="vCPUs (default 1)")
     _add_start(run)
@@ -366,6 +371,7 @@ def _run(arguments: argparse.Namespace) -> int:
             cpu=arguments.cpu,
             devices=tuple(arguments.device),
             drives=tuple(arguments.drive),
+            shares=tuple(arguments.share),
             rng=arguments.rng,
         )
         observer, outputs = _observer(arguments, stats, stack)

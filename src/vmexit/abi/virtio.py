@@ -2,6 +2,7 @@
 
 # Device IDs (5).
 NET, BLOCK, CONSOLE, ENTROPY, BALLOON, VSOCK = 1, 2, 3, 4, 5, 19
+P9 = 9  # 9P transport: named there, and described in drivers only
 
 # Device status (2.1).
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
@@ -43,3 +44,6 @@ BLK_S_OK, BLK_S_IOERR, BLK_S_UNSUPP = 0, 1, 2
 BLK_ID_SIZE = 20
 BLK_WRITE_ZEROES_F_UNMAP = 1
 SECTOR_SIZE = 512
+
+# 9P transport: Linux, include/uapi/linux/virtio_9p.h.
+P9_MOUNT_TAG = 0

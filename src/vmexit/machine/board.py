@@ -155,6 +155,15 @@ class Board:
             disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
             self._on_close(disk.close)
             yield f"disk{number}", Blk(disk, drive.serial)
+        for number, text in enumerate(config.shares):
+            from vmexit.backends.p9.server import Server
+            from vmexit.devices.virtio.p9 import P9
+            from vmexit.machine.share import Share, descriptors_for_each
+
+            share, each = Share.parse(text), descriptors_for_each(len(config.shares))
+            server = Server(share.folder, readonly=share.readonly, descriptors=each)
+            self._on_close(server.close)
+            yield f"share{number}", P9(server, share.tag)
         if config.rng:
             from vmexit.devices.virtio.rng import Rng
 

@@ -77,6 +77,7 @@ class _Options(NamedTuple):
     cpu: str = "host"
     devices: tuple[str, ...] = ()
     drives: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
     rng: bool = False
 
     @property
@@ -165,7 +166,7 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"cpu takes a text, not {quoted(self.cpu)}; use host, max or host,-avx"
             )
-        for name in ("devices", "drives"):
+        for name in ("devices", "drives", "shares"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
                 raise ConfigError(
@@ -177,12 +178,14 @@ class MachineConfig(_Options):
             )
 
     def _check_virtio(self) -> None:
-        if not self.drives and not self.rng:
+        if not self.virtio_devices:
             return
         from vmexit.machine.drive import Drive
+        from vmexit.machine.share import Share
 
         for text in self.drives:
             Drive.parse(text)
+        Share.parse_all(self.shares)
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
@@ -193,7 +196,7 @@ class MachineConfig(_Options):
     @property
     def virtio_devices(self) -> int:
         """How many there are."""
-        return len(self.drives) + self.rng
+        return len(self.drives) + len(self.shares) + self.rng
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

@@ -216,6 +216,7 @@ class Machine:
         cpu: str = "host",
         devices: tuple[str, ...] = (),
         drives: tuple[str, ...] | list[str] = (),
+        shares: tuple[str, ...] | list[str] = (),
         rng: bool = False,
         observer: ExitObserver | None = None,
     ) -> None:
@@ -234,6 +235,7 @@ class Machine:
         the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
         name: `testdev`, the test device of QEMU that test suites for KVM look for.
         `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, and `rng` is a source of entropy.
+        `shares` are folders that the guest mounts by 9P, `TAG=PATH[,readonly=on]`.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -259,6 +261,7 @@ class Machine:
             cpu=cpu,
             devices=devices,
             drives=tuple(drives) if isinstance(drives, list) else drives,
+            shares=tuple(shares) if isinstance(shares, list) else shares,
             rng=rng,
         )
         self._build(config, observer)

@@ -1,0 +1,63 @@
+"""What a user says of a shared folder: `--share TAG=DIR[,readonly=on]`."""
+
+import resource
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmexit.core.errors import ConfigError
+
+_ON_OFF = {"on": True, "off": False}
+# Linux shows it in a page of sysfs, and users type it.
+_LONGEST_TAG = 255
+_MOST_DESCRIPTORS = 1024
+
+
+class Share(NamedTuple):
+    """One folder, by the name under which the guest mounts it."""
+
+    tag: str
+    folder: str
+    readonly: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """`tag=DIR,readonly=on`, where a comma in a value is written twice. Raises ConfigError."""
+        first, *more = text.replace(",,", "\0").split(",")
+        tag, _, folder = first.replace("\0", ",").partition("=")
+        if not tag or not folder:
+            raise ConfigError(f"the share {text!r} names no tag or no folder; use TAG=DIR")
+        if not tag.isprintable() or len(tag.encode()) > _LONGEST_TAG:
+            raise ConfigError(
+                f"a tag of the share {text!r} cannot be; use at most {_LONGEST_TAG} bytes of text"
+            )
+        values: dict[str, str] = {}
+        for option in more:
+            key, equals, value = option.replace("\0", ",").partition("=")
+            if not equals or key != "readonly":
+                raise ConfigError(
+                    f"{option!r} of the share {text!r} is unknown; use TAG=DIR, with readonly="
+                )
+            if key in values:
+                raise ConfigError(f"the share {text!r} has {key}= twice; leave one out")
+            values[key] = value
+        readonly = values.get("readonly", "off")
+        if readonly not in _ON_OFF:
+            raise ConfigError(f"readonly={readonly} of the share {text!r} is neither on nor off")
+        return cls(tag, folder, _ON_OFF[readonly])
+
+    @classmethod
+    def parse_all(cls, texts: Sequence[str]) -> list["Share"]:
+        """All of a machine. Raises ConfigError, also for a tag that is there twice."""
+        shares = [cls.parse(text) for text in texts]
+        tags = [share.tag for share in shares]
+        for tag in tags:
+            if tags.count(tag) > 1:
+                raise ConfigError(f"two shares have the tag {tag!r}; give one another tag")
+        return shares
+
+
+def descriptors_for_each(shares: int) -> int:
+    """How many each of so many may have: half of those of this process are kept for the rest."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    half = _MOST_DESCRIPTORS * shares if limit == resource.RLIM_INFINITY else limit // 2
+    return min(_MOST_DESCRIPTORS, half // shares)
