@@ -187,7 +187,7 @@ def test_random_messages(tmp_path, readonly, count):
     finally:
         tracemalloc.stop()
     server.reset()
-    assert server._tree.nodes == 1 and server._open == 0
+    assert server._tree.nodes == 1 and len(server._opened) == 0
     assert len(os.listdir("/proc/self/fd")) == open_before
     server.close()
     assert outside(tmp_path) == before

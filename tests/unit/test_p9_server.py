@@ -357,7 +357,7 @@ def test_a_walk_that_ends_early_makes_no_fid(client):
     assert client.server._tree.nodes == 1
 
 
-def test_fids_and_files_and_descriptors_are_bounded(client, folder, monkeypatch):
+def test_fids_and_descriptors_are_bounded(client, folder, monkeypatch):
     before = descriptors()
     monkeypatch.setattr(server_module, "_MOST_FIDS", 3000)
     for n in range(2000):
@@ -365,19 +365,69 @@ def test_fids_and_files_and_descriptors_are_bounded(client, folder, monkeypatch)
     for n in range(2000):
         client.at(f"a/{n}")
     assert descriptors() - before <= DESCRIPTORS // 4 + 1
-    fids = []
-    with refused(errno.ENFILE):
-        for _ in range(100):
-            fids.append(client.open(client.walk(1)))
-    assert len(fids) == DESCRIPTORS * 3 // 4
-    assert descriptors() - before <= DESCRIPTORS + 2
     assert client.attributes(1)["path"] == (folder / "a" / "0").stat().st_ino  # found again
     with refused(errno.ENFILE):
         for _ in range(1000):
             client.walk(0)
+    client.clunk(1)
+    client.walk(0)
+
+
+def test_more_files_are_open_than_there_are_descriptors(client, folder):
+    before = descriptors()
+    listing = client.open(client.at("a"))
+    first = client.entries(listing, 0, 60)
+    fids = [client.create(0, b"%d" % n, os.O_RDWR | os.O_TRUNC) for n in range(300)]
+    for n, fid in enumerate(fids):
+        client.write(fid, b"content %d" % n)
+    for n, fid in enumerate(fids):  # none of which is truncated once more
+        assert client.read(fid) == b"content %d" % n
+    assert DESCRIPTORS // 2 < descriptors() - before <= DESCRIPTORS + 2
+    rest = client.entries(listing, first[-1][2])
+    assert {name for name, _, _ in first + rest} == {b".", b"..", b"b"} and rest
+    client.set(fids[0], p9.SETATTR_SIZE, size=3)
+    assert (folder / "0").read_bytes() == b"con"
+    # The guest takes names away: what it has open is still there.
+    client.unlink(0, b"1")
+    client.rename(0, b"2", 0, b"3")
+    client.remove(client.at("4"))
+    client.ask(p9.TRENAME, number(client.at("5")) + number(0) + text(b"6"))
+    for n in range(100, 300):
+        client.read(fids[n])
+    for n in range(1, 7):
+        assert client.read(fids[n]) == b"content %d" % n
+    # The host does.
+    os.unlink(folder / "7")
+    os.rename(folder / "8", folder / "9")
+    for n in (7, 8, 9):
+        with refused(errno.ESTALE, errno.ENOENT):
+            client.read(fids[n])
     for fid in fids:
         client.clunk(fid)
-    client.open(fids[0] if client.walk(1, to=fids[0]) else 0)
+    client.clunk(listing)
+    assert descriptors() - before <= DESCRIPTORS // 4 + 2
+    assert not client.server._opened and not client.server._opened._parked
+
+
+def test_files_without_a_name_that_are_open_are_bounded(client):
+    with refused(errno.ENFILE):
+        for _ in range(DESCRIPTORS):
+            client.create(0, b"x")
+            client.unlink(0, b"x")
+    assert len(client.server._opened) == DESCRIPTORS * 3 // 4
+    with refused(errno.ENFILE):
+        client.open(client.walk(0))
+    client.clunk(client.last - 2)
+    client.open(client.walk(0))
+
+
+def test_a_file_is_not_removed_that_could_not_stay_open(client, folder):
+    """More fids for one file than descriptors: they cannot all be kept beyond its end."""
+    fids = [client.open(client.at("file")) for _ in range(DESCRIPTORS)]
+    with refused(errno.ENFILE):
+        client.unlink(0, b"file")
+    for fid in fids:
+        assert client.read(fid) == b"content"
 
 
 def test_known_files_are_bounded(client, monkeypatch):

@@ -13,7 +13,8 @@ from contextlib import suppress
 from vmexit.abi import p9
 from vmexit.backends.p9 import files, wire
 from vmexit.backends.p9.attributes import Attributes, file_system, set_attributes
-from vmexit.backends.p9.tree import Node, Tree, check_name
+from vmexit.backends.p9.opened import Fid, OpenFiles
+from vmexit.backends.p9.tree import Tree, check_name
 from vmexit.backends.wait import reason
 from vmexit.core.errors import ConfigError, shown
 
@@ -27,17 +28,6 @@ _OPEN_FLAGS = p9.O_ACCMODE | p9.O_TRUNC | p9.O_APPEND | p9.O_DSYNC | p9.O_SYNC
 _IOUNIT = wire.u32(0)  # as much as fits into a message
 
 _Operations = dict[int, Callable[[wire.Reader], bytes]]
-
-
-class Fid:
-    """A number of the guest's for a file, which may be open."""
-
-    __slots__ = ("file", "node", "writable")
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.file = -1
-        self.writable = False
 
 
 class Server:
@@ -65,11 +55,10 @@ class Server:
                 "is mounted"
             ) from error
         self._readonly = readonly
-        self._most_open = descriptors * 3 // 4
         self._tree = Tree(root, descriptors // 4)
+        self._opened = OpenFiles(self._tree, descriptors * 3 // 4)
         self._attributes = Attributes(os.fstat(root).st_dev)
         self._fids: dict[int, Fid] = {}
-        self._open = 0
         self._msize = self._room = _FIRST_MSIZE
         read: _Operations = {
             p9.TVERSION: self._version, p9.TAUTH: self._refuse, p9.TATTACH: self._attach,
@@ -176,17 +165,14 @@ class Server:
         return fid.file if fid.file >= 0 else self._tree.fd(fid.node)
 
     def _check_closed(self, fid: Fid) -> None:
-        if fid.file >= 0:
+        if fid.is_open:
             raise OSError(errno.EBADF, "the fid is open")
-        if self._open >= self._most_open:
-            raise OSError(errno.ENFILE, "too many files are open")
+        self._opened.make_room()
 
     def _forget(self, number: int) -> None:
         fid = self._fids.pop(number)
+        self._opened.close(fid)
         self._tree.drop(fid.node)
-        if fid.file >= 0:
-            self._open -= 1
-            os.close(fid.file)
 
     def _clunk(self, message: wire.Reader) -> bytes:
         number = message.u32()
@@ -202,7 +188,7 @@ class Server:
         names = [message.text() for _ in range(count)]
         if number != start:
             self._check_new(number)
-        elif fid.file >= 0:
+        elif fid.is_open:
             raise OSError(errno.EBADF, "the fid is open")
         node = self._tree.hold(fid.node)
         qids: list[bytes] = []
@@ -228,7 +214,7 @@ class Server:
         fid = self._fid(message)
         flags = self._flags(message.u32())
         self._check_closed(fid)
-        self._opened(fid, files.reopen(self._tree.fd(fid.node), flags), flags)
+        self._opened.add(fid, files.reopen(self._tree.fd(fid.node), flags), flags)
         return self._attributes.qid(fid.file) + _IOUNIT
 
     def _flags(self, flags: int) -> int:
@@ -238,11 +224,6 @@ class Server:
         if self._readonly and kept & (p9.O_ACCMODE | p9.O_TRUNC):
             raise OSError(errno.EROFS, "shared to be read only")
         return kept
-
-    def _opened(self, fid: Fid, file: int, flags: int) -> None:
-        fid.file = file
-        fid.writable = flags & p9.O_ACCMODE != os.O_RDONLY
-        self._open += 1
 
     def _lcreate(self, message: wire.Reader) -> bytes:
         fid = self._fid(message)
@@ -271,41 +252,36 @@ class Server:
                 raise
         self._tree.drop(fid.node)
         fid.node = node
-        self._opened(fid, file, flags)
+        self._opened.add(fid, file, flags)
         return self._attributes.qid(file) + _IOUNIT
 
-    def _file(self, message: wire.Reader) -> Fid:
-        fid = self._fid(message)
-        if fid.file < 0:
-            raise OSError(errno.EBADF, "the fid is not open")
-        return fid
-
     def _read(self, message: wire.Reader) -> bytes:
-        fid = self._file(message)
+        file = self._opened.fd(self._fid(message))
         offset, count = message.u64(), message.u32()
         if offset >> 63:
             raise OSError(errno.EINVAL, "no such offset")
-        data = os.pread(fid.file, min(count, self._room - _READ_HEADER), offset)
+        data = os.pread(file, min(count, self._room - _READ_HEADER), offset)
         return wire.u32(len(data)) + data
 
     def _write(self, message: wire.Reader) -> bytes:
-        fid = self._file(message)
+        file = self._opened.fd(self._fid(message))
         offset, count = message.u64(), message.u32()
         data = message.data(count)
         if offset >> 63:
             raise OSError(errno.EINVAL, "no such offset")
-        return wire.u32(os.pwrite(fid.file, data, offset))
+        return wire.u32(os.pwrite(file, data, offset))
 
     def _readdir(self, message: wire.Reader) -> bytes:
-        fid = self._file(message)
+        fid = self._fid(message)
+        file = self._opened.fd(fid)
         offset, count = message.u64(), message.u32()
         most = min(count, self._room - _READ_HEADER)
         is_root = fid.node is self._tree.root
-        data = self._attributes.entries(fid.file, offset, most, is_root=is_root)
+        data = self._attributes.entries(file, offset, most, is_root=is_root)
         return wire.u32(len(data)) + data
 
     def _fsync(self, message: wire.Reader) -> bytes:
-        os.fsync(self._file(message).file)
+        os.fsync(self._opened.fd(self._fid(message)))
         return b""
 
     def _lock(self, message: wire.Reader) -> bytes:
@@ -325,7 +301,8 @@ class Server:
 
     def _setattr(self, message: wire.Reader) -> bytes:
         fid = self._fid(message)
-        set_attributes(self._descriptor(fid), fid.file if fid.writable else -1, message)
+        file = self._opened.fd(fid) if fid.writable else -1
+        set_attributes(self._descriptor(fid), file, message)
         return b""
 
     def _statfs(self, message: wire.Reader) -> bytes:
@@ -383,18 +360,21 @@ class Server:
         return b""
 
     def _rename(self, message: wire.Reader) -> bytes:
-        fid, folder, name = self._fid(message), self._fid(message), message.text()
-        self._tree.rename(*self._tree.place(fid.node), folder.node, name)
+        fid, to, new = self._fid(message), self._fid(message), message.text()
+        self._opened.hold(self._tree.known(to.node, new))
+        self._tree.rename(*self._tree.place(fid.node), to.node, new)
         return b""
 
     def _renameat(self, message: wire.Reader) -> bytes:
         folder, name = self._fid(message), message.text()
         to, new = self._fid(message), message.text()
+        self._opened.hold(self._tree.known(to.node, new))
         self._tree.rename(folder.node, name, to.node, new)
         return b""
 
     def _unlinkat(self, message: wire.Reader) -> bytes:
         folder, name, flags = self._fid(message), message.text(), message.u32()
+        self._opened.hold(self._tree.known(folder.node, name))
         self._tree.remove(folder.node, name, is_folder=bool(flags & p9.AT_REMOVEDIR))
         return b""
 
@@ -404,6 +384,7 @@ class Server:
         try:
             if self._readonly:
                 self._refuse_change(message)
+            self._opened.hold(fid.node)
             is_folder = stat.S_ISDIR(os.fstat(self._descriptor(fid)).st_mode)
             self._tree.remove(*self._tree.place(fid.node), is_folder=is_folder)
         finally:

@@ -136,7 +136,7 @@ class Tree:
         check_name(name)
         fd = name_file(self.fd(folder), name)
         key = _key(fd)
-        node = folder.children.get(name)
+        node = self.known(folder, name)
         if node is not None and node.key == key:
             if node.fd < 0:
                 self._adopt(node, fd)
@@ -161,13 +161,18 @@ class Tree:
         node.parent = None
         self.drop(parent)
 
-    def _check(self, folder: Node, name: bytes) -> None:
-        """Raises OSError if a known file has lost its name to another one behind our back."""
-        node = folder.children.get(name)
-        if node is not None:
-            status = os.stat(name, dir_fd=self.fd(folder), follow_symlinks=False)
-            if Key(status.st_dev, status.st_ino) != node.key:
-                raise OSError(errno.ESTALE, "another file has its name")
+    def known(self, folder: Node, name: bytes) -> Node | None:
+        """What is called so, if the guest knows it already."""
+        return folder.children.get(name)
+
+    def check(self, node: Node) -> None:
+        """Raises OSError if it has lost its name to another file behind our back."""
+        if node is self.root:
+            return
+        parent, name = self.place(node)
+        status = os.stat(name, dir_fd=self.fd(parent), follow_symlinks=False)
+        if Key(status.st_dev, status.st_ino) != node.key:
+            raise OSError(errno.ESTALE, "another file has its name")
 
     # Changes of names.
 
@@ -179,17 +184,18 @@ class Tree:
 
     def remove(self, folder: Node, name: bytes, *, is_folder: bool) -> None:
         check_name(name)
-        self._check(folder, name)
+        if (node := self.known(folder, name)) is not None:
+            self.check(node)
         (os.rmdir if is_folder else os.unlink)(name, dir_fd=self.fd(folder))
-        if (node := folder.children.get(name)) is not None:
+        if node is not None:
             self._detach(node)
 
     def rename(self, folder: Node, name: bytes, to: Node, new: bytes) -> None:
         """What is below moves along."""
         check_name(name)
         check_name(new)
-        self._check(folder, name)
-        node = folder.children.get(name)
+        if (node := self.known(folder, name)) is not None:
+            self.check(node)
         above: Node | None = to
         while above is not None:  # else the tree could become a ring, if the host has moved folders
             if above is node:
@@ -198,7 +204,7 @@ class Tree:
         os.rename(name, new, src_dir_fd=self.fd(folder), dst_dir_fd=self.fd(to))
         if node is None or (folder is to and name == new):
             return
-        if (other := to.children.get(new)) is not None:
+        if (other := self.known(to, new)) is not None:
             if other.key == node.key:
                 return  # two names of one file, and both stay (rename(2))
             self._detach(other)
