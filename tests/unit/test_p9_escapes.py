@@ -143,9 +143,11 @@ def test_special_files_are_seen_and_never_opened(client, folder):
             client.unlink(0, b"x")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root makes devices")
 def test_devices_are_seen_and_never_opened(client, folder):
-    os.mknod(folder / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    try:
+        os.mknod(folder / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
     fid = client.at("null")
     assert client.attributes(fid)["rdev"] == os.makedev(1, 3)
     with refused(errno.EPERM):

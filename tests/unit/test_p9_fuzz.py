@@ -64,7 +64,7 @@ class Hostile:
 
     def mode(self) -> bytes:
         kind = self.some((0, stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, 0xFFFF_0000))
-        return number(kind | self.chance.getrandbits(12) | 0o600)
+        return number(kind | self.chance.getrandbits(12) | 0o700)
 
     def body(self, kind: int) -> bytes:
         chance, fid, name = self.chance, self.fid(), self.name()
@@ -146,7 +146,7 @@ def outside(path: Path) -> dict[Path, tuple[object, ...]]:
 @pytest.mark.parametrize("readonly", [False, True])
 @pytest.mark.parametrize(
     "count",
-    [20_000, pytest.param(1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])],
+    [20_000, pytest.param(200_000, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])],
 )
 def test_random_messages(tmp_path, readonly, count):
     share = make_tree(tmp_path)
@@ -166,8 +166,7 @@ def test_random_messages(tmp_path, readonly, count):
             if turn % 200 == 0:
                 if not readonly:
                     for name in ("a/b", "c"):
-                        if not (share / name).parent.is_symlink():
-                            restore(share / name)
+                        restore(share / name)
                 Client(server).attach()
             room = hostile.some((11, 30) if turn % 20 == 0 else (4096, 1 << 20, 1 << 30))
             request = hostile.message()
@@ -204,8 +203,9 @@ def test_random_messages(tmp_path, readonly, count):
 
 def restore(folder: Path) -> None:
     """Have a folder there again, if it can be."""
-    if not folder.is_dir() and not os.path.lexists(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.parent.is_symlink():
+        with suppress(OSError):
+            folder.mkdir(parents=True)
 
 
 def test_a_host_that_swaps_folders_and_links(tmp_path):
