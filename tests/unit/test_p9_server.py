@@ -474,5 +474,8 @@ def test_a_fid_goes_along_when_a_folder_above_it_is_renamed(client, folder):
     client.rename(client.at("c"), b"b", 0, b"empty")  # onto an empty one
     assert client.read(client.open(client.walk(fid, b"deep"))) == b"deep"
     client.link(0, client.at("file"), b"same")
+    two = client.at("file"), client.at("same")
     client.rename(0, b"file", 0, b"same")  # two names of one file: nothing happens
-    assert client.at("file") and client.at("same")
+    for n in range(100):
+        client.at(f"{n}")
+    assert [client.attributes(fid)["nlink"] for fid in two] == [2, 2]
