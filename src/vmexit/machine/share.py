@@ -4,7 +4,7 @@ import resource
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmexit.core.errors import ConfigError
+from vmexit.core.errors import ConfigError, quoted
 
 _ON_OFF = {"on": True, "off": False}
 # Linux shows it in a page of sysfs, and users type it.
@@ -25,24 +25,26 @@ class Share(NamedTuple):
         first, *more = text.replace(",,", "\0").split(",")
         tag, _, folder = first.replace("\0", ",").partition("=")
         if not tag or not folder:
-            raise ConfigError(f"the share {text!r} names no tag or no folder; use TAG=DIR")
+            raise ConfigError(f"the share {quoted(text)} names no tag or no folder; use TAG=DIR")
         if not tag.isprintable() or len(tag.encode()) > _LONGEST_TAG:
             raise ConfigError(
-                f"a tag of the share {text!r} cannot be; use at most {_LONGEST_TAG} bytes of text"
+                f"a tag of the share {quoted(text)} cannot be; use at most {_LONGEST_TAG} bytes of text"
             )
         values: dict[str, str] = {}
         for option in more:
             key, equals, value = option.replace("\0", ",").partition("=")
             if not equals or key != "readonly":
                 raise ConfigError(
-                    f"{option!r} of the share {text!r} is unknown; use TAG=DIR, with readonly="
+                    f"{quoted(option)} of the share {quoted(text)} is unknown; use TAG=DIR, with readonly="
                 )
             if key in values:
-                raise ConfigError(f"the share {text!r} has {key}= twice; leave one out")
+                raise ConfigError(f"the share {quoted(text)} has {key}= twice; leave one out")
             values[key] = value
         readonly = values.get("readonly", "off")
         if readonly not in _ON_OFF:
-            raise ConfigError(f"readonly={readonly} of the share {text!r} is neither on nor off")
+            raise ConfigError(
+                f"readonly={quoted(readonly)} of the share {quoted(text)} is neither on nor off"
+            )
         return cls(tag, folder, _ON_OFF[readonly])
 
     @classmethod
@@ -52,7 +54,7 @@ class Share(NamedTuple):
         tags = [share.tag for share in shares]
         for tag in tags:
             if tags.count(tag) > 1:
-                raise ConfigError(f"two shares have the tag {tag!r}; give one another tag")
+                raise ConfigError(f"two shares have the tag {quoted(tag)}; give one another tag")
         return shares
 
 
