@@ -28,14 +28,16 @@ class Share(NamedTuple):
             raise ConfigError(f"the share {quoted(text)} names no tag or no folder; use TAG=DIR")
         if not tag.isprintable() or len(tag.encode()) > _LONGEST_TAG:
             raise ConfigError(
-                f"a tag of the share {quoted(text)} cannot be; use at most {_LONGEST_TAG} bytes of text"
+                f"the tag of the share {quoted(text)} cannot be; "
+                f"use at most {_LONGEST_TAG} bytes of text"
             )
         values: dict[str, str] = {}
         for option in more:
             key, equals, value = option.replace("\0", ",").partition("=")
             if not equals or key != "readonly":
                 raise ConfigError(
-                    f"{quoted(option)} of the share {quoted(text)} is unknown; use TAG=DIR, with readonly="
+                    f"{quoted(option)} of the share {quoted(text)} is unknown; "
+                    "use TAG=DIR, with readonly=on"
                 )
             if key in values:
                 raise ConfigError(f"the share {quoted(text)} has {key}= twice; leave one out")
