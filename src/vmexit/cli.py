@@ -241,6 +241,13 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         ",readonly=on keeps it as it is; ,serial=S gives it a serial number",
     )  # fmt: skip
     run.add_argument(
+        "--net", metavar="user|tap=NAME", action="append", default=[],
+        help="a network interface. user: out by the host's sockets, with no privileges (passt), "
+        "and in by ,hostfwd=tcp:127.0.0.1:8080-:80; tap=NAME: an interface of the host, made if it "
+        "is not there, with ,address=10.0.0.1/24 or ,bridge=br0; both with ,mac= ,mtu= and limits "
+        "a second ,bps=10M ,pps=1000",
+    )  # fmt: skip
+    run.add_argument(
         "--share", metavar="TAG=DIR", action="append", default=[],
         help="a folder that Linux mounts: mount -t 9p -o trans=virtio TAG /mnt; ,readonly=on "
         "refuses changes",
@@ -371,6 +378,7 @@ def _run(arguments: argparse.Namespace) -> int:
             cpu=arguments.cpu,
             devices=tuple(arguments.device),
             drives=tuple(arguments.drive),
+            nets=tuple(arguments.net),
             shares=tuple(arguments.share),
             rng=arguments.rng,
         )

@@ -5,6 +5,7 @@ import re
 import select
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from command import VMEXIT
@@ -18,13 +19,21 @@ class Guest:
     """`vmexit run --kernel …`. What it prints is in `output`."""
 
     def __init__(
-        self, kernel: Path, initrd: Path, append: str = "", *more: str, accel: str = "soft"
+        self,
+        kernel: Path,
+        initrd: Path,
+        append: str = "",
+        *more: str,
+        accel: str = "soft",
+        prefix: Sequence[str] = (),
     ) -> None:
-        command = [*VMEXIT, "run", "--accel", accel, "--kernel", str(kernel)]
+        """`prefix` are words before the command, as of `ip netns exec`."""
+        command = [*prefix, *VMEXIT, "run", "--accel", accel, "--kernel", str(kernel)]
         command += ["--initrd", str(initrd), "--append", f"console=ttyS0 {append}".strip()]
+        limit = [] if "--timeout" in more else ["--timeout", str(SECONDS)]
         self.output = b""
         self.process = subprocess.Popen(
-            [*command, "--timeout", str(SECONDS), *more],
+            [*command, *limit, *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -319,3 +319,38 @@ def test_what_is_no_kvm_device_is_refused_with_a_remedy(path, words):
     with pytest.raises(HostError, match=words):
         System(path)
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_write_that_an_ioeventfd_waits_for_is_no_exit(make):
+    """KVM API 4.59: only the value asked for, at the address and size asked for."""
+    # In big real mode (limits of 4 GiB) DS reaches MMIO: here it is just above the RAM of 1 MiB.
+    code = bytes.fromhex(
+        "b8ffff 8ed8"  # mov ax, 0xffff; mov ds, ax: linear 0xffff0
+        "66b801000000 66a36000"  # mov eax, 1; mov [0x60], eax: GPA 0x100050
+        "66b802000000 66a36000"  # 2
+        "66b801000000 66a36400"  # 1, but elsewhere
+        "f4"
+    )
+    kvm = make(code)
+    seen: list[tuple[int, int]] = []
+
+    class Registers:
+        widths = (4,)
+
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            seen.append((offset, value))
+
+    kvm.mmio.attach(0x10_0000, 0x1000, Registers())
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        kvm.vm.assign_ioeventfd(0x10_0050, 4, 1, event)
+        assert kvm.vcpu.run().reason is ExitReason.HALT
+        assert os.eventfd_read(event) == 1
+        assert seen == [(0x50, 2), (0x54, 1)]
+        with pytest.raises(HostError, match="refused an ioeventfd at 0x100050: File exists"):
+            kvm.vm.assign_ioeventfd(0x10_0050, 4, 1, event)
+    finally:
+        os.close(event)

@@ -199,3 +199,31 @@ def test_timers_set_by_many_threads_all_fire(loop):
     for thread in threads:
         thread.join()
     assert done.wait(60)
+
+
+def test_a_descriptor_is_watched_for_room(loop):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        full = 0
+        with pytest.raises(BlockingIOError):
+            while True:
+                full += os.write(writer, bytes(4096))
+        room, seen = threading.Event(), []
+        loop.watch_writable(writer, lambda: (seen.append(1), room.set()))
+        passed = threading.Event()
+        loop.timer(passed.set).set(loop.now() + 50 * MS)
+        assert passed.wait(60) and not seen
+        left = full
+        while left:
+            left -= len(os.read(reader, left))
+        assert room.wait(60)
+        passed.clear()
+        loop.timer(passed.set).set(loop.now() + 50 * MS)
+        assert passed.wait(60) and seen == [1]  # once
+        loop.watch(writer, lambda: None)  # in place of the other
+        loop.unwatch(writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert not loop.failures

@@ -2,7 +2,7 @@
 
 from fakes import ManualClock
 
-from vmexit.core.rate import TokenBucket
+from vmexit.core.rate import Limit, TokenBucket
 
 SECOND = 1_000_000_000
 
@@ -52,3 +52,28 @@ def test_any_rate_in_the_long_run():
         bucket.take(tokens)
         taken += tokens
     assert 0 <= taken - 11_520 * 100 <= 16 << 10
+
+
+def test_a_limit_of_operations_and_of_bytes():
+    clock = ManualClock()
+    limit = Limit(clock, ops=10, size=1000)
+    for _ in range(10):
+        assert limit.ready_at() is None
+        limit.take(1)
+    assert limit.ready_at() == clock.now() + SECOND // 10
+    clock.sleep(SECOND)
+    limit.take(3000)  # the last operation may take more bytes than there are
+    assert limit.ready_at() == clock.now() + 2 * SECOND + SECOND // 1000
+    clock.sleep(2 * SECOND + SECOND // 1000)
+    assert limit.ready_at() is None
+
+
+def test_what_is_not_limited_is_always_ready():
+    clock = ManualClock()
+    assert Limit(clock).ready_at() is None
+    limit = Limit(clock, size=100)
+    for _ in range(1000):
+        limit.take(0)
+    assert limit.ready_at() is None
+    limit.take(101)
+    assert limit.ready_at() is not None

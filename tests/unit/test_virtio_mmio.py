@@ -8,6 +8,7 @@ from virtio_driver import F_ALL, Driver
 from vmexit.abi import virtio as v
 from vmexit.core.errors import ConfigError
 from vmexit.core.memory import GuestMemory
+from vmexit.core.rate import Limit
 from vmexit.devices.virtio.queue import Chain, Queue
 from vmexit.devices.virtio.rng import Rng
 
@@ -406,3 +407,49 @@ def test_two_threads_kick_and_change_the_configuration(memory):
         thread.join()
     seen += len(ring.done())
     assert seen == 2000 and not driver.broken
+
+
+def test_a_held_device_waits_until_it_is_let_go(memory):
+    driver = Driver(Rng(), memory)
+    driver.start()
+    ring = driver.rings[0]
+    ring.offer(ring.chain([], [(BUFFERS, 8)]))
+    driver.registers.hold(True)
+    driver.kick()
+    driver.kick()
+    called: list[int] = []
+    driver.registers.enter(lambda: called.append(1))
+    assert ring.done() == [] and not called
+    driver.registers.hold(False)
+    assert ring.done() == [(0, 8)] and driver.lines.edges == 1 and called == [1]
+
+
+def test_what_waits_for_a_held_device_is_forgotten_with_its_driver(memory):
+    driver = Driver(Rng(), memory)
+    driver.start()
+    driver.registers.hold(True)
+    called = []
+    driver.registers.enter(lambda: called.append(1))
+    driver.registers.reset()
+    driver.registers.hold(False)
+    driver.start()
+    assert not called
+    driver.registers.enter(lambda: called.append(1))
+    assert called
+
+
+def test_a_limit_holds_back_until_there_is_more(memory):
+    driver = Driver(Rng(), memory)
+    driver.start()
+    driver.device.queues[0].limit = Limit(driver.clock, ops=2)
+    ring = driver.rings[0]
+    ring.chain([], [(BUFFERS, 8)])
+    ring.offer(0, 0, 0, 0, 0)
+    driver.kick()
+    assert len(ring.done()) == 2
+    driver.clock.fire()
+    assert not ring.done()  # too early
+    driver.clock.advance(500_000_000)
+    assert len(ring.done()) == 1
+    driver.clock.advance(1_000_000_000)
+    assert len(ring.done()) == 2

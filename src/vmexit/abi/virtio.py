@@ -1,7 +1,7 @@
 """Numbers of the Virtual I/O Device standard, version 1.2 (OASIS); section numbers are its own."""
 
 # Device IDs (5).
-NET, BLOCK, CONSOLE, ENTROPY, BALLOON, VSOCK = 1, 2, 3, 4, 5, 19
+NET, BLOCK, CONSOLE, ENTROPY, BALLOON, VSOCK, FS = 1, 2, 3, 4, 5, 19, 26
 P9 = 9  # 9P transport: named there, and described in drivers only
 
 # Device status (2.1).
@@ -35,7 +35,7 @@ MAGIC = 0x7472_6976  # "virt"
 INTERRUPT_USED, INTERRUPT_CONFIG = 1, 2
 
 # Block device (5.2): features, request types, flags, status.
-BLK_F_SEG_MAX, BLK_F_RO, BLK_F_BLK_SIZE, BLK_F_FLUSH = 2, 5, 6, 9
+BLK_F_SIZE_MAX, BLK_F_SEG_MAX, BLK_F_RO, BLK_F_BLK_SIZE, BLK_F_FLUSH = 1, 2, 5, 6, 9
 BLK_F_TOPOLOGY, BLK_F_MQ, BLK_F_DISCARD, BLK_F_WRITE_ZEROES = 10, 12, 13, 14
 BLK_T_IN, BLK_T_OUT, BLK_T_FLUSH, BLK_T_GET_ID, BLK_T_DISCARD, BLK_T_WRITE_ZEROES = (
     0, 1, 4, 8, 11, 13,
@@ -44,6 +44,20 @@ BLK_S_OK, BLK_S_IOERR, BLK_S_UNSUPP = 0, 1, 2
 BLK_ID_SIZE = 20
 BLK_WRITE_ZEROES_F_UNMAP = 1
 SECTOR_SIZE = 512
+
+# Network device (5.1): features, header, control commands.
+NET_F_CSUM, NET_F_GUEST_CSUM, NET_F_CTRL_GUEST_OFFLOADS, NET_F_MTU, NET_F_MAC = 0, 1, 2, 3, 5
+NET_F_GUEST_TSO4, NET_F_GUEST_TSO6, NET_F_GUEST_ECN = 7, 8, 9
+NET_F_HOST_TSO4, NET_F_HOST_TSO6, NET_F_HOST_ECN = 11, 12, 13
+NET_F_MRG_RXBUF, NET_F_STATUS, NET_F_CTRL_VQ, NET_F_CTRL_RX = 15, 16, 17, 18
+NET_F_CTRL_MAC_ADDR = 23
+NET_HEADER_SIZE = 12
+NET_S_LINK_UP = 1
+NET_CTRL_RX, NET_CTRL_MAC, NET_CTRL_GUEST_OFFLOADS = 0, 1, 5
+NET_CTRL_RX_LAST = 5  # the commands of NET_CTRL_RX are 0 to this
+NET_CTRL_MAC_TABLE_SET, NET_CTRL_MAC_ADDR_SET = 0, 1
+NET_CTRL_GUEST_OFFLOADS_SET = 0
+NET_OK, NET_ERR = 0, 1
 
 # 9P transport: Linux, include/uapi/linux/virtio_9p.h.
 P9_MOUNT_TAG = 0

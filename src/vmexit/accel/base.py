@@ -134,6 +134,18 @@ class Vm(Protocol):
         ...
 
 
+class Notifier(Protocol):
+    """Eventfds in place of exits and of calls, where an accelerator has them. Raises HostError."""
+
+    def assign_ioeventfd(self, gpa: int, size: int, value: int, eventfd: int) -> None:
+        """A write of `value`, `size` bytes at `gpa`, signals `eventfd`, and no device sees it."""
+        ...
+
+    def assign_irqfd(self, gsi: int, eventfd: int) -> None:
+        """Each write to `eventfd` is an edge of `gsi`."""
+        ...
+
+
 ANY_CPU = CpuModel()
 """All that the accelerator has."""
 

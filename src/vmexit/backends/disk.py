@@ -15,7 +15,7 @@ _ZEROS = bytes(1 << 20)
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE, _FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10  # linux/falloc.h
 _NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 # Other formats, by their first bytes.
-_FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD"}
+_FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx", b"conectix": "vpc"}
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
@@ -76,8 +76,8 @@ class Disk:
         for magic, name in _FORMATS.items():
             if start.startswith(magic):
                 raise ConfigError(
-                    f"the disk {shown(path)} looks like a {name} image, and only raw ones can be "
-                    f"used; convert it (qemu-img convert -O raw), or say format=raw"
+                    f"the disk {shown(path)} looks like a {name} image; say format={name}, or "
+                    "format=raw if it is none"
                 )
 
     def _lock(self, path: str) -> None:

@@ -1,5 +1,6 @@
 """Interrupts between devices and the interrupt controller, and between that and the vCPUs."""
 
+import os
 from typing import Protocol
 
 
@@ -32,6 +33,26 @@ class IrqLine:
         """Raise it and lower it again: one edge."""
         self._chip.set_level(self._gsi, True)
         self._chip.set_level(self._gsi, False)
+
+
+class EdgeLine(Protocol):
+    """What a device has for whose interrupts the edge counts alone."""
+
+    def pulse(self) -> None:
+        """Raise it and lower it again: one edge."""
+        ...
+
+
+class EventfdLine:
+    """Such a wire as an eventfd, which the accelerator takes for one: KVM's irqfd."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def pulse(self) -> None:
+        os.eventfd_write(self._fd, 1)
 
 
 class VcpuInterrupts(Protocol):

@@ -58,6 +58,10 @@ class EventLoop:
         self._timer_fd = self._wake_fd = -1
         self._poll: select.epoll | None = None
 
+    def another(self) -> "EventLoop":
+        """One with a thread of its own, for what may take long; it fails to the same."""
+        return EventLoop(self._fail)
+
     def now(self) -> int:
         return time.monotonic_ns()
 
@@ -83,19 +87,29 @@ class EventLoop:
 
     def watch(self, fd: int, function: Callable[[], None]) -> None:
         """Call `function` once, when `fd` can be read or has been closed at the other end."""
+        self._watch(fd, function, select.EPOLLIN)
+
+    def watch_writable(self, fd: int, function: Callable[[], None]) -> None:
+        """Call `function` once, when `fd` can be written or has failed.
+
+        It replaces a `watch()` of the same descriptor: for both at once, `os.dup()` it.
+        """
+        self._watch(fd, function, select.EPOLLOUT)
+
+    def _watch(self, fd: int, function: Callable[[], None], event: int) -> None:
         with self._lock:
             if self._closing:
                 return
             self._start()
             assert self._poll is not None
             self._watched[fd] = function
-            event = select.EPOLLIN | select.EPOLLONESHOT
+            event |= select.EPOLLONESHOT
             try:
                 try:
                     self._poll.modify(fd, event)
                 except FileNotFoundError:  # not watched yet
                     self._poll.register(fd, event)
-            except PermissionError:  # a regular file, which can be read always
+            except PermissionError:  # a regular file, which is always ready
                 self._ready.append(fd)
                 os.eventfd_write(self._wake_fd, 1)
 

@@ -69,6 +69,7 @@ class GuestMemory:
         self.regions: list[Region] = []
         self._starts: list[int] = []
         self._maps: list[mmap.mmap] = []
+        self._offsets: dict[int, int] = {}  # in the memfd, by the GPA of a RAM region
         self._listeners: list[HostWrite] = []
         self._closed = False
         try:
@@ -80,6 +81,7 @@ class GuestMemory:
             offset = 0
             for gpa, size in ranges:
                 self._add(gpa, mmap.mmap(self.fd, size, offset=offset), readonly=False)
+                self._offsets[gpa] = offset
                 offset += size
         except (OSError, OverflowError, ValueError) as error:
             self.close()
@@ -125,6 +127,10 @@ class GuestMemory:
             raise GuestAddressError("the guest memory is closed; use it before Machine.close()")
         have = ", ".join(f"{r.gpa:#x}..{r.end - 1:#x}" for r in self.regions)
         raise GuestAddressError(f"no guest memory at {gpa:#x} for {size} bytes; there is {have}")
+
+    def shared(self) -> list[tuple[Region, int]]:
+        """The RAM regions, with the offset in `fd` of each: what another process can map."""
+        return [(r, self._offsets[r.gpa]) for r in self.regions if r.gpa in self._offsets]
 
     def hva(self, gpa: int) -> int:
         """The host virtual address behind `gpa` (KVM API 4.35: GPA → HVA is the memory slot's)."""

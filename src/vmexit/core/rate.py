@@ -29,3 +29,24 @@ class TokenBucket:
     def ready_at(self, number: int) -> int:
         """When there will be so many tokens, on the clock."""
         return self._empty_at + -(-number * _SECOND // self._rate)
+
+
+class Limit:
+    """Operations and bytes a second, each as much as a second's at once. The caller guards it."""
+
+    def __init__(self, clock: Clock, ops: int = 0, size: int = 0) -> None:
+        """0 is no limit."""
+        self._ops = TokenBucket(clock, ops, ops) if ops else None
+        self._size = TokenBucket(clock, size, size) if size else None
+
+    def ready_at(self) -> int | None:
+        """When the next operation may be done, on the clock; None: now."""
+        waits = [b.ready_at(1) for b in (self._ops, self._size) if b is not None and not b.tokens]
+        return max(waits) if waits else None
+
+    def take(self, size: int) -> None:
+        """One operation is done, with so many bytes."""
+        if self._ops is not None:
+            self._ops.take(1)
+        if self._size is not None:
+            self._size.take(size)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, HostError, shown
-from vmexit.fetch.initramfs import MOTD, SHRC, init_script, initramfs
+from vmexit.fetch.initramfs import DHCP, MOTD, SHRC, init_script, initramfs
 from vmexit.fetch.modules import CHOICE, Modules, module_name
 
 FLAVOURS = ("cloud-amd64", "amd64")
@@ -90,7 +90,7 @@ def _make(
     # What the files are made from is in their names, so that nothing stale is taken for new.
     version = apt.version(package)
     made_from = "\n".join(
-        (version, apt.version(_BUSYBOX), init_script(), SHRC, MOTD, CHOICE, *modules)
+        (version, apt.version(_BUSYBOX), init_script(), SHRC, DHCP, MOTD, CHOICE, *modules)
     )
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     kernel, initrd = folder / f"vmlinuz-{label}_{version}", folder / f"initrd-{label}-{digest}.gz"

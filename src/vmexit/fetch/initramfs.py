@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from vmexit.fetch.cpio import Entry, archive, executable, file, folder
 
-_FOLDERS = ("bin", "dev", "proc", "sys", "tmp", "root", "etc", "run", "mnt", "modules")
+_FOLDERS = ("bin", "dev", "proc", "sys", "tmp", "root", "etc", "run", "mnt", "modules",
+            "etc/udhcpc")  # fmt: skip
 
 # cttyhack makes the console the shell's controlling terminal; without one Ctrl-C does nothing.
 _INIT = """\
@@ -20,6 +21,22 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 ifconfig lo 127.0.0.1 up
 for module in {modules}; do insmod /modules/$module.ko; done
+root= mode=ro init=/sbin/init
+for word in $(cat /proc/cmdline); do
+  case $word in
+    root=*) root=${{word#root=}} ;;
+    ro | rw) mode=$word ;;
+    init=*) init=${{word#init=}} ;;
+  esac
+done
+if [ -n "$root" ]; then
+  if mount -o $mode "$root" /mnt && [ -x "/mnt$init" -o -L "/mnt$init" ]; then
+    umount /dev/shm /dev/pts
+    for folder in dev proc sys; do mount -o move /$folder /mnt/$folder; done
+    exec switch_root /mnt "$init"
+  fi
+  echo "vmexit: no $init on $root, so here is a shell; the modules loaded: {modules}"
+fi
 cat /etc/motd
 cd /root
 setsid cttyhack sh
@@ -34,7 +51,25 @@ SHRC = "".join(
     for name in ("poweroff", "reboot", "halt")
 )
 
-MOTD = "vmexit guest: a busybox shell. `poweroff` ends it, `reboot` too.\n"
+# What busybox's DHCP client runs with what it was told, in variables.
+DHCP = """\
+#!/bin/sh
+case $1 in
+  deconfig) exec ip link set $interface up ;;
+  bound | renew) ;;
+  *) exit ;;
+esac
+ip addr flush dev $interface
+[ -n "$mtu" ] && ip link set $interface mtu $mtu
+ip addr add $ip/$mask dev $interface
+for gateway in $router; do ip route add default via $gateway dev $interface; done
+for server in $dns; do echo nameserver $server; done >/etc/resolv.conf
+echo "$interface has $ip"
+"""
+
+MOTD = """\
+vmexit guest: a busybox shell. `poweroff` ends it, `reboot` too; `udhcpc` sets eth0 up.
+"""
 
 
 def init_script(modules: Iterable[str] = ()) -> str:
@@ -53,5 +88,6 @@ def initramfs(busybox: bytes, modules: list[tuple[str, bytes]]) -> bytes:
     entries.append(executable("init", init_script(name for name, _ in modules).encode()))
     entries.append(file("etc/motd", MOTD.encode()))
     entries.append(file("etc/shrc", SHRC.encode()))
+    entries.append(executable("etc/udhcpc/default.script", DHCP.encode()))
     entries += [file(f"modules/{name}.ko", content) for name, content in modules]
     return gzip.compress(archive(entries), 6, mtime=0)

@@ -1,6 +1,6 @@
 """The devices of a machine: which there are, and where the guest finds them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from vmexit.arch.x86 import layout
@@ -12,10 +12,10 @@ from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
 if TYPE_CHECKING:
+    from vmexit.accel.base import Notifier
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
     from vmexit.devices.irqchip import PcIrqChip
-    from vmexit.devices.virtio.device import VirtioDevice
 
 
 OnClose = Callable[[Callable[[], None]], object]
@@ -46,8 +46,12 @@ class Board:
         self._on_close = on_close
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
-        self.running: Callable[[bool], None] = lambda runs: None
+        self._when_running: list[Callable[[bool], None]] = []
+
+    def running(self, runs: bool) -> None:
         """To be called when a run begins, and when it has ended."""
+        for function in self._when_running:
+            function(runs)
 
     def _port(self, name: str, port: int, size: int, device: Device, *, wide: bool = False) -> None:
         self._pio.attach(port, size, device, overhang=wide)
@@ -71,7 +75,7 @@ class Board:
             )
             self._on_close(backend.close)
             self.serial_where = backend.where
-            self.running = backend.running
+            self._when_running.append(backend.running)
             irq = IrqLine(chip, layout.COM1_GSI) if chip is not None else None
             self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq, self._loop))
         if config.debugcon is not None:
@@ -133,41 +137,17 @@ class Board:
         pm = AcpiPm(self._loop, irq(layout.SCI_IRQ), power_off)
         self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm)
 
-    def attach_virtio(self, chip: IrqChip, memory: "GuestMemory") -> None:
-        """Disks and whatever else is virtio, each with a page of registers and an interrupt."""
-        from vmexit.devices.virtio.mmio import MmioTransport
+    def attach_virtio(
+        self, chip: IrqChip, memory: "GuestMemory", notifier: "Notifier | None"
+    ) -> None:
+        """Disks and whatever else is virtio."""
+        from vmexit.machine.virtio import VirtioParts, VirtioSlots
 
-        for number, (name, device) in enumerate(self._virtio_devices()):
-            irq = IrqLine(chip, layout.VIRTIO_GSIS[number])
-            transport = MmioTransport(device, memory, irq, self._loop)
-            at = layout.VIRTIO_MMIO + number * layout.VIRTIO_MMIO_SIZE
-            self._mmio.attach(at, layout.VIRTIO_MMIO_SIZE, transport)
-            self.devices[name] = transport
-
-    def _virtio_devices(self) -> Iterator[tuple[str, "VirtioDevice"]]:
-        config = self._config
-        for number, text in enumerate(config.drives):
-            from vmexit.backends.disk import Disk
-            from vmexit.devices.virtio.blk import Blk
-            from vmexit.machine.drive import Drive
-
-            drive = Drive.parse(text)
-            disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
-            self._on_close(disk.close)
-            yield f"disk{number}", Blk(disk, drive.serial)
-        for number, text in enumerate(config.shares):
-            from vmexit.backends.p9.server import Server
-            from vmexit.devices.virtio.p9 import P9
-            from vmexit.machine.share import Share, descriptors_for_each
-
-            share, each = Share.parse(text), descriptors_for_each(len(config.shares))
-            server = Server(share.folder, readonly=share.readonly, descriptors=each)
-            self._on_close(server.close)
-            yield f"share{number}", P9(server, share.tag)
-        if config.rng:
-            from vmexit.devices.virtio.rng import Rng
-
-            yield "rng", Rng()
+        slots = VirtioSlots(self._mmio, chip, memory, self._loop, notifier, self._on_close)
+        parts = VirtioParts(self._config, memory, self._loop, self._request.fail, self._on_close)
+        for name, device in parts.devices():
+            self.devices[name] = slots.attach(device)
+        self._when_running.append(slots.running)
 
     def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
         """What firmware asks of the machine."""

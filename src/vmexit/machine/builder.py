@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.accel.base import Accelerator, Executor, Vcpu, Vm
+from vmexit.accel.base import Accelerator, Executor, Notifier, Vcpu, Vm
 from vmexit.arch.x86.layout import ACPI_TABLES, ROM_END, ROM_MAX_SIZE, TESTDEV_MEMORY, ram_ranges
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
@@ -56,6 +56,7 @@ class _Engine(NamedTuple):
     chip: StatefulIrqChip | None = None
     in_process: "tuple[PcIrqChip, Callable[[], int]] | None" = None
     """The same chip, if it is ours, and what tells the number of the vCPU that makes an access."""
+    notifier: Notifier | None = None
 
     def close(self) -> None:
         self.vm.close()
@@ -92,7 +93,7 @@ def _create_kvm(wanted: _Wanted) -> _Engine:
         chip = vm.create_irqchip() if config.machine == "microvm" else None
         vcpus: list[Vcpu] = [vm.create_vcpu(i, wanted.observer) for i in range(config.smp)]
         stack.pop_all()
-        return _Engine(accelerator, vm, vcpus, chip)
+        return _Engine(accelerator, vm, vcpus, chip, notifier=vm)
 
 
 def _create_soft(wanted: _Wanted) -> _Engine:
@@ -161,7 +162,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         if engine.chip is not None:
             board.attach_pc(engine.chip)
             if config.virtio_devices:
-                board.attach_virtio(engine.chip, memory)
+                board.attach_virtio(engine.chip, memory, engine.notifier)
         if "testdev" in config.devices:
             board.attach_testdev(engine.chip)
         if contents is not None:

@@ -77,6 +77,7 @@ class _Options(NamedTuple):
     cpu: str = "host"
     devices: tuple[str, ...] = ()
     drives: tuple[str, ...] = ()
+    nets: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
     rng: bool = False
 
@@ -166,7 +167,7 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"cpu takes a text, not {quoted(self.cpu)}; use host, max or host,-avx"
             )
-        for name in ("devices", "drives", "shares"):
+        for name in ("devices", "drives", "nets", "shares"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
                 raise ConfigError(
@@ -181,10 +182,13 @@ class MachineConfig(_Options):
         if not self.virtio_devices:
             return
         from vmexit.machine.drive import Drive
+        from vmexit.machine.net import NetOptions
         from vmexit.machine.share import Share
 
         for text in self.drives:
             Drive.parse(text)
+        for text in self.nets:
+            NetOptions.parse(text)
         Share.parse_all(self.shares)
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use machine microvm")
@@ -196,7 +200,7 @@ class MachineConfig(_Options):
     @property
     def virtio_devices(self) -> int:
         """How many there are."""
-        return len(self.drives) + len(self.shares) + self.rng
+        return len(self.drives) + len(self.nets) + len(self.shares) + self.rng
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

@@ -216,6 +216,7 @@ class Machine:
         cpu: str = "host",
         devices: tuple[str, ...] = (),
         drives: tuple[str, ...] | list[str] = (),
+        nets: tuple[str, ...] | list[str] = (),
         shares: tuple[str, ...] | list[str] = (),
         rng: bool = False,
         observer: ExitObserver | None = None,
@@ -234,7 +235,8 @@ class Machine:
         `smp` vCPUs. The other machine is `bare`, which has no interrupts. `cpu` is `host`, all that
         the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
         name: `testdev`, the test device of QEMU that test suites for KVM look for.
-        `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, and `rng` is a source of entropy.
+        `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, `nets` network interfaces,
+        `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
         `shares` are folders that the guest mounts by 9P, `TAG=PATH[,readonly=on]`.
         `observer` is told of every exit.
 
@@ -260,8 +262,9 @@ class Machine:
             protocol=protocol,
             cpu=cpu,
             devices=devices,
-            drives=tuple(drives) if isinstance(drives, list) else drives,
-            shares=tuple(shares) if isinstance(shares, list) else shares,
+            drives=_tuple(drives),
+            nets=_tuple(nets),
+            shares=_tuple(shares),
             rng=rng,
         )
         self._build(config, observer)
@@ -473,6 +476,10 @@ class Machine:
             raise VmexitError(
                 f"vCPU {vcpu} runs, and this is an access of another one; stop() it first"
             )
+
+
+def _tuple(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    return tuple(texts) if isinstance(texts, list) else texts
 
 
 def _check_hooks(read: ReadHook | None, write: WriteHook | None) -> None:

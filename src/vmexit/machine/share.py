@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, quoted
+from vmexit.machine.options import Options
 
-_ON_OFF = {"on": True, "off": False}
 # Linux shows it in a page of sysfs, and users type it.
 _LONGEST_TAG = 255
 _MOST_DESCRIPTORS = 1024
@@ -22,32 +22,15 @@ class Share(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Share":
         """`tag=DIR,readonly=on`, where a comma in a value is written twice. Raises ConfigError."""
-        first, *more = text.replace(",,", "\0").split(",")
-        tag, _, folder = first.replace("\0", ",").partition("=")
+        options = Options("the share", text, ("readonly",), named=True)
+        tag, folder = options.name, options.value
         if not tag or not folder:
-            raise ConfigError(f"the share {quoted(text)} names no tag or no folder; use TAG=DIR")
+            raise ConfigError(f"{options.what} names no tag or no folder; use TAG=DIR")
         if not tag.isprintable() or len(tag.encode()) > _LONGEST_TAG:
             raise ConfigError(
-                f"the tag of the share {quoted(text)} cannot be; "
-                f"use at most {_LONGEST_TAG} bytes of text"
+                f"{options.what} has a tag that cannot be; use at most {_LONGEST_TAG} bytes of text"
             )
-        values: dict[str, str] = {}
-        for option in more:
-            key, equals, value = option.replace("\0", ",").partition("=")
-            if not equals or key != "readonly":
-                raise ConfigError(
-                    f"{quoted(option)} of the share {quoted(text)} is unknown; "
-                    "use TAG=DIR, with readonly=on"
-                )
-            if key in values:
-                raise ConfigError(f"the share {quoted(text)} has {key}= twice; leave one out")
-            values[key] = value
-        readonly = values.get("readonly", "off")
-        if readonly not in _ON_OFF:
-            raise ConfigError(
-                f"readonly={quoted(readonly)} of the share {quoted(text)} is neither on nor off"
-            )
-        return cls(tag, folder, _ON_OFF[readonly])
+        return cls(tag, folder, options.flag("readonly"))
 
     @classmethod
     def parse_all(cls, texts: Sequence[str]) -> list["Share"]:

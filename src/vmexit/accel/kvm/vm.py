@@ -121,6 +121,28 @@ class KvmVm:
         ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
         return bitmap.raw
 
+    def assign_ioeventfd(self, gpa: int, size: int, value: int, eventfd: int) -> None:
+        """A write of `value`, of `size` bytes at `gpa`, signals `eventfd` in place of an exit.
+
+        KVM_IOEVENTFD (KVM API 4.59). Raises HostError.
+        """
+        from vmexit.abi.kvm_irq import KVM_IOEVENTFD, KVM_IOEVENTFD_FLAG_DATAMATCH, kvm_ioeventfd
+
+        request = kvm_ioeventfd(
+            datamatch=value, addr=gpa, len=size, fd=eventfd, flags=KVM_IOEVENTFD_FLAG_DATAMATCH
+        )
+        try:
+            ioctl(self.fd, KVM_IOEVENTFD, bytes(request))
+        except OSError as error:
+            raise HostError(
+                f"KVM refused an ioeventfd at {gpa:#x}: {error.strerror}; use --accel soft"
+            ) from error
+
+    def assign_irqfd(self, gsi: int, eventfd: int) -> None:
+        """See `KvmIrqChip.assign_irqfd()`."""
+        assert self._irqchip is not None
+        self._irqchip.assign_irqfd(gsi, eventfd)
+
     def create_irqchip(self) -> "KvmIrqChip":
         """Interrupt controllers and the timer of a PC in the kernel; before the first vCPU.
 

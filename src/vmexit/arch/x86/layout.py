@@ -118,6 +118,8 @@ TESTDEV_MEMORY = 0xFF00_0000
 # ISA ones that nothing else has, which work without the I/O APIC, too, then its own.
 VIRTIO_MMIO, VIRTIO_MMIO_SIZE = 0xFEB0_0000, 0x1000
 VIRTIO_GSIS = (5, 6, 7, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23)
+# What another process is told to find its rings at: no memory is there, nor can be.
+VHOST_RINGS = PHYSICAL_END
 # PM1a event and control block and PM timer as one device.
 ACPI_PM_PORT = PM1A_EVENT_PORT
 ACPI_PM_SIZE = 12

@@ -6,13 +6,23 @@ from typing import Protocol
 
 from vmexit.abi import virtio as v
 from vmexit.devices.virtio.device import VirtioDevice
-from vmexit.devices.virtio.queue import Chain, QueueError
+from vmexit.devices.virtio.queue import Chain, QueueError, without_first
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _RANGE = struct.Struct("<QII")  # sector, number of sectors, flags: discard and write zeroes
 # Capacity, size_max, seg_max, geometry, blk_size, topology, writeback, num_queues, discard (three),
 # write zeroes (two), write_zeroes_may_unmap (5.2.4)
 _CONFIG = struct.Struct("<QII4xIBBHIBxHIIIIIB3x")
+
+CONFIG_SIZE = _CONFIG.size
+# Features of disks whose requests are served by others.
+PASSED_ON = sum(
+    1 << bit
+    for bit in (
+        v.BLK_F_SIZE_MAX, v.BLK_F_SEG_MAX, v.BLK_F_RO, v.BLK_F_BLK_SIZE, v.BLK_F_FLUSH,
+        v.BLK_F_TOPOLOGY, v.BLK_F_MQ, v.BLK_F_DISCARD, v.BLK_F_WRITE_ZEROES,
+    )
+)  # fmt: skip
 
 QUEUE_SIZE = 256
 # Segments of data in a request: the chain has a header and a status, too.
@@ -118,7 +128,7 @@ class Blk(VirtioDevice):
             if not disk.readonly:
                 disk.flush()
         elif kind == v.BLK_T_OUT:
-            source = _without_first(chain.readable, _HEADER.size)
+            source = without_first(chain.readable, _HEADER.size)
             if disk.readonly or not self._readable(sector, sum(map(len, source))):
                 return v.BLK_S_IOERR
             disk.write_from(source, sector * v.SECTOR_SIZE)
@@ -159,12 +169,3 @@ class Blk(VirtioDevice):
 def _without_last_byte(views: list[memoryview]) -> list[memoryview]:
     last = views[-1][:-_STATUS]
     return [*views[:-1], last] if len(last) else views[:-1]
-
-
-def _without_first(views: list[memoryview], size: int) -> list[memoryview]:
-    """`views` behind their first `size` bytes, which they have."""
-    for number, view in enumerate(views):
-        if size < len(view):
-            return [view[size:], *views[number + 1 :]]
-        size -= len(view)
-    return []

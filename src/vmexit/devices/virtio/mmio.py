@@ -6,11 +6,12 @@ between its look and its acknowledgement makes another edge.
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from vmexit.abi import virtio as v
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
-from vmexit.core.irq import IrqLine
+from vmexit.core.irq import EdgeLine
 from vmexit.core.memory import GuestMemory
 from vmexit.devices.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
@@ -35,7 +36,7 @@ class MmioTransport:
     widths = (1, 2, 4)
 
     def __init__(
-        self, device: VirtioDevice, memory: GuestMemory, irq: IrqLine, clock: Clock
+        self, device: VirtioDevice, memory: GuestMemory, irq: EdgeLine, clock: Clock
     ) -> None:
         self.device = device
         device.transport = self
@@ -46,6 +47,9 @@ class MmioTransport:
             Queue(memory, size, self._used, self._kick_later(index, clock))
             for index, size in enumerate(device.queue_sizes)
         ]
+        self._notify = [partial(device.notify, i) for i in range(len(self._queues))]
+        self._held = False
+        self._waiting: dict[Callable[[], None], None] = {}  # in this order, each once
         self._generation = 0
         self._clear()
 
@@ -61,11 +65,12 @@ class MmioTransport:
             self.device.reset()
             for queue in self._queues:
                 queue.reset()
+            self._waiting.clear()
             self._clear()
 
-    def _kick_later(self, index: int, clock: Clock) -> Callable[[], None]:
+    def _kick_later(self, index: int, clock: Clock) -> Callable[[int | None], None]:
         timer = clock.timer(lambda: self.kick(index))
-        return lambda: timer.set(clock.now())
+        return lambda when: timer.set(clock.now() if when is None else when)
 
     # Interrupts.
 
@@ -190,12 +195,15 @@ class MmioTransport:
 
     def kick(self, index: int) -> None:
         """There may be requests in queue `index`; from any thread."""
-        if index < len(self._queues):
-            self.enter(lambda: self.device.notify(index))
+        if index < len(self._notify):
+            self.enter(self._notify[index])
 
     def enter(self, function: Callable[[], None]) -> None:
         """See `vmexit.devices.virtio.device.Transport`."""
         with self._lock:
+            if self._held:
+                self._waiting[function] = None
+                return
             ready = v.DRIVER_OK | v.FEATURES_OK
             if self._status & (ready | v.NEEDS_RESET) != ready:
                 return
@@ -203,6 +211,14 @@ class MmioTransport:
                 function()
             except QueueError:
                 self._break()
+
+    def hold(self, held: bool) -> None:
+        """While `held` the device does nothing to the guest: what it is called for waits."""
+        with self._lock:
+            self._held = held
+            waiting, self._waiting = self._waiting, {}
+            for function in waiting:
+                self.enter(function)
 
     # State.
 

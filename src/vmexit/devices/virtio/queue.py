@@ -6,7 +6,7 @@ checked before it is used; a chain has a limit, in the descriptor table and in a
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vmexit.abi.virtio import (
@@ -19,6 +19,7 @@ from vmexit.abi.virtio import (
 from vmexit.core.bus import State
 from vmexit.core.errors import GuestAddressError, VmexitError
 from vmexit.core.memory import GuestMemory
+from vmexit.core.rate import Limit
 from vmexit.devices.saved import Saved
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
@@ -31,6 +32,10 @@ _MAX_INDIRECT = 1024
 _MASK16 = 0xFFFF
 
 
+def _always() -> bool:
+    return True
+
+
 class QueueError(VmexitError):
     """The driver has broken the rules of a queue: the device needs a reset."""
 
@@ -41,8 +46,19 @@ class Chain(NamedTuple):
     head: int
     readable: list[memoryview]
     writable: list[memoryview]
+    sources: list[tuple[int, int]]
+    """GPA and size of each of `readable`."""
     ranges: list[tuple[int, int]]
     """GPA and size of each of `writable`."""
+
+    def segments(self) -> list[tuple[int, int, bool]]:
+        """GPA and size of each part, and whether it is to be written."""
+        parts = [(gpa, size, False) for gpa, size in self.sources]
+        return parts + [(gpa, size, True) for gpa, size in self.ranges]
+
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(map(len, self.readable)) + self.writable_size()
 
     def writable_size(self) -> int:
         """Bytes that the device may write."""
@@ -68,6 +84,15 @@ class Chain(NamedTuple):
         return done
 
 
+def without_first(views: list[memoryview], size: int) -> list[memoryview]:
+    """`views` behind their first `size` bytes, which they have."""
+    for number, view in enumerate(views):
+        if size < len(view):
+            return [view[size:], *views[number + 1 :]]
+        size -= len(view)
+    return []
+
+
 class Queue:
     """The device's half of one queue. Whoever uses it holds the lock of its device."""
 
@@ -76,10 +101,10 @@ class Queue:
         memory: GuestMemory,
         size_max: int,
         interrupt: Callable[[], None],
-        again: Callable[[], None],
+        again: Callable[[int | None], None],
     ) -> None:
-        """`interrupt` tells the driver that buffers were used; `again` has the device look later
-        whether there is more to do.
+        """`interrupt` tells the driver that buffers were used; `again` has the device look whether
+        there is more to do, at a time on the clock, or soon (None).
         """
         self._memory = memory
         self._interrupt = interrupt
@@ -88,6 +113,8 @@ class Queue:
         # but not across the locked instruction that this takes (Intel SDM vol. 3, 9.2.3.4).
         self._fence = threading.Lock()
         self.size_max = size_max
+        self.limit: Limit | None = None
+        """How much `serve()` does in a time."""
         self.reset()
 
     def reset(self) -> None:
@@ -131,20 +158,36 @@ class Queue:
 
     # Requests.
 
-    def serve(self, do: Callable[[Chain], int]) -> None:
+    def serve(self, do: Callable[[Chain], int], may: Callable[[], bool] = _always) -> None:
         """Do what there is to do, and tell the driver; `do` returns how many bytes it has written.
 
+        Before each request `may` is asked whether there is room for what comes of it.
         No more at a time than the queue holds: a guest that asks for more all the time would hold
         up for ever who looks. Raises QueueError.
         """
         for _ in range(self.size):
+            if not may() or self.must_wait():
+                break
             chain = self.pop()
             if chain is None:
                 break
+            self.count(chain.size())
             self.push(chain, do(chain))
         else:
-            self._again()
+            self._again(None)
         self.tell()
+
+    def must_wait(self) -> bool:
+        """Whether the limit forbids another request now: then `again` is called in time."""
+        if self.limit is None or (later := self.limit.ready_at()) is None:
+            return False
+        self._again(later)
+        return True
+
+    def count(self, size: int) -> None:
+        """A request of `size` bytes counts for the limit."""
+        if self.limit is not None:
+            self.limit.take(size)
 
     def pop(self) -> Chain | None:
         """The next request, or None. Raises QueueError."""
@@ -177,6 +220,7 @@ class Queue:
         table, count, index = self._desc, self.size, head
         readable: list[memoryview] = []
         writable: list[memoryview] = []
+        sources: list[tuple[int, int]] = []
         ranges: list[tuple[int, int]] = []
         left = self.size
         indirect = False
@@ -202,16 +246,26 @@ class Queue:
                 raise QueueError("bytes to read come behind bytes to write")
             else:
                 readable.append(self._view(gpa, size))
+                sources.append((gpa, size))
             if not flags & DESC_F_NEXT:
-                return Chain(head, readable, writable, ranges)
+                return Chain(head, readable, writable, sources, ranges)
 
     def push(self, chain: Chain, written: int) -> None:
         """`chain` is done, and the first so many bytes of its writable part were written."""
-        self._memory.host_wrote(chain.ranges, written)
-        at = _RING + 8 * (self._next_used & self.size - 1)
-        _USED.pack_into(self._used, at, chain.head, written)
-        self._next_used = self._next_used + 1 & _MASK16
+        self.push_all(((chain, written),))
+
+    def push_all(self, done: Iterable[tuple[Chain, int]]) -> None:
+        """Likewise for several, which the driver sees at once."""
+        for chain, written in done:
+            self._memory.host_wrote(chain.ranges, written)
+            at = _RING + 8 * (self._next_used & self.size - 1)
+            _USED.pack_into(self._used, at, chain.head, written)
+            self._next_used = self._next_used + 1 & _MASK16
         _U16.pack_into(self._used, 2, self._next_used)
+
+    def give_back(self, count: int) -> None:
+        """The last `count` requests are not used after all: `pop()` gives them again."""
+        self._next_avail = self._next_avail - count & _MASK16
 
     def tell(self) -> None:
         """Interrupt the driver, if anything was used and it wants to know (2.7.7)."""

@@ -1,0 +1,233 @@
+"""The virtio devices of a machine: registers, an interrupt and notifications for each."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from vmexit.abi import virtio as v
+from vmexit.accel.base import Notifier
+from vmexit.arch.x86 import layout
+from vmexit.core.bus import Bus
+from vmexit.core.errors import HostError
+from vmexit.core.irq import EdgeLine, EventfdLine, IrqChip, IrqLine
+from vmexit.core.loop import EventLoop
+from vmexit.core.memory import GuestMemory
+from vmexit.devices.virtio.device import VirtioDevice
+from vmexit.devices.virtio.mmio import MmioTransport
+from vmexit.machine.config import MachineConfig
+
+if TYPE_CHECKING:
+    import socket
+
+    from vmexit.backends.vhost_user import VhostUser
+
+
+class VirtioSlots:
+    """Where virtio devices are attached.
+
+    With a `notifier` (KVM) the guest's notifications are eventfds that an event loop waits for, so
+    that vCPUs go on meanwhile. Without, the vCPU that notifies does what there is to do.
+    """
+
+    def __init__(
+        self,
+        mmio: Bus,
+        chip: IrqChip,
+        memory: GuestMemory,
+        loop: EventLoop,
+        notifier: Notifier | None,
+        on_close: Callable[[Callable[[], None]], object],
+    ) -> None:
+        """`on_close` takes what is to be called at the end, last first."""
+        self._mmio = mmio
+        self._chip = chip
+        self._memory = memory
+        self._loop = loop
+        self._notifier = notifier
+        self._on_close = on_close
+        self._transports: list[MmioTransport] = []
+
+    def attach(self, device: VirtioDevice) -> MmioTransport:
+        """Give `device` the next place. Raises HostError."""
+        number = len(self._transports)
+        gpa = layout.VIRTIO_MMIO + number * layout.VIRTIO_MMIO_SIZE
+        loop = self._loop
+        if self._notifier is not None and device.waits:
+            loop = loop.another()
+            self._on_close(loop.close)
+        irq = self._irq(layout.VIRTIO_GSIS[number])
+        transport = MmioTransport(device, self._memory, irq, loop)
+        transport.hold(True)
+        self._mmio.attach(gpa, layout.VIRTIO_MMIO_SIZE, transport)
+        if self._notifier is not None:
+            for index in range(len(device.queue_sizes)):
+                eventfd = self._eventfd()
+                self._notifier.assign_ioeventfd(gpa + v.MMIO_QUEUE_NOTIFY, 4, index, eventfd)
+                _Kick(loop, eventfd, transport, index).watch()
+            self._on_close(loop.close)  # before the eventfds
+        self._transports.append(transport)
+        return transport
+
+    def _irq(self, gsi: int) -> EdgeLine:
+        if self._notifier is None:
+            return IrqLine(self._chip, gsi)
+        eventfd = self._eventfd()
+        self._notifier.assign_irqfd(gsi, eventfd)
+        return EventfdLine(eventfd)
+
+    def _eventfd(self) -> int:
+        try:
+            eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError as error:
+            raise HostError(
+                f"cannot make an eventfd: {error.strerror}; raise the limit (ulimit -n)"
+            ) from error
+        self._on_close(lambda: os.close(eventfd))
+        return eventfd
+
+    def running(self, runs: bool) -> None:
+        """A run begins, or has ended: in between, no device does anything to the guest."""
+        for transport in self._transports:
+            transport.hold(not runs)
+
+
+class _Kick:
+    """The notifications of one queue."""
+
+    def __init__(self, loop: EventLoop, eventfd: int, transport: MmioTransport, index: int) -> None:
+        self._loop = loop
+        self._eventfd = eventfd
+        self._transport = transport
+        self._index = index
+
+    def watch(self) -> None:
+        self._loop.watch(self._eventfd, self._arrived)
+
+    def _arrived(self) -> None:
+        os.eventfd_read(self._eventfd)
+        self.watch()
+        self._transport.kick(self._index)
+
+
+class VirtioParts:
+    """Makes the devices that a machine is to have, with what is behind them."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        memory: GuestMemory,
+        loop: EventLoop,
+        fail: Callable[[BaseException], None],
+        on_close: Callable[[Callable[[], None]], object],
+    ) -> None:
+        """`fail` takes what goes wrong while the machine runs; for `on_close` see VirtioSlots."""
+        self._config = config
+        self._memory = memory
+        self._loop = loop
+        self._fail = fail
+        self._on_close = on_close
+
+    def devices(self) -> Iterator[tuple[str, VirtioDevice]]:
+        """Each with its name, in the order of their places. Raises ConfigError, HostError."""
+        config = self._config
+        for number, text in enumerate(config.drives):
+            yield f"disk{number}", self._disk(text)
+        for number, text in enumerate(config.nets):
+            yield f"net{number}", self._net(text, number)
+        for number, text in enumerate(config.shares):
+            yield f"share{number}", self._share(text)
+        if config.rng:
+            from vmexit.devices.virtio.rng import Rng
+
+            yield "rng", Rng()
+
+    def _disk(self, text: str) -> VirtioDevice:
+        from vmexit.machine.drive import FORMATS, Drive
+
+        drive = Drive.parse(text)
+        if drive.socket:
+            from vmexit.backends.program import connect_to
+
+            return self._vhost_disk(
+                f"the vhost-user back end at {drive.socket}",
+                lambda: connect_to(drive.socket),
+                drive.reconnect,
+            )
+        if drive.format in FORMATS:
+            from vmexit.backends.storage_daemon import serve_image
+
+            program = serve_image(
+                drive.file, drive.format, readonly=drive.readonly, direct=False, queues=1
+            )
+            self._on_close(program.close)
+            try:
+                return self._vhost_disk(program.name, program.connect, 0)
+            except HostError as error:
+                raise HostError(
+                    f"cannot use the disk {drive.file}: {program.complaint()}; see its format"
+                ) from error
+        from vmexit.backends.disk import Disk
+        from vmexit.devices.virtio.blk import Blk
+
+        disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
+        self._on_close(disk.close)
+        return Blk(disk, drive.serial)
+
+    def _vhost_disk(
+        self, name: str, connect: "Callable[[], socket.socket]", patience: float
+    ) -> VirtioDevice:
+        from vmexit.devices.virtio.blk import CONFIG_SIZE, PASSED_ON, QUEUE_SIZE
+        from vmexit.devices.virtio.vhost import Vhost
+
+        backend = self._vhost(name, connect, 1)
+        config = backend.config(CONFIG_SIZE)
+        return Vhost(
+            v.BLOCK, backend, PASSED_ON, config, [QUEUE_SIZE], self._loop, self._fail, patience
+        )
+
+    def _vhost(self, name: str, connect: "Callable[[], socket.socket]", queues: int) -> "VhostUser":
+        from vmexit.backends.vhost_user import Shared, VhostUser
+
+        memory = [
+            Shared(region.gpa, region.size, region.hva, self._memory.fd, offset)
+            for region, offset in self._memory.shared()
+        ]
+        backend = VhostUser(name, connect, self._loop, memory, queues, layout.VHOST_RINGS)
+        self._on_close(backend.close)
+        return backend
+
+    def _share(self, text: str) -> VirtioDevice:
+        from vmexit.backends.p9.server import Server
+        from vmexit.devices.virtio.p9 import P9
+        from vmexit.machine.share import Share, descriptors_for_each
+
+        share, each = Share.parse(text), descriptors_for_each(len(self._config.shares))
+        server = Server(share.folder, readonly=share.readonly, descriptors=each)
+        self._on_close(server.close)
+        return P9(server, share.tag)
+
+    def _net(self, text: str, number: int) -> VirtioDevice:
+        from vmexit.core.rate import Limit
+        from vmexit.devices.virtio.net import Net
+        from vmexit.machine.net import NetOptions
+
+        options = NetOptions.parse(text, number)
+        limits = [Limit(self._loop, options.pps, options.bps) for _ in range(2)]
+        if options.tap:
+            from vmexit.backends.tap import Tap
+
+            tap = Tap(
+                options.tap,
+                self._loop,
+                mtu=options.mtu,
+                address=options.address,
+                bridge=options.bridge,
+            )
+            self._on_close(tap.close)
+            return Net(tap, options.mac, *limits)
+        from vmexit.backends.passt import MTU, Passt
+
+        forwards = [word for forward in options.forwards for word in forward.for_passt()]
+        passt = Passt(self._loop, options.mac, mtu=options.mtu or MTU, forwards=forwards)
+        self._on_close(passt.close)
+        return Net(passt, options.mac, *limits)
