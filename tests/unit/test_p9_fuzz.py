@@ -135,11 +135,11 @@ class Hostile:
 def outside(path: Path) -> dict[Path, tuple[object, ...]]:
     """All there is but the share: its content, and when anything of it was changed."""
     found = {}
-    for file in [path, *path.rglob("*")]:
-        if path / "share" not in (file, *file.parents):
-            status = file.lstat()
-            content = file.read_bytes() if file.is_file() else sorted(os.listdir(file))
-            found[file] = (status.st_mode, status.st_nlink, status.st_ctime_ns, content)
+    tops = [top for top in path.iterdir() if top.name != "share"]
+    for file in [path, *tops, *(file for top in tops for file in top.rglob("*"))]:
+        status = file.lstat()
+        content = file.read_bytes() if file.is_file() else sorted(os.listdir(file))
+        found[file] = (status.st_mode, status.st_nlink, status.st_ctime_ns, content)
     return found
 
 
