@@ -247,6 +247,11 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "is not there, with ,address=10.0.0.1/24 or ,bridge=br0; both with ,mac= ,mtu= and limits "
         "a second ,bps=10M ,pps=1000",
     )  # fmt: skip
+    run.add_argument(
+        "--share", metavar="TAG=DIR", action="append", default=[],
+        help="a folder that Linux mounts: mount -t 9p -o trans=virtio TAG /mnt; ,readonly=on "
+        "refuses changes",
+    )  # fmt: skip
     run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
     run.add_argument(
         "--balloon", metavar="SIZE",
@@ -384,6 +389,7 @@ def _run(arguments: argparse.Namespace) -> int:
             devices=tuple(arguments.device),
             drives=tuple(arguments.drive),
             nets=tuple(arguments.net),
+            shares=tuple(arguments.share),
             rng=arguments.rng,
             balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
             vsock=arguments.vsock,

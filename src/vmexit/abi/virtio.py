@@ -2,6 +2,7 @@
 
 # Device IDs (5).
 NET, BLOCK, CONSOLE, ENTROPY, BALLOON, VSOCK, FS = 1, 2, 3, 4, 5, 19, 26
+P9 = 9  # 9P transport: named there, and described in drivers only
 
 # Device status (2.1).
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
@@ -74,3 +75,5 @@ VSOCK_OP_RW, VSOCK_OP_CREDIT_UPDATE, VSOCK_OP_CREDIT_REQUEST = 5, 6, 7
 VSOCK_SHUTDOWN_F_RECEIVE, VSOCK_SHUTDOWN_F_SEND = 1, 2
 VSOCK_EVENT_TRANSPORT_RESET = 0
 VSOCK_CID_HOST, VSOCK_CID_FIRST, VSOCK_CID_LAST = 2, 3, 0xFFFF_FFFE
+# 9P transport: Linux, include/uapi/linux/virtio_9p.h.
+P9_MOUNT_TAG = 0

@@ -78,6 +78,7 @@ class _Options(NamedTuple):
     devices: tuple[str, ...] = ()
     drives: tuple[str, ...] = ()
     nets: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
     rng: bool = False
     balloon: int | None = None
     vsock: str | None = None
@@ -168,7 +169,7 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"cpu takes a text, not {quoted(self.cpu)}; use host, max or host,-avx"
             )
-        for name in ("devices", "drives", "nets"):
+        for name in ("devices", "drives", "nets", "shares"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
                 raise ConfigError(
@@ -190,6 +191,7 @@ class MachineConfig(_Options):
             )
         from vmexit.machine.drive import Drive
         from vmexit.machine.net import NetOptions
+        from vmexit.machine.share import Share
         from vmexit.machine.vsock import VsockOptions
 
         for text in self.drives:
@@ -198,6 +200,7 @@ class MachineConfig(_Options):
             NetOptions.parse(text)
         if self.vsock is not None:
             VsockOptions.parse(self.vsock)
+        Share.parse_all(self.shares)
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
@@ -208,13 +211,8 @@ class MachineConfig(_Options):
     @property
     def virtio_devices(self) -> int:
         """How many there are."""
-        return (
-            len(self.drives)
-            + len(self.nets)
-            + self.rng
-            + (self.balloon is not None)
-            + (self.vsock is not None)
-        )
+        several = len(self.drives) + len(self.nets) + len(self.shares)
+        return several + self.rng + sum(x is not None for x in (self.balloon, self.vsock))
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

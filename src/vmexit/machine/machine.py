@@ -218,6 +218,7 @@ class Machine:
         devices: tuple[str, ...] = (),
         drives: tuple[str, ...] | list[str] = (),
         nets: tuple[str, ...] | list[str] = (),
+        shares: tuple[str, ...] | list[str] = (),
         rng: bool = False,
         balloon: int | str | None = None,
         vsock: str | None = None,
@@ -241,6 +242,7 @@ class Machine:
         `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
         `balloon` is how much memory to take back from the guest at first, None for no balloon.
         `vsock` is `path=PATH[,cid=N]`: Unix sockets of the host that lead to sockets of the guest.
+        `shares` are folders that the guest mounts by 9P, `TAG=PATH[,readonly=on]`.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -267,6 +269,7 @@ class Machine:
             devices=devices,
             drives=_tuple(drives),
             nets=_tuple(nets),
+            shares=_tuple(shares),
             rng=rng,
             balloon=None if balloon is None else parse_size(balloon),
             vsock=vsock,

@@ -136,6 +136,8 @@ class VirtioParts:
             yield f"disk{number}", self._disk(text)
         for number, text in enumerate(config.nets):
             yield f"net{number}", self._net(text, number)
+        for number, text in enumerate(config.shares):
+            yield f"share{number}", self._share(text)
         if config.rng:
             from vmexit.devices.virtio.rng import Rng
 
@@ -202,6 +204,16 @@ class VirtioParts:
         backend = VhostUser(name, connect, self._loop, memory, queues, layout.VHOST_RINGS)
         self._on_close(backend.close)
         return backend
+
+    def _share(self, text: str) -> VirtioDevice:
+        from vmexit.backends.p9.server import Server
+        from vmexit.devices.virtio.p9 import P9
+        from vmexit.machine.share import Share, descriptors_for_each
+
+        share, each = Share.parse(text), descriptors_for_each(len(self._config.shares))
+        server = Server(share.folder, readonly=share.readonly, descriptors=each)
+        self._on_close(server.close)
+        return P9(server, share.tag)
 
     def _net(self, text: str, number: int) -> VirtioDevice:
         from vmexit.core.rate import Limit
