@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
 ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 FLAVOUR = "amd64"  # the kernel for clouds has no 9P
-MODULES = ("virtio_mmio", "9p", "9pnet_virtio", "virtiofs")
+MODULES = ("9p", "9pnet_virtio", "virtiofs")
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
 P9 = "-t 9p -o trans=virtio,"
 MIB = 1 << 20
