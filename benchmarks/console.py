@@ -11,6 +11,8 @@ from start import as_installed
 from vmexit.core.errors import VmexitError
 from vmexit.fetch.debian import Fetched, fetch
 
+MEMORY_SIZE = "256M"
+
 
 def debian() -> Fetched:
     """Debian's cloud kernel with its RAM disk. Raises Unavailable."""
@@ -59,6 +61,30 @@ def _arrivals(fd: int, begin: float, lines: tuple[bytes, ...], timeout: float) -
             text += data
         times.append(time.perf_counter() - begin)
     return times
+
+
+def ended_output(command: list[str], last: bytes, timeout: float) -> str:
+    """What `command` prints up to `last`; it is ended then. Raises Unavailable as `boot()` does."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=as_installed(),
+    ) as process:
+        assert process.stdout is not None
+        text, end = b"", time.perf_counter() + timeout
+        try:
+            while last not in text:
+                left = max(end - time.perf_counter(), 0)
+                ready, _, _ = select.select([process.stdout], [], [], left)
+                data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
+                if not data:
+                    raise Unavailable(f"{command[0]} said no {last!r}, but {text[-300:]!r}")
+                text += data
+        finally:
+            process.kill()
+    return text.decode(errors="replace")
 
 
 def row(name: str, compared: str, ours: list[float], theirs: list[float], target: float) -> Row:

@@ -16,15 +16,19 @@ TIMEOUT = 120  # seconds, for what takes some at most
 _OPTIONS = ("-O2", "-Wall", "-Wextra")
 
 
-def program(name: str) -> Path:
+def program(name: str, *options: str) -> Path:
     """The executable made from NAME.c."""
-    return _compile(name, BUILD / name)
+    return _compile(name, BUILD / name, *options)
+
+
+def library(name: str) -> ctypes.CDLL:
+    """NAME.c as a library, to run in this process; ctypes lets go of the GIL meanwhile."""
+    return ctypes.CDLL(str(_compile(name, BUILD / f"{name}.so", "-shared", "-fPIC")))
 
 
 def run_loop() -> Callable[[int, int, int, int], int]:
-    """`run_loop()` of kvm_loop.c, to run in this process; ctypes lets go of the GIL meanwhile."""
-    path = _compile("kvm_loop", BUILD / "kvm_loop.so", "-shared", "-fPIC")
-    function = ctypes.CDLL(str(path)).run_loop
+    """`run_loop()` of kvm_loop.c."""
+    function = library("kvm_loop").run_loop
     function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int64)
     function.restype = ctypes.c_int64
     typed: Callable[[int, int, int, int], int] = function

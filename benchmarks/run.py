@@ -18,6 +18,7 @@ import loop
 import machines
 import start
 import stop
+import virtio
 from measure import Row, attempt, table
 
 GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
@@ -28,6 +29,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "create": create.rows,
     "stop": stop.rows,
     "machines": machines.rows,
+    "virtio": virtio.rows,
 }
 
 LONGEST = 1800  # seconds

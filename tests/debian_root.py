@@ -63,7 +63,7 @@ def _make(folder: Path, tree: Path) -> None:
     run("chroot", tree, "systemctl", "enable", "systemd-networkd", "ssh")
     run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key")
     keys = tree / "root/.ssh"
-    keys.mkdir(mode=0o700)
+    keys.mkdir(mode=0o700, exist_ok=True)
     shutil.copy(folder / "key.pub", keys / "authorized_keys")
     for package in (tree / "var/cache/apt/archives").glob("*.deb"):
         package.unlink()
