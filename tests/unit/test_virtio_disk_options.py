@@ -49,11 +49,14 @@ def direct(path) -> DirectDisk:
 # Direct I/O.
 
 
-@pytest.fixture(scope="module")
-def aligned_disk(tmp_path_factory):
+@pytest.fixture(scope="module", params=["the host's", 4096])
+def aligned_disk(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("direct") / "disk"
     path.write_bytes(bytes(SIZE))
-    disk = direct(path)
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(request.param, int):
+            patch.setattr("vmexit.backends.direct._ALIGNMENTS", (request.param,))
+        disk = direct(path)
     yield disk, path
     disk.close()
 

@@ -231,22 +231,32 @@ def test_a_bit_is_set_only_after_a_flush(base, tmp_path):
 
 def test_an_overlay_is_sparse_and_a_discard_frees_its_room(tmp_path):
     base, overlay = tmp_path / "big", tmp_path / "overlay"
+    size, data = 1 << 40, random.Random(2).randbytes(8 << 20)
     with base.open("wb") as file:
-        file.truncate(1 << 40)
+        file.truncate(size)
+    places = (0, (1 << 35) - (1 << 20), size - len(data))  # in several sectors of the map
+
+    def read(over: Overlay, at: int) -> bytes:
+        over.read_into([memoryview(found := bytearray(len(data)))], at)
+        return bytes(found)
+
     with opened(base, overlay) as over:
         empty = os.stat(overlay).st_blocks * 512
         assert empty < 34 << 20  # the map
-        data = random.Random(2).randbytes(8 << 20)
-        over.write_from([memoryview(data)], (1 << 40) - len(data))
+        for at in places:
+            over.write_from([memoryview(data)], at)
         over.flush()
         full = os.stat(overlay).st_blocks * 512
-        assert full >= empty + len(data)
-        over.discard((1 << 40) - len(data), len(data))
-        over.flush()
-        assert os.stat(overlay).st_blocks * 512 <= full - len(data) + (1 << 16)
+        assert full >= empty + 3 * len(data)
     with opened(base, overlay) as over:
-        over.read_into([memoryview(found := bytearray(len(data)))], (1 << 40) - len(data))
-        assert found == bytes(len(data))
+        assert all(read(over, at) == data for at in places)
+        assert read(over, 1 << 34) == bytes(len(data))
+        for at in places:
+            over.discard(at, len(data))
+        over.flush()
+        assert os.stat(overlay).st_blocks * 512 <= full - 3 * len(data) + (1 << 16)
+    with opened(base, overlay) as over:
+        assert all(read(over, at) == bytes(len(data)) for at in places)
 
 
 def test_a_large_disk_has_larger_blocks():
