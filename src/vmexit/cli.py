@@ -238,7 +238,9 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument(
         "--drive", metavar="file=P", action="append", default=[],
         help="a disk, /dev/vda in Linux, the next one /dev/vdb: a raw image or a block device; "
-        ",readonly=on keeps it as it is; ,serial=S gives it a serial number",
+        ",readonly=on keeps it as it is; ,serial=S gives it a serial number; ,snapshot=on forgets "
+        "what the guest writes, ,overlay=FILE keeps it in FILE; ,direct=on goes past the host's "
+        "page cache; ,queues=N; limits a second ,iops=100 ,bps=10M",
     )  # fmt: skip
     run.add_argument(
         "--net", metavar="user|tap=NAME", action="append", default=[],

@@ -69,10 +69,10 @@ class Ring:
 class Driver:
     """Sets a device up as Linux does."""
 
-    def __init__(self, device, memory: GuestMemory) -> None:
+    def __init__(self, device, memory: GuestMemory, clock: ManualClock | None = None) -> None:
         self.lines = Lines()
         self.memory = memory
-        self.clock = ManualClock()
+        self.clock = clock or ManualClock()
         self.registers = MmioTransport(device, memory, IrqLine(self.lines, 5), self.clock)
         self.device = device
         self.rings: list[Ring] = []

@@ -6,14 +6,27 @@ import os
 import stat
 from collections.abc import Sequence
 
+from vmexit.backends import transfer
 from vmexit.core.errors import ConfigError, shown
-from vmexit.core.holes import NOT_POSSIBLE, punch_hole, zero_range
+from vmexit.core.holes import NOT_POSSIBLE, punch_hole
 
 _SECTOR = 512
-_ZEROS = bytes(1 << 20)
 # Other formats, by their first bytes.
 _FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx", b"conectix": "vpc"}
-_IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+def lock(fd: int, path: str, *, exclusive: bool) -> None:
+    """Keep the file at `path` for us. Raises ConfigError where somebody else has it."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"the disk {shown(path)} is in use, by another machine or as another drive of "
+            "this one; end that, or give both readonly=on or snapshot=on"
+        ) from error
+    except OSError as error:  # a file system without locks
+        if error.errno not in (*NOT_POSSIBLE, errno.ENOLCK):
+            raise ConfigError(f"cannot lock {shown(path)}: {error.strerror}") from error
 
 
 class Disk:
@@ -42,7 +55,7 @@ class Disk:
             self.size, self.block_size = self._measure(path)
             if probe:
                 self._check_format(path)
-            self._lock(path)
+            lock(self._fd, path, exclusive=not readonly)
         except ConfigError:
             os.close(self._fd)
             raise
@@ -77,26 +90,11 @@ class Disk:
                     "format=raw if it is none"
                 )
 
-    def _lock(self, path: str) -> None:
-        kind = fcntl.LOCK_SH if self.readonly else fcntl.LOCK_EX
-        try:
-            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"the disk {shown(path)} is in use, by another machine or as another drive of "
-                "this one; end that, or give both readonly=on"
-            ) from error
-        except OSError as error:  # a file system without locks
-            if error.errno not in (*NOT_POSSIBLE, errno.ENOLCK):
-                raise ConfigError(f"cannot lock {shown(path)}: {error.strerror}") from error
-
     def read_into(self, views: Sequence[memoryview], offset: int) -> None:
-        for part in _parts(views):
-            offset += _all(os.preadv, self._fd, part, offset)
+        transfer.read_into(self._fd, views, offset)
 
     def write_from(self, views: Sequence[memoryview], offset: int) -> None:
-        for part in _parts(views):
-            offset += _all(os.pwritev, self._fd, part, offset)
+        transfer.write_from(self._fd, views, offset)
 
     def flush(self) -> None:
         os.fdatasync(self._fd)
@@ -109,36 +107,7 @@ class Disk:
                 raise
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
-        try:
-            (punch_hole if unmap else zero_range)(self._fd, offset, size)
-        except OSError as error:
-            if error.errno not in NOT_POSSIBLE:
-                raise
-            end = offset + size
-            while offset < end:
-                zeros = memoryview(_ZEROS)[: end - offset]
-                self.write_from([zeros], offset)
-                offset += len(zeros)
+        transfer.write_zeroes(self._fd, offset, size, self.write_from, unmap=unmap)
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def _parts(views: Sequence[memoryview]) -> list[list[memoryview]]:
-    """As many at a time as one system call takes."""
-    return [list(views[i : i + _IOV_MAX]) for i in range(0, len(views), _IOV_MAX)]
-
-
-def _all(call, fd: int, views: list[memoryview], offset: int) -> int:  # type: ignore[no-untyped-def]
-    """Transfer all bytes of `views`; how many. Raises OSError, and where the file is too short."""
-    total = 0
-    while views:
-        done = call(fd, views, offset + total)
-        if not done:
-            raise OSError(errno.EIO, "the disk's file ends early")
-        total += done
-        while views and done >= len(views[0]):
-            done -= len(views.pop(0))
-        if done:
-            views[0] = views[0][done:]
-    return total

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     import socket
 
     from vmexit.backends.vhost_user import VhostUser
+    from vmexit.core.rate import Limit
     from vmexit.devices.virtio.balloon import Balloon
+    from vmexit.devices.virtio.blk import DiskBackend
+    from vmexit.machine.drive import Drive
     from vmexit.machine.share import Share
 
 
@@ -153,47 +156,79 @@ class VirtioParts:
             yield "vsock", self._vsock(config.vsock)
 
     def _disk(self, text: str) -> VirtioDevice:
+        from vmexit.core.rate import Limit
         from vmexit.machine.drive import FORMATS, Drive
 
         drive = Drive.parse(text)
+        limit = Limit(self._loop, drive.iops, drive.bps)
         if drive.socket:
             from vmexit.backends.program import connect_to
 
             return self._vhost_disk(
                 f"the vhost-user back end at {drive.socket}",
                 lambda: connect_to(drive.socket),
-                drive.reconnect,
+                drive,
+                limit,
             )
         if drive.format in FORMATS:
             from vmexit.backends.storage_daemon import serve_image
 
             program = serve_image(
-                drive.file, drive.format, readonly=drive.readonly, direct=False, queues=1
+                drive.file,
+                drive.format,
+                readonly=drive.readonly,
+                direct=drive.direct,
+                queues=drive.queues,
             )
             self._on_close(program.close)
             try:
-                return self._vhost_disk(program.name, program.connect, 0)
+                return self._vhost_disk(program.name, program.connect, drive, limit)
             except HostError as error:
                 raise HostError(
                     f"cannot use the disk {drive.file}: {program.complaint()}; see its format"
                 ) from error
-        from vmexit.backends.disk import Disk
         from vmexit.devices.virtio.blk import Blk
 
-        disk = Disk(drive.file, readonly=drive.readonly, probe=not drive.format)
+        return Blk(self._raw_disk(drive), drive.serial, drive.queues, limit)
+
+    def _raw_disk(self, drive: "Drive") -> "DiskBackend":
+        from vmexit.backends.disk import Disk
+
+        probe = not drive.format
+        if drive.direct:
+            from vmexit.backends.direct import DirectDisk
+
+            direct = DirectDisk(drive.file, readonly=drive.readonly, probe=probe)
+            self._on_close(direct.close)
+            return direct
+        aside = drive.snapshot or bool(drive.overlay)
+        disk = Disk(drive.file, readonly=drive.readonly or aside, probe=probe)
         self._on_close(disk.close)
-        return Blk(disk, drive.serial)
+        if not aside:
+            return disk
+        from vmexit.backends.overlay import Overlay
+
+        overlay = Overlay(disk, drive.overlay)
+        self._on_close(overlay.close)
+        return overlay
 
     def _vhost_disk(
-        self, name: str, connect: "Callable[[], socket.socket]", patience: float
+        self, name: str, connect: "Callable[[], socket.socket]", drive: "Drive", limit: "Limit"
     ) -> VirtioDevice:
         from vmexit.devices.virtio.blk import CONFIG_SIZE, PASSED_ON, QUEUE_SIZE
         from vmexit.devices.virtio.vhost import Vhost
 
-        backend = self._vhost(name, connect, 1)
-        config = backend.config(CONFIG_SIZE)
+        backend = self._vhost(name, connect, drive.queues)
         return Vhost(
-            v.BLOCK, backend, PASSED_ON, config, [QUEUE_SIZE], self._loop, self._fail, patience
+            v.BLOCK,
+            backend,
+            PASSED_ON,
+            backend.config(CONFIG_SIZE),
+            [QUEUE_SIZE] * drive.queues,
+            self._loop,
+            self._fail,
+            drive.reconnect,
+            limit,
         )
 
     def _vhost(self, name: str, connect: "Callable[[], socket.socket]", queues: int) -> "VhostUser":

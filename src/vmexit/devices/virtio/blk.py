@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vmexit.abi import virtio as v
+from vmexit.core.rate import Limit
 from vmexit.devices.virtio.device import VirtioDevice
-from vmexit.devices.virtio.queue import Chain, QueueError, without_first
+from vmexit.devices.virtio.queue import Chain, Queue, QueueError, without_first
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _RANGE = struct.Struct("<QII")  # sector, number of sectors, flags: discard and write zeroes
@@ -25,6 +26,7 @@ PASSED_ON = sum(
 )  # fmt: skip
 
 QUEUE_SIZE = 256
+MOST_QUEUES = 16
 # Segments of data in a request: the chain has a header and a status, too.
 _SEG_MAX = QUEUE_SIZE - 2
 # So much is discarded or zeroed at a time, at most.
@@ -70,28 +72,40 @@ class DiskBackend(Protocol):
 
 
 class Blk(VirtioDevice):
-    """One queue of requests, each of which is done before the next one is looked at."""
+    """Queues of requests, each of which is done before the next one is looked at."""
 
     device_id = v.BLOCK
-    queue_sizes = (QUEUE_SIZE,)
     waits = True
 
-    def __init__(self, disk: DiskBackend, serial: str = "") -> None:
-        """`serial` is what the guest sees as the disk's serial number: at most 20 bytes count."""
+    def __init__(
+        self, disk: DiskBackend, serial: str = "", queues: int = 1, limit: Limit | None = None
+    ) -> None:
+        """`serial` is what the guest sees as the disk's serial number: at most 20 bytes count.
+
+        `limit` is for all queues together.
+        """
         self._disk = disk
+        self._limit = limit
+        self.queue_sizes = (QUEUE_SIZE,) * queues
         self._id = serial.encode()[: v.BLK_ID_SIZE].ljust(v.BLK_ID_SIZE, b"\0")
         bits = [v.BLK_F_SEG_MAX, v.BLK_F_BLK_SIZE, v.BLK_F_TOPOLOGY, v.BLK_F_FLUSH]
         bits += [v.BLK_F_RO] if disk.readonly else [v.BLK_F_DISCARD, v.BLK_F_WRITE_ZEROES]
+        bits += [v.BLK_F_MQ] if queues > 1 else []
         self.features = sum(1 << bit for bit in bits)
         physical = (disk.block_size // v.SECTOR_SIZE).bit_length() - 1
         self._config = _CONFIG.pack(
             disk.size // v.SECTOR_SIZE, 0, _SEG_MAX, v.SECTOR_SIZE,
-            physical, 0, disk.block_size // v.SECTOR_SIZE, 0, 0, 1,
+            physical, 0, disk.block_size // v.SECTOR_SIZE, 0, 0, queues,
             _MAX_RANGE, 1, disk.block_size // v.SECTOR_SIZE, _MAX_RANGE, 1, 1,
         )  # fmt: skip
 
     def config(self) -> bytes:
         return self._config
+
+    def activate(self, queues: Sequence[Queue], features: int) -> None:
+        super().activate(queues, features)
+        for queue in queues:
+            queue.limit = self._limit
 
     def notify(self, index: int) -> None:
         self.queues[index].serve(self._serve)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from vmexit.core.clock import Clock
 from vmexit.core.errors import HostError, VmexitError
+from vmexit.core.rate import Limit
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.queue import Chain, Queue, QueueError
 
@@ -88,8 +89,9 @@ class Vhost(VirtioDevice):
         clock: Clock,
         fail: Callable[[BaseException], None],
         patience: float = 0,
+        limit: Limit | None = None,
     ) -> None:
-        """`features` are those of its type that may be offered.
+        """`features` are those of its type that may be offered; `limit` is for all queues together.
 
         If the other program is gone for more than `patience` seconds, `fail` is told.
         """
@@ -101,6 +103,7 @@ class Vhost(VirtioDevice):
         self._clock = clock
         self._fail = fail
         self._patience = round(patience * 1e9)
+        self._limit = limit
         self._give_up_at = 0
         self._retry = clock.timer(self._connect)
         self._agreed = 0
@@ -113,6 +116,8 @@ class Vhost(VirtioDevice):
 
     def activate(self, queues: Sequence[Queue], features: int) -> None:
         super().activate(queues, features)
+        for queue in queues:
+            queue.limit = self._limit
         self._agreed = features
         self._under_way = [{} for _ in queues]
         self._back = [
