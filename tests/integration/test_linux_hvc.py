@@ -76,8 +76,12 @@ class End:
         os.close(self.fd)
 
 
+def start(guest: Guest, command: str) -> None:
+    guest.run(f"{{ {command} & }}")
+
+
 def shell(guest: Guest, tty: str) -> None:
-    guest.run(f"setsid sh -c 'exec sh -i <>{tty} >&0 2>&1' &")
+    start(guest, f"setsid sh -c 'exec sh -i <>{tty} >&0 2>&1'")
 
 
 def port(guest: Guest, name: str) -> str:
@@ -92,11 +96,11 @@ def sha256(data: bytes) -> str:
 def both_ways(guest: Guest, device: str, end: End) -> None:
     """100 KB to the guest, and back."""
     data = os.urandom(KB100)
-    guest.run(f"(head -c {KB100} <{device} >/tmp/in; touch /tmp/done) &")
+    start(guest, f"(head -c {KB100} <{device} >/tmp/in; touch /tmp/done)")
     end.send(data)
     guest.run("while [ ! -e /tmp/done ]; do usleep 100000; done; rm /tmp/done")
     assert guest.run("sha256sum </tmp/in").split()[0] == sha256(data)
-    guest.run(f"cat /tmp/in >{device} &")
+    start(guest, f"cat /tmp/in >{device}")
     assert end.take(KB100) == data
 
 
@@ -104,10 +108,7 @@ def test_a_shell_and_a_paste_of_100_kb_at_a_socket(tmp_path):
     path = tmp_path / "hvc"
     with boot("--console", f"unix:{path}") as guest, End.connect(path) as end:
         assert f"vmexit: console at unix:{path}" in guest.log
-        assert guest.run("ls /dev/hvc0 /sys/class/virtio-ports").split() == [
-            "/dev/hvc0",
-            "vport0p0",
-        ]
+        assert guest.run("ls /sys/class/virtio-ports") == "vport0p0"
         shell(guest, "/dev/hvc0")
         end.send(b"echo $((6*7))-here\n")
         end.expect(b"42-here")
@@ -117,8 +118,8 @@ def test_a_shell_and_a_paste_of_100_kb_at_a_socket(tmp_path):
         end.send(lines + b"\x04sha256sum </tmp/pasted\n")
         assert end.expect(sha256(lines).encode()).count(b"\n") >= KB100 // 8
         end.send(b"exit\n")
-        guest.run("sleep 1000 <>/dev/hvc0 & stty -F /dev/hvc0 raw -echo")
-        end.send(b"")
+        start(guest, "sleep 1000 <>/dev/hvc0")
+        guest.run("stty -F /dev/hvc0 raw -echo")
         while select.select([end.fd], [], [], 0.5)[0]:
             os.read(end.fd, 4096)
         end.data = b""
@@ -133,11 +134,8 @@ def test_a_port_with_a_name_carries_data_both_ways(tmp_path):
         assert guest.run("ls /dev/hvc0 2>&1").count("No such file")
         end.send(b"early ")  # waits for a program that opens the port
         guest.run(f"head -c 6 <{device} >/tmp/early")
-        assert guest.run("cat /tmp/early") == "early"
+        assert guest.run("cat /tmp/early") == "early "
         both_ways(guest, device, end)
-        with End.connect(path) as other:
-            os.close(os.dup(other.fd))
-            assert guest.run("echo alive") == "alive"
 
 
 def test_several_at_once_and_one_that_is_not_read(tmp_path):
@@ -154,7 +152,8 @@ def test_several_at_once_and_one_that_is_not_read(tmp_path):
         )
         for number, device in enumerate(devices[2:], 2):
             guest.run(f"echo out-{number} >{device}")
-            ends[number].expect(b"out-%d" % number)
+            end_of_line = b"\r\n" if "hvc" in device else b"\n"
+            ends[number].expect(b"out-%d" % number + end_of_line)
         both_ways(guest, devices[3], ends[3])
         for end in ends:
             os.close(end.fd)
@@ -164,9 +163,9 @@ def set_size(fd: int, columns: int, rows: int) -> None:
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
-def wait_for_size(guest: Guest, expected: str) -> None:
+def wait_for_size(guest: Guest, tty: str, expected: str) -> None:
     end = time.monotonic() + SECONDS
-    while (size := guest.run("stty -F /dev/hvc0 size")) != expected:
+    while (size := guest.run(f"stty -F {tty} size")) != expected:
         assert time.monotonic() < end, size
 
 
@@ -177,12 +176,25 @@ def test_the_size_follows_that_of_a_pseudo_terminal():
         with End(os.open(found[1], os.O_RDWR | os.O_NOCTTY)) as end:
             set_size(end.fd, 101, 37)
             shell(guest, "/dev/hvc0")
-            wait_for_size(guest, "37 101")
+            wait_for_size(guest, "/dev/hvc0", "37 101")
             set_size(end.fd, 55, 11)
-            wait_for_size(guest, "11 55")
+            wait_for_size(guest, "/dev/hvc0", "11 55")
             end.send(b"stty size\n")
             end.expect(b"11 55")
             end.send(b"exit\n")
+
+
+def test_sizes_of_several_consoles_are_told_by_messages():
+    with boot("--console", "null", "--console", "pty") as guest:
+        found = re.search(r"console at (/dev/pts/\d+)", guest.log)
+        assert found
+        with End(os.open(found[1], os.O_RDWR | os.O_NOCTTY)) as end:
+            set_size(end.fd, 101, 37)
+            start(guest, "sleep 1000 <>/dev/hvc1")
+            end_of_time = time.monotonic() + SECONDS
+            # Some versions of Linux take columns for rows.
+            while (size := guest.run("stty -F /dev/hvc1 size")) not in ("37 101", "101 37"):
+                assert time.monotonic() < end_of_time, size
 
 
 def test_standard_input_and_output_as_the_only_console():

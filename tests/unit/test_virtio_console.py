@@ -161,7 +161,7 @@ def test_ports_are_added_named_and_opened_in_the_order_of_the_standard(guest):
     guest.console.resize(80, 25)
     guest.control(0, PORT_READY)
     guest.control(1, PORT_READY)
-    size = struct.pack("<HH", 25, 80)
+    size = struct.pack("<HH", 80, 25)
     assert guest.told() == [
         (0, CONSOLE_PORT, 1, b""), (0, RESIZE, 0, size), (0, OPEN, 1, b""),
         (1, NAME, 1, b"data"), (1, OPEN, 1, b""),
@@ -241,6 +241,24 @@ def test_a_driver_of_one_port(memory):
     assert (
         guest.driver.lines.edges == edges + 1 and guest.driver.get(v.MMIO_CONFIG) == 30 << 16 | 100
     )
+    assert not guest.driver.broken
+
+
+def test_a_lone_console_needs_no_control_messages(memory):
+    guest = Guest(memory, "")
+    assert guest.driver.features() & 7 == 1 << v.CONSOLE_F_SIZE | 1 << v.CONSOLE_F_EMERG_WRITE
+    assert len(guest.driver.rings) == 2
+    guest.driver.kick(v.CONSOLE_CONTROL_TX)
+    guest.offer(rx(0))
+    guest.lines[0].arrive(b"in")
+    assert guest.received(rx(0)) == [b"in"]
+    guest.send(tx(0), b"out")
+    guest.writer.fire()
+    assert guest.lines[0].out == b"out"
+    guest.console.resize(80, 25)
+    assert guest.driver.get(v.MMIO_CONFIG) == 25 << 16 | 80
+    named = Guest(memory, "name")
+    assert named.driver.features() >> v.CONSOLE_F_MULTIPORT & 1 and len(named.driver.rings) == 4
     assert not guest.driver.broken
 
 
@@ -354,7 +372,7 @@ def resizes(guest) -> list[tuple[int, int, int]]:
     """Port, columns and rows of each message."""
     told = guest.told()
     assert all(event == RESIZE for _, event, _, _ in told)
-    return [(port, *reversed(struct.unpack("<HH", data))) for port, _, _, data in told]
+    return [(port, *struct.unpack("<HH", data)) for port, _, _, data in told]
 
 
 def test_sizes_are_told_when_they_change(guest):
@@ -381,8 +399,10 @@ def test_a_size_that_changes_before_the_port_is_open_is_told_then(guest):
 
 
 def test_the_size_of_a_terminal_is_looked_at_while_the_machine_runs(guest):
-    guest.lines[0].terminal = (80, 24)
+    guest.lines[0].terminal = (0, 0)  # a new pseudo-terminal
     guest.console.running(True)
+    guest.lines[0].terminal = (80, 24)
+    guest.clock.advance(1_000_000_000)
     assert guest.driver.get(v.MMIO_CONFIG) == 24 << 16 | 80
     guest.open(0)
     guest.told()

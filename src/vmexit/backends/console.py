@@ -41,12 +41,11 @@ def is_our_terminal(fd: int) -> bool:
 
 
 def terminal_size(fd: int) -> tuple[int, int] | None:
-    """Columns and rows of a terminal; None if it has not been told them, or is gone."""
+    """Columns and rows of a terminal, 0 where it has not been told; None if it is gone."""
     try:
-        columns, rows = os.get_terminal_size(fd)
+        return os.get_terminal_size(fd)
     except OSError:
         return None
-    return (columns, rows) if columns and rows else None
 
 
 class Console:

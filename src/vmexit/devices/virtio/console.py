@@ -22,7 +22,7 @@ MOST_PORTS = 16
 _CONFIG = struct.Struct("<HHII")  # columns, rows, greatest number of ports, emergency write (5.3.4)
 _EMERGENCY = 8
 _CONTROL = struct.Struct("<IHH")  # port, event, value (5.3.6.2)
-_SIZE = struct.Struct("<HH")
+_SIZE = struct.Struct("<HH")  # columns, rows
 _TO_DRIVER = (
     v.CONSOLE_DEVICE_ADD,
     v.CONSOLE_CONSOLE_PORT,
@@ -41,6 +41,10 @@ _LOOK = 250_000_000
 class Console(VirtioDevice):
     """A pair of queues for each port, and one for control messages behind that of port 0.
 
+    A lone console does without MULTIPORT. Then its size is in the configuration, which every driver
+    reads as it is meant; of the message RESIZE (5.3.6.2), Linux up to 6.14 and some versions since
+    take the columns for the rows (drivers/char/virtio_console.c).
+
     Input is taken from a backend only when the guest has a buffer for it, and with MULTIPORT only
     while a program of the guest has the port open: else Linux would throw it away.
 
@@ -49,12 +53,14 @@ class Console(VirtioDevice):
     """
 
     device_id = v.CONSOLE
-    features = 1 << v.CONSOLE_F_SIZE | 1 << v.CONSOLE_F_MULTIPORT | 1 << v.CONSOLE_F_EMERG_WRITE
 
     def __init__(self, ports: Sequence[Port], clock: Clock) -> None:
         """At least one port and at most MOST_PORTS; the first one should be a console."""
         self.ports = ports
-        self.queue_sizes = [QUEUE_SIZE] * (2 * len(ports) + 2)
+        several = len(ports) > 1 or bool(ports[0].name)
+        self.features = 1 << v.CONSOLE_F_SIZE | 1 << v.CONSOLE_F_EMERG_WRITE
+        self.features |= several << v.CONSOLE_F_MULTIPORT
+        self.queue_sizes = [QUEUE_SIZE] * (2 * len(ports) + 2 if several else 2)
         self._clock = clock
         self._timer = clock.timer(self._look)
         self._runs = False
@@ -206,9 +212,8 @@ class Console(VirtioDevice):
         if event == v.CONSOLE_PORT_NAME:
             data += port.name.encode()
         elif event == v.CONSOLE_RESIZE:
-            columns, rows = port.told = port.size or (0, 0)
-            # In this order since Linux 2.6.35; columns come first in virtio 1.2, 5.3.6.2, only.
-            data += _SIZE.pack(rows, columns)
+            port.told = port.size or (0, 0)
+            data += _SIZE.pack(*port.told)
         if chain.writable_size() < len(data):
             raise QueueError("a buffer for control messages is too small")
         del self._messages[number, event]

@@ -27,7 +27,7 @@ class PortBackend(Protocol):
         ...
 
     def size(self) -> tuple[int, int] | None:
-        """Columns and rows of the terminal that it is; None if it is none."""
+        """Columns and rows of the terminal that it is, 0 if nobody has set them; None if none."""
         ...
 
     def running(self, runs: bool) -> None:
@@ -112,7 +112,7 @@ class Port:
     def look(self) -> bool:
         """Take over the size of the terminal, if it is another one than the last time."""
         size = self.backend.size()
-        if size is None or size == self._seen:
+        if size is None or 0 in size or size == self._seen:
             return False
         before, self._seen, self.size = self.size, size, size
         return before != size
