@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from kernels import debian_kernel, initrd_with
 from linux_guest import Guest
+from terminal import Terminal
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
@@ -182,6 +183,44 @@ def test_the_size_follows_that_of_a_pseudo_terminal():
             end.send(b"stty size\n")
             end.expect(b"11 55")
             end.send(b"exit\n")
+
+
+def test_a_terminal_as_the_only_console():
+    """The kernel has none before the module is loaded; then the size is the terminal's."""
+    run = ["run", "--accel", ACCEL, "--kernel", str(debian_kernel(FLAVOUR)), "--console", "stdio"]
+    run += ["--initrd", str(initrd_with(FLAVOUR, "virtio_mmio", "virtio_console"))]
+    terminal = Terminal(*run, "--append", "console=hvc0 quiet", "--timeout", "150")
+    try:
+        set_size(terminal.master, 91, 31)
+        terminal.expect(b"/root # ")
+        for columns, rows in ((91, 31), (71, 21)):
+            set_size(terminal.master, columns, rows)
+            end = time.monotonic() + SECONDS
+            while b"%d %d\r\n" % (rows, columns) not in terminal.output:
+                assert time.monotonic() < end, terminal.output[-500:]
+                terminal.type(b"stty size\r")
+                terminal.take(0.5)
+        terminal.type(b"sleep 1000\r")
+        terminal.expect(b"sleep 1000\r\n")
+        terminal.type(b"\x03echo $((6*7))-alive\r")
+        terminal.expect(b"42-alive")
+        terminal.type(b"\x01x")
+        assert terminal.wait() == 130 and terminal.mode() == terminal.before
+    finally:
+        terminal.close()
+
+
+def test_output_that_nobody_reads_does_not_outlast_the_time_limit():
+    with Guest(
+        debian_kernel(FLAVOUR),
+        initrd_with(FLAVOUR, "virtio_mmio", "virtio_console"),
+        "quiet console=hvc0",
+        *("--console", "stdio", "--timeout", "25"),
+        accel=ACCEL,
+    ) as guest:
+        guest.boot()
+        guest.type("cat /dev/zero\n")
+        assert guest.process.wait(60) == 124
 
 
 def test_sizes_of_several_consoles_are_told_by_messages():

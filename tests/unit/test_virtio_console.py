@@ -257,6 +257,12 @@ def test_a_lone_console_needs_no_control_messages(memory):
     assert guest.lines[0].out == b"out"
     guest.console.resize(80, 25)
     assert guest.driver.get(v.MMIO_CONFIG) == 25 << 16 | 80
+    edges = guest.driver.lines.edges
+    guest.driver.start()
+    assert guest.driver.lines.edges == edges + 1  # for the size, to which it is new
+    assert guest.driver.get(v.MMIO_INTERRUPT_STATUS) == v.INTERRUPT_CONFIG
+    guest.driver.kick(rx(0))
+    assert guest.driver.lines.edges == edges + 1
     named = Guest(memory, "name")
     assert named.driver.features() >> v.CONSOLE_F_MULTIPORT & 1 and len(named.driver.rings) == 4
     assert not guest.driver.broken
@@ -401,6 +407,7 @@ def test_a_size_that_changes_before_the_port_is_open_is_told_then(guest):
 def test_the_size_of_a_terminal_is_looked_at_while_the_machine_runs(guest):
     guest.lines[0].terminal = (0, 0)  # a new pseudo-terminal
     guest.console.running(True)
+    assert guest.ports[0].size is None
     guest.lines[0].terminal = (80, 24)
     guest.clock.advance(1_000_000_000)
     assert guest.driver.get(v.MMIO_CONFIG) == 24 << 16 | 80
@@ -449,8 +456,12 @@ def test_ports_are_as_before_after_a_restore(guest, memory):
     assert other.received(rx(1)) == [b"goes on"]
     assert (1, NAME, 1, b"data") in other.told()
     other.lines[0].terminal = (90, 30)  # that of another user
-    other.console.running(True)
-    assert other.ports[0].size == (90, 30)
+    for _ in range(2):  # and once more in the same machine
+        other.console.running(True)
+        assert other.ports[0].size == (90, 30)
+        other.console.running(False)
+        other.driver.registers.restore(state)
+        assert other.ports[0].size == (80, 25)
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,10 @@ class Console(VirtioDevice):
                 self._tell()
             return
         port = index // 2 - 1 if index > v.CONSOLE_CONTROL_TX else 0
-        if port and not self._multiport:
-            return
+        if not self._multiport:
+            if port:
+                return
+            self._tell_sizes()  # at first: Linux looks at the configuration only when told
         if index % 2:
             self._transmit(port)
         else:
@@ -228,18 +230,20 @@ class Console(VirtioDevice):
             self._timer.set(self._clock.now() + _LOOK)
 
     def _resized(self) -> None:
-        self.transport.config_changed()  # where it is that of port 0
-        self.transport.enter(self._sizes_changed)
-
-    def _sizes_changed(self) -> None:
-        self._tell_sizes()
-        if self._multiport:
-            self._tell()
+        self.transport.enter(self._tell_sizes)
 
     def _tell_sizes(self) -> None:
-        for number, port in enumerate(self.ports):
-            if self._multiport and port.open and not port.name and port.size != port.told:
-                self._messages[number, v.CONSOLE_RESIZE] = None
+        changed = [
+            number
+            for number, port in enumerate(self.ports)
+            if port.open and not port.name and port.size != port.told
+        ]
+        if self._multiport:
+            self._messages.update(((number, v.CONSOLE_RESIZE), None) for number in changed)
+            self._tell()
+        elif changed:
+            self.ports[0].told = self.ports[0].size
+            self.transport.config_changed()
 
     # State.
 
