@@ -196,12 +196,12 @@ def test_a_terminal_as_the_only_console():
         for columns, rows in ((91, 31), (71, 21)):
             set_size(terminal.master, columns, rows)
             end = time.monotonic() + SECONDS
-            while b"%d %d\r\n" % (rows, columns) not in terminal.output:
+            while b"%d %d\r" % (rows, columns) not in terminal.output:
                 assert time.monotonic() < end, terminal.output[-500:]
                 terminal.type(b"stty size\r")
                 terminal.take(0.5)
         terminal.type(b"sleep 1000\r")
-        terminal.expect(b"sleep 1000\r\n")
+        terminal.expect(b"sleep 1000\r")
         terminal.type(b"\x03echo $((6*7))-alive\r")
         terminal.expect(b"42-alive")
         terminal.type(b"\x01x")
