@@ -250,7 +250,7 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument(
         "--share", metavar="TAG=DIR", action="append", default=[],
         help="a folder that Linux mounts: mount -t 9p -o trans=virtio TAG /mnt; ,readonly=on "
-        "refuses changes",
+        "refuses changes; ,virtiofsd=PROGRAM has that serve it (mount -t virtiofs TAG /mnt)",
     )  # fmt: skip
     run.add_argument("--rng", action="store_true", help="a source of entropy, /dev/hwrng in Linux")
     run.add_argument(

@@ -93,10 +93,12 @@ def test_virtio_devices_are_found_over_mmio(tmp_path):
     (tmp_path / "x.s").write_text("nop\n")
     subprocess.run(["as", "--64", "-o", tmp_path / "x.ko", tmp_path / "x.s"], check=True)
     content = (tmp_path / "x.ko").read_bytes()
-    modules = Modules(["virtio_mmio.ko", "virtio-blk.ko", "ext4.ko"], [], lambda path: content)
+    files = ["virtio_mmio.ko", "virtio-blk.ko", "ext4.ko", "9pnet_virtio.ko"]
+    modules = Modules(files, [], lambda path: content)
     assert [n for n, _ in modules.in_order(["ext4", "virtio_blk"])] == [
         "virtio_mmio", "ext4", "virtio_blk",
     ]  # fmt: skip
+    assert [n for n, _ in modules.in_order(["9pnet_virtio"])] == ["virtio_mmio", "9pnet_virtio"]
     assert [n for n, _ in modules.in_order(["ext4"])] == ["ext4"]
 
 

@@ -1,7 +1,8 @@
-"""Linux's own 9P client against shared folders."""
+"""Linux's own clients of shared folders: 9P, which we serve, and virtio-fs by virtiofsd."""
 
 import hashlib
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -13,7 +14,9 @@ pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
 ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 FLAVOUR = "amd64"  # the kernel for clouds has no 9P
-MODULES = ("virtio_mmio", "9p", "9pnet_virtio")
+MODULES = ("9p", "9pnet_virtio", "virtiofs")
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+P9 = "-t 9p -o trans=virtio,"
 MIB = 1 << 20
 
 # Ends with "all done" if each step does what it would do on any file system.
@@ -59,7 +62,7 @@ def boot(*shares: str, mount: str = "") -> Guest:
     guest = Guest(debian_kernel(FLAVOUR), initrd, "quiet", *options, accel=ACCEL)
     guest.boot()
     if mount:
-        assert guest.run(f"mount -t 9p -o trans=virtio,{mount} && echo yes") == "yes"
+        assert guest.run(f"mount {mount} && echo yes") == "yes"
     return guest
 
 
@@ -68,13 +71,26 @@ def power_off(guest: Guest) -> None:
     assert guest.status() == 0
 
 
-@pytest.mark.parametrize("options", ["", ",cache=loose"])
-def test_a_share_is_a_file_system(tmp_path, options):
+def share(folder: Path, mount: str) -> str:
+    """The folder, served by whom the client in `mount` wants."""
+    if "9p" in mount:
+        return f"src={folder}"
+    if not os.access(VIRTIOFSD, os.X_OK) or os.geteuid() != 0:
+        pytest.skip(
+            f"no {VIRTIOFSD} (apt-get install qemu-system-common), or not root, as it wants"
+        )
+    return f"src={folder},virtiofsd={VIRTIOFSD}"
+
+
+@pytest.mark.parametrize(
+    "mount", [f"{P9}version=9p2000.L", f"{P9}version=9p2000.L,cache=loose", "-t virtiofs"]
+)
+def test_a_share_is_a_file_system(tmp_path, mount):
     (tmp_path / "exercise").write_text(EXERCISE)
-    with boot(f"src={tmp_path}", mount=f"version=9p2000.L{options} src /mnt") as guest:
+    with boot(share(tmp_path, mount), mount=f"{mount} src /mnt") as guest:
         log = guest.run("sh /mnt/exercise 2>&1")
         assert log.endswith("all done"), log
-        assert not guest.run("dmesg | grep -E '9p.*(error|bad|fail)|BUG:|WARNING:'")
+        assert not guest.run("dmesg | grep -E '(9p|fuse|virtiofs).*(error|bad|fail)|BUG:|WARNING:'")
         power_off(guest)
     made = tmp_path / "w"
     names = {"app", "d1", "e", "kept", "moved", "p", "busybox", "t", "u", "ud", "0" * 255}
@@ -99,7 +115,9 @@ def test_guest_and_host_see_each_others_files(tmp_path):
     (shared / "out").symlink_to("../outside")
     (shared / "away").symlink_to(tmp_path)
     big = f"big={tmp_path},readonly=on"
-    with boot(f"src={str(shared).replace(',', ',,')}", big, mount="msize=262144 src /mnt") as guest:
+    with boot(
+        f"src={str(shared).replace(',', ',,')}", big, mount=f"{P9}msize=262144 src /mnt"
+    ) as guest:
         tags = guest.run(
             "cat /sys/bus/virtio/drivers/9pnet_virtio/virtio*/mount_tag | tr '\\0' ' '"
         )
@@ -131,7 +149,7 @@ def test_a_share_that_is_to_be_read_only(tmp_path):
         "mv file new", "ln file new", "ln -s x new", "chmod 777 file", "touch file",
         "truncate -s 0 file", "mkfifo new", "chown 5 file",
     )  # fmt: skip
-    with boot(f"src={tmp_path},readonly=on", mount="rw src /mnt") as guest:
+    with boot(f"src={tmp_path},readonly=on", mount=f"{P9}rw src /mnt") as guest:
         for change in changes:
             said = guest.run(f"(cd /mnt; {change}) 2>&1")
             assert "Read-only file system" in said, (change, said)
@@ -141,11 +159,11 @@ def test_a_share_that_is_to_be_read_only(tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("options", ["cache=none", "cache=loose"])
-def test_a_folder_with_10_000_files(tmp_path, options):
+@pytest.mark.parametrize("mount", [f"{P9}cache=none", f"{P9}cache=loose", "-t virtiofs"])
+def test_a_folder_with_10_000_files(tmp_path, mount):
     for n in range(5000):
         (tmp_path / f"host{n}").write_text(f"{n}")
-    with boot(f"src={tmp_path}", mount=f"{options} src /mnt") as guest:
+    with boot(share(tmp_path, mount), mount=f"{mount} src /mnt") as guest:
         guest.run("for i in $(seq 5000); do echo $i >/mnt/guest$i; done", 300)
         assert guest.run("ls -l /mnt | wc -l", 300) == "10001"
         assert guest.run("cat /mnt/host* | wc -c", 300) == str(
@@ -160,3 +178,16 @@ def test_a_folder_with_10_000_files(tmp_path, options):
     names = [path.name for path in Path(tmp_path).iterdir()]
     assert len(names) == 5000 and sum(name.startswith("moved") for name in names) == 1001
     assert (tmp_path / "moved1500").read_text() == "1500\n"
+
+
+def test_a_virtiofsd_that_cannot_be_is_told(tmp_path):
+    initrd = initrd_with(FLAVOUR, *MODULES)
+    for option, words in (
+        ("virtiofsd=/nowhere", "there is no program /nowhere; give virtiofsd's path"),
+        ("virtiofsd=/bin/false", "cannot share .*: status 1; see virtiofsd's own options"),
+        ("virtiofsd=/bin/false,readonly=on", "not each virtiofsd can be read-only; leave one"),
+    ):
+        options = ["--share", f"src={tmp_path},{option}"]
+        with Guest(debian_kernel(FLAVOUR), initrd, "quiet", *options, accel=ACCEL) as guest:
+            assert guest.status() in (2, 4)
+            assert re.search(words, guest.output.decode()), guest.output

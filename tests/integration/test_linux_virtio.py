@@ -169,3 +169,13 @@ def test_as_many_disks_as_there_can_be(tmp_path):
         firsts = guest.run("head -qc 1 /dev/vd[a-m] | hexdump -ve '1/1 \"%d \"'")
         assert firsts.split() == [str(n) for n in range(13)]
         power_off(guest)
+
+
+def test_without_acpi_the_command_line_tells_of_the_devices():
+    """Debian's driver was built without that: so that far and no further."""
+    with boot("--rng", "--balloon", "0", append="quiet acpi=off") as guest:
+        words = guest.run("cat /proc/cmdline").split()
+        assert [w for w in words if w.startswith("virtio")] == [
+            "virtio_mmio.device=0x1000@0xfeb00000:5", "virtio_mmio.device=0x1000@0xfeb01000:6",
+        ]  # fmt: skip
+        power_off(guest)

@@ -33,7 +33,7 @@ def initrd(tmp_path_factory) -> Path:
     """With the driver, and the program of these tests."""
     if shutil.which("gcc") is None:
         pytest.skip("no gcc; apt-get install gcc libc6-dev")
-    base = initrd_with(FLAVOUR, "virtio_mmio", "vmw_vsock_virtio_transport")
+    base = initrd_with(FLAVOUR, "vmw_vsock_virtio_transport")
     folder = tmp_path_factory.mktemp("vsock")
     program = folder / "vs"
     subprocess.run(["gcc", "-O2", "-Wall", "-static", SOURCE, "-o", program], check=True)

@@ -83,3 +83,6 @@ VSOCK_EVENT_TRANSPORT_RESET = 0
 VSOCK_CID_HOST, VSOCK_CID_FIRST, VSOCK_CID_LAST = 2, 3, 0xFFFF_FFFE
 # 9P transport: Linux, include/uapi/linux/virtio_9p.h.
 P9_MOUNT_TAG = 0
+
+# File system device (5.11).
+FS_QUEUE_SIZE = 128

@@ -16,8 +16,11 @@ _PATIENCE = 10.0  # seconds for one to end in order
 _SUPERVISOR = """\
 exec 3<&0
 "$@" 3<&- </dev/null & program=$!
-{ read -r _ <&3; kill $program; } >/dev/null 2>&1 &
+{ read -r _ <&3; kill $program; } >/dev/null 2>&1 & reader=$!
 wait $program
+status=$?
+kill $reader 2>/dev/null
+exit $status
 """
 
 

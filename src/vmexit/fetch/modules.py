@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from vmexit.core.errors import ConfigError
 
 # How modules are chosen: another name for each way, as what was made before is kept.
-CHOICE = "depends, softdep with crypto, virtio_mmio"
+CHOICE = "depends, softdep with crypto, virtio_mmio for each virtio"
 
 _SUFFIX = re.compile(r"\.ko(\.xz|\.gz|\.zst)?$")
 
@@ -44,7 +44,7 @@ class Modules:
         """
         found: dict[str, bytes] = {}
         names = [_canonical(name) for name in wanted]
-        if any(name.startswith("virtio_") for name in names):
+        if any("virtio" in name for name in names):  # virtiofs and 9pnet_virtio, too
             names.insert(0, "virtio_mmio")  # without which the others find no device
         for name in names:
             self._add(name, found, frozenset())

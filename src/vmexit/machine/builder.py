@@ -6,7 +6,16 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Accelerator, Executor, Notifier, Vcpu, Vm
-from vmexit.arch.x86.layout import ACPI_TABLES, ROM_END, ROM_MAX_SIZE, TESTDEV_MEMORY, ram_ranges
+from vmexit.arch.x86.layout import (
+    ACPI_TABLES,
+    ROM_END,
+    ROM_MAX_SIZE,
+    TESTDEV_MEMORY,
+    VIRTIO_GSIS,
+    VIRTIO_MMIO,
+    VIRTIO_MMIO_SIZE,
+    ram_ranges,
+)
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
 from vmexit.boot.image import ImageKind, detect, find_multiboot, read_image
@@ -237,7 +246,7 @@ def _for_firmware(config: MachineConfig, path: _Path, memory: GuestMemory) -> "C
     return (
         firmware_items.machine(memory.regions, config.smp, serial=config.serial is not None)
         | firmware_items.acpi_tables(_acpi(config, 0))
-        | firmware_items.kernel(kernel, initrd, config.append, memory)
+        | firmware_items.kernel(kernel, initrd, _command_line(config), memory)
     )
 
 
@@ -267,8 +276,23 @@ def _load_kernel(
     if by_multiboot:
         return _load_multiboot(config, path, kernel, memory)
     initrd, protocol = _read_initrd(config), config.protocol
-    boot = linux.load(memory, kernel, initrd, config.append, protocol=protocol, rsdp=rsdp)
+    cmdline = _command_line(config)
+    boot = linux.load(memory, kernel, initrd, cmdline, protocol=protocol, rsdp=rsdp)
     return boot.entry, None
+
+
+def _command_line(config: MachineConfig) -> str:
+    """What the user gives; where that switches ACPI off, with the virtio devices that it tells of.
+
+    Linux takes them if it was built with CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES.
+    """
+    words = config.append.split()
+    if "acpi=off" in words and not any(w.startswith("virtio_mmio.device=") for w in words):
+        for number in range(config.virtio_devices):
+            gpa = VIRTIO_MMIO + number * VIRTIO_MMIO_SIZE
+            words.append(f"virtio_mmio.device={VIRTIO_MMIO_SIZE:#x}@{gpa:#x}:{VIRTIO_GSIS[number]}")
+        return " ".join(words)
+    return config.append
 
 
 def _load_multiboot(

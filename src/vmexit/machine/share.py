@@ -1,4 +1,4 @@
-"""What a user says of a shared folder: `--share TAG=DIR[,readonly=on]`."""
+"""What a user says of a shared folder: `--share TAG=DIR[,readonly=on|,virtiofsd=PROGRAM]`."""
 
 import resource
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from vmexit.machine.options import Options
 
 # Linux shows it in a page of sysfs, and users type it.
 _LONGEST_TAG = 255
+_LONGEST_FS_TAG = 36  # virtio 5.11.4
 _MOST_DESCRIPTORS = 1024
 
 
@@ -18,19 +19,27 @@ class Share(NamedTuple):
     tag: str
     folder: str
     readonly: bool = False
+    virtiofsd: str = ""
+    """The program that serves it, by virtio-fs; empty: we do, by 9P."""
 
     @classmethod
     def parse(cls, text: str) -> "Share":
         """`tag=DIR,readonly=on`, where a comma in a value is written twice. Raises ConfigError."""
-        options = Options("the share", text, ("readonly",), named=True)
+        options = Options("the share", text, ("readonly", "virtiofsd"), named=True)
         tag, folder = options.name, options.value
         if not tag or not folder:
             raise ConfigError(f"{options.what} names no tag or no folder; use TAG=DIR")
-        if not tag.isprintable() or len(tag.encode()) > _LONGEST_TAG:
+        readonly, program = options.flag("readonly"), options.text("virtiofsd")
+        if readonly and program:
             raise ConfigError(
-                f"{options.what} has a tag that cannot be; use at most {_LONGEST_TAG} bytes of text"
+                f"{options.what}: not each virtiofsd can be read-only; leave one of the two out"
             )
-        return cls(tag, folder, options.flag("readonly"))
+        longest = _LONGEST_FS_TAG if program else _LONGEST_TAG
+        if not tag.isprintable() or len(tag.encode()) > longest:
+            raise ConfigError(
+                f"{options.what} has a tag that cannot be; use at most {longest} bytes of text"
+            )
+        return cls(tag, folder, readonly, program)
 
     @classmethod
     def parse_all(cls, texts: Sequence[str]) -> list["Share"]:

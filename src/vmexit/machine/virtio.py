@@ -1,6 +1,7 @@
 """The virtio devices of a machine: registers, an interrupt and notifications for each."""
 
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vmexit.backends.vhost_user import VhostUser
     from vmexit.devices.virtio.balloon import Balloon
     from vmexit.devices.virtio.console import Console
+    from vmexit.machine.share import Share
 
 
 class VirtioSlots:
@@ -218,14 +220,34 @@ class VirtioParts:
         return backend
 
     def _share(self, text: str) -> VirtioDevice:
-        from vmexit.backends.p9.server import Server
-        from vmexit.devices.virtio.p9 import P9
         from vmexit.machine.share import Share, descriptors_for_each
 
         share, each = Share.parse(text), descriptors_for_each(len(self._config.shares))
+        if share.virtiofsd:
+            return self._fs(share)
+        from vmexit.backends.p9.server import Server
+        from vmexit.devices.virtio.p9 import P9
+
         server = Server(share.folder, readonly=share.readonly, descriptors=each)
         self._on_close(server.close)
         return P9(server, share.tag)
+
+    def _fs(self, share: "Share") -> VirtioDevice:
+        from vmexit.backends.virtiofsd import serve_folder
+        from vmexit.devices.virtio.vhost import Vhost
+
+        program = serve_folder(share.virtiofsd, share.folder)
+        self._on_close(program.close)
+        # The tag, and one queue for requests besides the one for urgent ones (virtio 5.11).
+        config = struct.pack("<36sI", share.tag.encode(), 1)
+        sizes = [v.FS_QUEUE_SIZE, v.FS_QUEUE_SIZE]
+        try:
+            backend = self._vhost(program.name, program.connect, len(sizes))
+        except HostError as error:
+            raise HostError(
+                f"cannot share {share.folder}: {program.complaint()}; see virtiofsd's own options"
+            ) from error
+        return Vhost(v.FS, backend, 0, config, sizes, self._loop, self._fail)
 
     def _net(self, text: str, number: int) -> VirtioDevice:
         from vmexit.core.rate import Limit
