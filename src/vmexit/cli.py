@@ -273,9 +273,14 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "too; the vCPU starts at the reset vector. With --kernel it boots that, by fw_cfg",
     )  # fmt: skip
     run.add_argument(
-        "--serial", metavar="WHERE", default="stdio",
-        help="a UART at port 0x3f8: stdio (default), null, file:PATH, unix:PATH, tcp:HOST:PORT, "
-        "pty",
+        "--serial", metavar="WHERE",
+        help="a UART at port 0x3f8: stdio (default), null (with --console stdio), file:PATH, "
+        "unix:PATH, tcp:HOST:PORT, pty",
+    )  # fmt: skip
+    run.add_argument(
+        "--console", metavar="WHERE", action="append", default=[],
+        help="a virtio console, hvc0 in Linux, the next one hvc1; WHERE as for --serial; with "
+        ",name=NAME a plain port, /dev/virtio-ports/NAME",
     )  # fmt: skip
     run.add_argument(
         "--debugcon", metavar="PORT[=FILE]", type=_port_and_file,
@@ -361,6 +366,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.image is None and arguments.firmware is None and arguments.kernel is None:
         raise ConfigError("nothing to run; give an IMAGE, --kernel F or --firmware F")
+    if arguments.serial is None:
+        taken = any(text.partition(",")[0] == "stdio" for text in arguments.console)
+        arguments.serial = "null" if taken else "stdio"
     entry, segment = arguments.entry
     other = "firmware knows" if arguments.firmware is not None else "a kernel knows"
     if (arguments.firmware is not None or arguments.kernel is not None) and (
@@ -395,6 +403,7 @@ def _run(arguments: argparse.Namespace) -> int:
             rng=arguments.rng,
             balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
             vsock=arguments.vsock,
+            consoles=tuple(arguments.console),
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))
@@ -404,6 +413,9 @@ def _run(arguments: argparse.Namespace) -> int:
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
             _say(f"serial port at {vm.serial_where}")
+        for text, where in zip(config.consoles, vm.console_where, strict=True):
+            if where:
+                _say(f"{_console(text)} at {where}")
         if _is_mute(arguments):
             _say("without --append console=ttyS0 Linux says nothing on the serial port")
         gc.enable()
@@ -417,6 +429,13 @@ def _run(arguments: argparse.Namespace) -> int:
         elif stop.status == 124:
             _say(f"timeout: the guest still ran after {arguments.timeout:g} s")
         return stop.status & 0xFF
+
+
+def _console(text: str) -> str:
+    from vmexit.machine.console import ConsoleOptions
+
+    name = ConsoleOptions.parse(text).name
+    return f"port {shown(name)}" if name else "console"
 
 
 def _is_mute(arguments: argparse.Namespace) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from vmexit.backends.console import Console, is_our_terminal
+from vmexit.backends.console import Console, is_our_terminal, terminal_size
 from vmexit.backends.files import open_output
 from vmexit.backends.gather import Gathered
-from vmexit.backends.wait import Ending, Output, never, ready
+from vmexit.backends.wait import PATIENCE, Ending, Output, never, ready, wait_writable
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
 
@@ -35,6 +35,10 @@ class Chardev(Protocol):
 
     def running(self, runs: bool) -> None:
         """A run begins, or has ended."""
+        ...
+
+    def size(self) -> tuple[int, int] | None:
+        """Columns and rows of the terminal that it is, 0 if nobody has set them; None if none."""
         ...
 
     def close(self) -> None: ...
@@ -57,7 +61,7 @@ def open_chardev(
             return Console(loop, ending, leave)
         return Stdio(loop, ending)
     if spec == "pty":
-        return Pty(loop)
+        return Pty(loop, ending)
     if kind == "file" and rest:
         return File(rest, ending, loop)
     if kind == "unix" and rest:
@@ -67,8 +71,8 @@ def open_chardev(
         if host and port.isdecimal() and len(port) <= 5 and int(port) < 1 << 16:
             return _listen((host.removeprefix("[").removesuffix("]"), int(port)), loop, ending)
     raise ConfigError(
-        f"{spec!r} is no place for a serial port; use stdio, null, file:PATH, unix:PATH, "
-        "tcp:HOST:PORT or pty"
+        f"{spec!r} is no place for a serial port or a console; use stdio, null, file:PATH, "
+        "unix:PATH, tcp:HOST:PORT or pty"
     )
 
 
@@ -94,6 +98,9 @@ class Null:
 
     def running(self, runs: bool) -> None:
         """It makes no difference."""
+
+    def size(self) -> None:
+        """It has none."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -132,6 +139,9 @@ class _Descriptor:
         """At the end of a run all is written."""
         if not runs and self._out >= 0:
             self._output.flush()
+
+    def size(self) -> tuple[int, int] | None:
+        return None
 
     def close(self) -> None:
         """Forget the descriptors, which stay open."""
@@ -186,24 +196,37 @@ class File(_Descriptor):
 class Pty(_Descriptor):
     """A new pseudo-terminal; `where` is the path of its other end."""
 
-    def __init__(self, loop: EventLoop) -> None:
+    def __init__(self, loop: EventLoop, ending: Ending = never) -> None:
         import tty
 
         try:
             master, self._slave = os.openpty()
         except OSError as error:
             raise HostError(
-                f"cannot make a pseudo-terminal: {error.strerror}; use --serial stdio"
+                f"cannot make a pseudo-terminal: {error.strerror}; use stdio"
             ) from error
         tty.setraw(self._slave)  # held open: with no other end at all, a read would fail
         os.set_blocking(master, False)
         self.where = os.ttyname(self._slave)
-        super().__init__(master, master, loop, never)
+        self._ending = ending
+        self._stuck = False  # nobody read what was there to read
+        super().__init__(master, master, loop, ending)
 
     def write(self, data: bytes) -> None:
-        if self._out >= 0:
-            with suppress(BlockingIOError):  # nobody reads at the other end
-                os.write(self._out, data)
+        while data and self._out >= 0:
+            try:
+                data = data[os.write(self._out, data) :]
+                self._stuck = False
+                continue
+            except BlockingIOError:
+                # Waited for once; from then on what does not go is dropped, until some does.
+                patience = 0 if self._stuck else PATIENCE
+            if not wait_writable(self._out, patience, self._ending):
+                self._stuck = True
+                return
+
+    def size(self) -> tuple[int, int] | None:
+        return terminal_size(self._out)
 
     def close(self) -> None:
         if (master := self._out) >= 0:

@@ -40,6 +40,14 @@ def is_our_terminal(fd: int) -> bool:
         return True
 
 
+def terminal_size(fd: int) -> tuple[int, int] | None:
+    """Columns and rows of a terminal, 0 where it has not been told; None if it is gone."""
+    try:
+        return os.get_terminal_size(fd)
+    except OSError:
+        return None
+
+
 class Console:
     """Standard input, a terminal, and standard output. `leave()` is called at Ctrl-A x.
 
@@ -145,6 +153,9 @@ class Console:
                 command()
         if some:
             self._call_waiting()
+
+    def size(self) -> tuple[int, int] | None:
+        return terminal_size(0)
 
     def _key(self, key: int) -> Callable[[], None] | None:
         """Take a key; the command that it ends, to be done without the lock."""

@@ -131,6 +131,9 @@ class Listener:
     def running(self, runs: bool) -> None:
         """It makes no difference."""
 
+    def size(self) -> None:
+        """It is no terminal."""
+
     def close(self) -> None:
         """Stop listening; the path of a Unix socket is removed."""
         self._waiting = None

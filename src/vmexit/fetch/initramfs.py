@@ -9,6 +9,7 @@ from vmexit.fetch.cpio import Entry, archive, executable, file, folder
 _FOLDERS = ("bin", "dev", "proc", "sys", "tmp", "root", "etc", "run", "mnt", "modules",
             "etc/udhcpc")  # fmt: skip
 
+# A console may be there only now that its module is.
 # cttyhack makes the console the shell's controlling terminal; without one Ctrl-C does nothing.
 _INIT = """\
 #!/bin/busybox sh
@@ -21,6 +22,7 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 ifconfig lo 127.0.0.1 up
 for module in {modules}; do insmod /modules/$module.ko; done
+(: </dev/console) 2>/dev/null && exec </dev/console >/dev/console 2>&1
 root= mode=ro init=/sbin/init
 for word in $(cat /proc/cmdline); do
   case $word in

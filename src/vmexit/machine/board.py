@@ -9,11 +9,13 @@ from vmexit.core.irq import IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import MachineConfig
+from vmexit.machine.console import GuestConsole
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
 if TYPE_CHECKING:
     from vmexit.accel.base import Notifier
+    from vmexit.backends.chardev import Chardev
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
     from vmexit.devices.irqchip import PcIrqChip
@@ -48,6 +50,8 @@ class Board:
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
         self.balloon: MemoryBalloon | None = None
+        self.console: GuestConsole | None = None
+        self.console_where: list[str] = []
         self._when_running: list[Callable[[bool], None]] = []
 
     def running(self, runs: bool) -> None:
@@ -65,17 +69,20 @@ class Board:
 
         return stop
 
+    def _chardev(self, where: str) -> "Chardev":
+        from vmexit.backends.chardev import open_chardev
+
+        backend = open_chardev(where, self._loop, self._request.pending, self._request.leave)
+        self._on_close(backend.close)
+        return backend
+
     def attach_common(self, chip: IrqChip | None) -> None:
         """What every machine has: serial port, debug console, debug-exit port."""
         config = self._config
         if config.serial is not None:
-            from vmexit.backends.chardev import open_chardev
             from vmexit.devices.serial import Serial
 
-            backend = open_chardev(
-                config.serial, self._loop, self._request.pending, self._request.leave
-            )
-            self._on_close(backend.close)
+            backend = self._chardev(config.serial)
             self.serial_where = backend.where
             self._when_running.append(backend.running)
             irq = IrqLine(chip, layout.COM1_GSI) if chip is not None else None
@@ -146,11 +153,16 @@ class Board:
         from vmexit.machine.virtio import VirtioParts, VirtioSlots
 
         slots = VirtioSlots(self._mmio, chip, memory, self._loop, notifier, self._on_close)
-        parts = VirtioParts(self._config, memory, self._loop, self._request.fail, self._on_close)
+        parts = VirtioParts(
+            self._config, memory, self._loop, self._request.fail, self._on_close, self._chardev
+        )
         for name, device in parts.devices():
             self.devices[name] = slots.attach(device)
         self._when_running.append(slots.running)
         self.balloon = parts.balloon
+        if parts.console is not None:
+            self.console, self.console_where = parts.console, parts.console_where
+            self._when_running.append(parts.console.running)
 
     def attach_fw_cfg(self, memory: "GuestMemory", contents: "Contents") -> None:
         """What firmware asks of the machine."""

@@ -28,6 +28,7 @@ from vmexit.core.trace import ExitObserver
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.board import Board, StatefulIrqChip
 from vmexit.machine.config import MachineConfig
+from vmexit.machine.console import GuestConsole
 from vmexit.machine.runner import StopRequest
 
 _Path = str | os.PathLike[str]
@@ -55,6 +56,8 @@ class Parts(NamedTuple):
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
     balloon: MemoryBalloon | None
+    console: GuestConsole | None
+    console_where: Sequence[str]
     closer: ExitStack
 
 
@@ -194,6 +197,8 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.serial_where,
             board.running,
             board.balloon,
+            board.console,
+            board.console_where,
             stack.pop_all(),
         )
 

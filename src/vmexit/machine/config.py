@@ -82,6 +82,7 @@ class _Options(NamedTuple):
     rng: bool = False
     balloon: int | None = None
     vsock: str | None = None
+    consoles: tuple[str, ...] = ()
 
     @property
     def cpu_model(self) -> CpuModel:
@@ -169,7 +170,7 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"cpu takes a text, not {quoted(self.cpu)}; use host, max or host,-avx"
             )
-        for name in ("devices", "drives", "nets", "shares"):
+        for name in ("devices", "drives", "nets", "shares", "consoles"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
                 raise ConfigError(
@@ -189,6 +190,7 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"a balloon of {self.balloon} bytes cannot be; use 0 to {self.memory}, the memory"
             )
+        from vmexit.machine.console import ConsoleOptions
         from vmexit.machine.drive import Drive
         from vmexit.machine.net import NetOptions
         from vmexit.machine.share import Share
@@ -201,6 +203,7 @@ class MachineConfig(_Options):
         if self.vsock is not None:
             VsockOptions.parse(self.vsock)
         Share.parse_all(self.shares)
+        ConsoleOptions.parse_all(self.consoles, self.serial)
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
@@ -212,7 +215,8 @@ class MachineConfig(_Options):
     def virtio_devices(self) -> int:
         """How many there are."""
         several = len(self.drives) + len(self.nets) + len(self.shares)
-        return several + self.rng + sum(x is not None for x in (self.balloon, self.vsock))
+        single = (self.rng, self.balloon is not None, self.vsock is not None, bool(self.consoles))
+        return several + sum(single)
 
     def _check_start(self) -> None:
         """What is to run is one thing, and what belongs to a kernel has one."""

@@ -29,6 +29,7 @@ from vmexit.machine.config import (
     MachineConfig,
     parse_size,
 )
+from vmexit.machine.console import GuestConsole
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
 from vmexit.machine.runner import Runner, StopRequest
 from vmexit.machine.stop import Stop, StopReason
@@ -222,6 +223,7 @@ class Machine:
         rng: bool = False,
         balloon: int | str | None = None,
         vsock: str | None = None,
+        consoles: tuple[str, ...] | list[str] = (),
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -242,6 +244,8 @@ class Machine:
         `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
         `balloon` is how much memory to take back from the guest at first, None for no balloon.
         `vsock` is `path=PATH[,cid=N]`: Unix sockets of the host that lead to sockets of the guest.
+        `consoles` are virtio consoles and, with a name, plain ports: `WHERE[,name=NAME]`, WHERE as
+        for `serial`.
         `shares` are folders that the guest mounts by 9P, `TAG=PATH[,readonly=on]`.
         `observer` is told of every exit.
 
@@ -273,6 +277,7 @@ class Machine:
             rng=rng,
             balloon=None if balloon is None else parse_size(balloon),
             vsock=vsock,
+            consoles=_tuple(consoles),
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for
@@ -319,6 +324,21 @@ class Machine:
         if self._parts.balloon is None:
             raise ConfigError("this machine has no memory balloon; make it with balloon=0")
         return self._parts.balloon
+
+    @property
+    def console(self) -> GuestConsole:
+        """The virtio consoles: `vm.console.resize(columns, rows)`.
+
+        Raises ConfigError for a machine without one.
+        """
+        if self._parts.console is None:
+            raise ConfigError('this machine has no virtio console; make it with consoles=["pty"]')
+        return self._parts.console
+
+    @property
+    def console_where(self) -> Sequence[str]:
+        """How to reach each of `consoles`, in their order; empty where that is plain."""
+        return self._parts.console_where
 
     @property
     def memory(self) -> GuestMemory:

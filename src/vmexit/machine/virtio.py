@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmexit.abi import virtio as v
@@ -20,10 +20,12 @@ from vmexit.machine.config import MachineConfig
 if TYPE_CHECKING:
     import socket
 
+    from vmexit.backends.chardev import Chardev
     from vmexit.backends.vhost_user import VhostUser
     from vmexit.core.rate import Limit
     from vmexit.devices.virtio.balloon import Balloon
     from vmexit.devices.virtio.blk import DiskBackend
+    from vmexit.devices.virtio.console import Console
     from vmexit.machine.drive import Drive
     from vmexit.machine.share import Share
 
@@ -125,14 +127,21 @@ class VirtioParts:
         loop: EventLoop,
         fail: Callable[[BaseException], None],
         on_close: Callable[[Callable[[], None]], object],
+        chardev: "Callable[[str], Chardev]",
     ) -> None:
-        """`fail` takes what goes wrong while the machine runs; for `on_close` see VirtioSlots."""
+        """`fail` takes what goes wrong while the machine runs; for `on_close` see VirtioSlots.
+
+        `chardev` opens what a console leads to.
+        """
         self._config = config
         self._memory = memory
         self._loop = loop
         self._fail = fail
         self._on_close = on_close
+        self._chardev = chardev
         self.balloon: Balloon | None = None
+        self.console: Console | None = None
+        self.console_where: list[str] = []
 
     def devices(self) -> Iterator[tuple[str, VirtioDevice]]:
         """Each with its name, in the order of their places. Raises ConfigError, HostError."""
@@ -154,6 +163,9 @@ class VirtioParts:
             yield "balloon", self.balloon
         if config.vsock is not None:
             yield "vsock", self._vsock(config.vsock)
+        if config.consoles:
+            self.console = self._console(config.consoles)
+            yield "console", self.console
 
     def _disk(self, text: str) -> VirtioDevice:
         from vmexit.core.rate import Limit
@@ -307,3 +319,19 @@ class VirtioParts:
         sockets = VsockSockets(options.path, self._loop)
         self._on_close(sockets.close)
         return Vsock(options.cid, sockets)
+
+    def _console(self, texts: Sequence[str]) -> "Console":
+        from vmexit.devices.virtio.console import Console
+        from vmexit.devices.virtio.console_port import Port
+        from vmexit.machine.console import ConsoleOptions
+
+        options = ConsoleOptions.parse_all(texts, self._config.serial)
+        ports = []
+        for one in options:
+            backend = self._chardev(one.where)
+            self.console_where.append(backend.where)
+            output = self._loop.another()  # a backend may keep it waiting
+            self._on_close(output.close)
+            ports.append(Port(backend, output, one.name))
+        # A driver that knows of one port only has the first.
+        return Console(sorted(ports, key=lambda port: bool(port.name)), self._loop)

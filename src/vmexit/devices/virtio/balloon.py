@@ -57,7 +57,7 @@ class Balloon(VirtioDevice):
 
     def set_target(self, size: int) -> None:
         """Ask the guest for `size` bytes in all; from any thread."""
-        self._target = size // v.BALLOON_PAGE
+        self._target = min(size // v.BALLOON_PAGE, _LOW32)
         self.transport.config_changed()
 
     def ask_for_statistics(self) -> None:
