@@ -187,10 +187,11 @@ class MmioTransport:
         if new & v.FEATURES_OK and (
             self._accepted & ~self._offered or not self._accepted >> v.F_VERSION_1 & 1
         ):
-            value &= ~v.FEATURES_OK  # the driver looks whether it stays (3.1.1)
-            new &= ~v.FEATURES_OK
-        self._status |= value & ~v.NEEDS_RESET
-        if new & v.DRIVER_OK and self._status & v.FEATURES_OK:
+            new &= ~v.FEATURES_OK  # the driver looks whether it stays (3.1.1)
+        if new & v.DRIVER_OK and not (self._status | new) & v.FEATURES_OK:
+            new &= ~v.DRIVER_OK  # too early (3.1.1): nothing is agreed yet
+        self._status |= new & ~v.NEEDS_RESET
+        if new & v.DRIVER_OK:
             self._activate()
 
     def _activate(self) -> None:
@@ -250,7 +251,8 @@ class MmioTransport:
         generation = saved.number("generation", _LOW32)
         queues, device = saved.part("queues"), state.get("device")
         agreed = status & v.FEATURES_OK
-        if not isinstance(device, dict) or (agreed and accepted & ~self._offered):
+        wrong = accepted & ~self._offered if agreed else status & v.DRIVER_OK
+        if not isinstance(device, dict) or wrong:
             raise saved.error()
         with self._lock:
             self.reset()
