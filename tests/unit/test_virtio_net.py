@@ -12,6 +12,7 @@ from virtio_driver import F_ALL, Driver
 
 from vmexit.abi import virtio as v
 from vmexit.backends.passt import Passt
+from vmexit.backends.tap import Tap
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
@@ -449,11 +450,19 @@ def test_interfaces(text, expected):
         "user,mtu=70000", "user,mac=01:00:00:00:00:00", "user,mac=52:54",
         "tap=t0,address=10.0.0.1/99",
         "user,mac=00:00:00:00:00:00", "user,bps=-1", "user,pps=x", "user,mac=1,mac=2",
+        "tap=\udcff", "tap=a\nb", "user,mac=\n", "user,address=\n",
     ],
 )  # fmt: skip
 def test_what_is_no_interface(text):
-    with pytest.raises(ConfigError, match=r"; use |; leave"):
+    with pytest.raises(ConfigError, match=r"; use |; leave") as caught:
         NetOptions.parse(text)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a%d", "a b", "a/b", "a:1", "a\udcff", "a" * 16, ""])
+def test_what_is_no_name_of_a_tap(name):
+    with pytest.raises(ConfigError, match="is no name of an interface; use"):
+        Tap(name, EventLoop(print))
 
 
 def test_different_interfaces_have_different_addresses():

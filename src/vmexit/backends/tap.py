@@ -16,6 +16,8 @@ _TUN = "/dev/net/tun"
 _LARGEST = v.NET_HEADER_SIZE + 14 + (1 << 16)
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
+_NOT = frozenset(" /:%")  # what the kernel has in no name, or in a pattern of one
+
 _OFFLOADS = {
     v.NET_F_GUEST_CSUM: tun.TUN_F_CSUM,
     v.NET_F_GUEST_TSO4: tun.TUN_F_TSO4,
@@ -46,7 +48,8 @@ class Tap:
 
         Raises ConfigError, HostError.
         """
-        if not name or len(name.encode()) >= tun.IFNAMSIZ or "/" in name or "\0" in name:
+        # The kernel would make a number of %d, and tell only by its answer.
+        if not name.isprintable() or not 0 < len(name.encode()) < tun.IFNAMSIZ or set(name) & _NOT:
             raise ConfigError(f"{quoted(name)} is no name of an interface; use tap=tap0")
         self._loop = loop
         self.gone = False

@@ -46,11 +46,13 @@ class RingMemory:
         """For so many rings; `gpa` is where the other side shall think that it is."""
         self.gpa = gpa
         self.size = count * _RING_SIZE
+        self.fd = -1
         try:
             self.fd = os.memfd_create("vmexit-rings", os.MFD_CLOEXEC)
             os.ftruncate(self.fd, self.size)
             self._pages = mmap.mmap(self.fd, self.size)
         except OSError as error:
+            self.close()
             raise HostError(f"cannot make rings: {error.strerror}; free memory") from error
         self.hva = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self._view = memoryview(self._pages)
@@ -62,7 +64,9 @@ class RingMemory:
 
     def close(self) -> None:
         """Nobody uses the rings any more."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class DriverRing:
