@@ -248,6 +248,19 @@ def test_nobody_is_held_up_by_a_driver_that_always_has_more(memory):
     assert ring.done() == []
 
 
+def test_nobody_is_held_up_for_long_by_large_requests():
+    memory, part = GuestMemory([(0, 128 << 20)]), 100 << 20
+    driver = Driver(Rng(), memory)
+    driver.start()
+    ring = driver.rings[0]
+    ring.offer(*[ring.chain([(0x10_0000, part)], [(BUFFERS, 1)])] * 5)
+    driver.kick()
+    assert len(ring.done()) == 3  # 300 MiB
+    driver.clock.fire()
+    assert len(ring.done()) == 2
+    memory.close()
+
+
 def test_a_rom_is_not_written(memory):
     memory.add_rom(0x10_0000, b"ROM" * 1000)
     driver = Driver(Echo(), memory)
@@ -485,3 +498,13 @@ def test_a_limit_holds_back_until_there_is_more(memory):
     assert len(ring.done()) == 1
     driver.clock.advance(1_000_000_000)
     assert len(ring.done()) == 2
+
+
+def test_nothing_is_done_or_told_after_the_end(driver):
+    """The controller is gone by then, and its eventfd may be another file."""
+    driver.start()
+    driver.registers.close()
+    driver.registers.config_changed()
+    called = []
+    driver.registers.enter(lambda: called.append(1))
+    assert driver.lines.edges == 0 and called == []

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
 
@@ -469,3 +470,24 @@ def test_different_interfaces_have_different_addresses():
     names = ["user", "tap=a", "tap=b"]
     assert len({NetOptions.parse(name).mac for name in names}) == 3
     assert NetOptions.parse("user", 0).mac != NetOptions.parse("user", 1).mac
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a tap interface needs root")
+def test_a_tap_that_was_deleted_is_a_cable_pulled_out(memory):
+    if not os.path.exists("/dev/net/tun"):
+        pytest.skip("there is no /dev/net/tun")
+    gone = threading.Event()
+    failures: list[BaseException] = []
+    loop = EventLoop(failures.append)
+    tap = Tap("vmexit-gone", loop)
+    driver = Driver(Net(tap, MAC), memory)
+    driver.start()
+    before = driver.registers.config_changed
+    driver.registers.config_changed = lambda: (before(), gone.set())
+    subprocess.run(["ip", "link", "del", "vmexit-gone"], check=True)
+    assert gone.wait(20)
+    driver.start()
+    driver.set(v.MMIO_STATUS, 0)
+    loop.close()
+    tap.close()
+    assert failures == []

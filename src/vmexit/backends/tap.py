@@ -4,6 +4,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fcntl import ioctl
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Tap:
             ioctl(self._fd, tun.TUNSETIFF, tun.ifreq.pack(name.encode(), flags))
             ioctl(self._fd, tun.TUNSETVNETHDRSZ, struct.pack("i", v.NET_HEADER_SIZE))
             self._write_fd = os.dup(self._fd)
-            self.set_offloads(0)
+            self._set_offloads(0)
             if not there or mtu or address or bridge:
                 _configure(name, mtu, address, bridge)
             self.mtu = int(Path("/sys/class/net", name, "mtu").read_text())
@@ -74,6 +75,10 @@ class Tap:
             raise
 
     def set_offloads(self, features: int) -> None:
+        with suppress(OSError):  # the interface was deleted, which receive() tells
+            self._set_offloads(features)
+
+    def _set_offloads(self, features: int) -> None:
         flags = sum(flag for bit, flag in _OFFLOADS.items() if features >> bit & 1)
         if not flags & tun.TUN_F_CSUM:  # without which the others make no sense
             flags = 0

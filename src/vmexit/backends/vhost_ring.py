@@ -19,6 +19,7 @@ from vmexit.abi.virtio import (
     USED_F_NO_NOTIFY,
 )
 from vmexit.core.errors import HostError
+from vmexit.core.memory import MEMFD_FLAGS, set_size
 
 Segment = tuple[int, int, bool]
 """GPA, size, and whether the other side writes to it."""
@@ -48,8 +49,8 @@ class RingMemory:
         self.size = count * _RING_SIZE
         self.fd = -1
         try:
-            self.fd = os.memfd_create("vmexit-rings", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, self.size)
+            self.fd = os.memfd_create("vmexit-rings", MEMFD_FLAGS)
+            set_size(self.fd, self.size)
             self._pages = mmap.mmap(self.fd, self.size)
         except OSError as error:
             self.close()

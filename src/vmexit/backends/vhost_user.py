@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from vmexit.abi import vhost_user as u
@@ -249,7 +250,8 @@ class VhostUser:
     def kick(self, index: int) -> None:
         """Tell the other side of what was added."""
         if index in self._rings and self._rings[index].wants_kick():
-            os.eventfd_write(self._kicks[index], 1)
+            with suppress(BlockingIOError):  # it is told already, or has filled it by itself
+                os.eventfd_write(self._kicks[index], 1)
 
     def done(self, index: int) -> list[tuple[int, int]]:
         """What was done since: numbers, and bytes written. Raises HostError."""
@@ -262,7 +264,8 @@ class VhostUser:
         """Call `function` once, from the event loop, when something is done."""
 
         def called() -> None:
-            os.eventfd_read(self._calls[index])
+            with suppress(BlockingIOError):  # the other side has it, too, and may read it
+                os.eventfd_read(self._calls[index])
             function()
 
         self._loop.watch(self._calls[index], called)

@@ -3,6 +3,7 @@
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmexit.abi import virtio as v
@@ -73,6 +74,7 @@ class VirtioSlots:
                 self._notifier.assign_ioeventfd(gpa + v.MMIO_QUEUE_NOTIFY, 4, index, eventfd)
                 _Kick(loop, eventfd, transport, index).watch()
             self._on_close(loop.close)  # before the eventfds
+        self._on_close(transport.close)
         self._transports.append(transport)
         return transport
 
@@ -90,7 +92,7 @@ class VirtioSlots:
             raise HostError(
                 f"cannot make an eventfd: {error.strerror}; raise the limit (ulimit -n)"
             ) from error
-        self._on_close(lambda: os.close(eventfd))
+        self._on_close(partial(os.close, eventfd))
         return eventfd
 
     def running(self, runs: bool) -> None:

@@ -48,7 +48,7 @@ class MmioTransport:
             for index, size in enumerate(device.queue_sizes)
         ]
         self._notify = [partial(device.notify, i) for i in range(len(self._queues))]
-        self._held = False
+        self._held = self._closed = False
         self._waiting: dict[Callable[[], None], None] = {}  # in this order, each once
         self._generation = 0
         self._clear()
@@ -86,7 +86,8 @@ class MmioTransport:
 
     def _raise(self, why: int) -> None:
         self._interrupts |= why
-        self._irq.pulse()
+        if not self._closed:
+            self._irq.pulse()
 
     def _break(self) -> None:
         """The driver has broken the rules: only a reset helps (2.1.2)."""
@@ -226,6 +227,12 @@ class MmioTransport:
             waiting, self._waiting = self._waiting, {}
             for function in waiting:
                 self.enter(function)
+
+    def close(self) -> None:
+        """The machine ends: who still holds the device does nothing to it any more."""
+        with self._lock:
+            self._held = self._closed = True
+            self._waiting.clear()
 
     # State.
 

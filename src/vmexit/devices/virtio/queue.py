@@ -30,6 +30,7 @@ _RING = 4  # offset of the entries in either ring: behind flags and index
 # A driver makes no chain longer than the queue (2.7.5.3.1); an indirect table may have more room.
 MOST_SEGMENTS = 1024
 """Parts of a chain at most."""
+_MOST_AT_ONCE = 256 << 20  # bytes, though one request may have more
 _MASK16 = 0xFFFF
 _MASK32 = 0xFFFF_FFFF
 
@@ -164,16 +165,23 @@ class Queue:
         """Do what there is to do, and tell the driver; `do` returns how many bytes it has written.
 
         Before each request `may` is asked whether there is room for what comes of it.
-        No more at a time than the queue holds: a guest that asks for more all the time would hold
-        up for ever who looks. Raises QueueError.
+        No more at a time than the queue holds, nor all too many bytes: a guest that asks for more
+        all the time would hold up for ever who looks, and for long who wants to pause it. Raises
+        QueueError.
         """
+        left = _MOST_AT_ONCE
         for _ in range(self.size):
+            if left <= 0:
+                self._again(None)
+                break
             if not may() or self.must_wait():
                 break
             chain = self.pop()
             if chain is None:
                 break
-            self.count(chain.size())
+            size = chain.size()
+            self.count(size)
+            left -= size
             self.push(chain, do(chain))
         else:
             self._again(None)
