@@ -158,3 +158,19 @@ def test_what_waits_for_a_held_device_does_not_grow_with_each_connection(rig):
         rig.back_end.hang_up()
         assert rig.asked_again.acquire(timeout=SOON)
     assert len(rig.driver.registers._waiting) == 1
+
+
+def test_the_loop_does_not_wait_for_an_answer_that_another_thread_has_taken(rig):
+    """It was told of the answer, and is late."""
+    rig.backend._ended()
+    rig.driver.start(size=256)
+    rig.backend._ended()
+    rig.ask(1)
+    rig.use((SLOTS - 1, 0))
+    assert rig.done(1) and rig.backend.connected and len(rig.back_ends) == 1
+
+
+def test_a_back_end_that_says_what_nobody_has_asked_for_is_left(rig):
+    rig.back_end.connection.send(b"hello")
+    assert rig.asked_again.acquire(timeout=SOON)
+    assert len(rig.back_ends) == 2 and not rig.failures
