@@ -24,9 +24,9 @@ def folder(tmp_path):
 
 
 def test_options():
-    assert Share.parse("src=/a/b") == ("src", "/a/b", False)
-    assert Share.parse("s,,t=a=b,,c,readonly=on") == ("s,t", "a=b,c", True)
-    assert Share.parse("x=.,readonly=off") == ("x", ".", False)
+    assert Share.parse("src=/a/b") == Share("src", "/a/b", readonly=False)
+    assert Share.parse("s,,t=a=b,,c,readonly=on") == Share("s,t", "a=b,c", readonly=True)
+    assert Share.parse("x=.,readonly=off") == Share("x", ".", readonly=False)
 
 
 @pytest.mark.parametrize(
