@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vmexit.abi.virtio import (
     DESC_F_INDIRECT,
@@ -62,6 +63,9 @@ class RingMemory:
 
     def close(self) -> None:
         """Nobody uses the rings any more."""
+        self._view.release()
+        with suppress(BufferError):  # a ring is still held: the last one to go unmaps them
+            self._pages.close()
         os.close(self.fd)
 
 
