@@ -96,14 +96,20 @@ def against_qemu(accel: str, theirs: str, rounds: int) -> Iterator[Row]:
         )
 
 
-def _files(folder: Path) -> Fetched:
-    """Debian's kernel, and its RAM disk with our program in it."""
+def prepare() -> tuple[Fetched, Path]:
+    """Debian's kernel and RAM disk, and our program for a guest. Raises Unavailable."""
     try:
         fetched = fetch("cloud-amd64", ("virtio_blk", "virtio_net"), lambda what, done: None)
     except VmexitError as error:
         raise Unavailable(str(error)) from error
+    return fetched, program("virtio_guest", "-static")
+
+
+def _files(folder: Path) -> Fetched:
+    """The kernel, and its RAM disk with our program in it."""
+    fetched, bench = prepare()
     ours = [
-        cpio.executable("root/bench", program("virtio_guest", "-static").read_bytes()),
+        cpio.executable("root/bench", bench.read_bytes()),
         cpio.file("etc/shrc", _SCRIPT),
     ]
     initrd = folder / "initrd"
