@@ -87,7 +87,7 @@ def rows(rounds: int) -> Iterator[Row]:
         side.boot()  # for what the lab has not read yet from outside, and byte code
     for log, append in _LOGS.items():
         yield from attempt(f"lab {log}", _compare(log, _sides(files, append), rounds))
-    yield from attempt("virtio kvm", virtio.against_qemu("kvm", "kvm", rounds))
+    yield from attempt("virtio kvm", virtio.against_qemu("kvm", "kvm", rounds, 400))
 
 
 def _sides(files: Fetched, append: str) -> tuple[Side, Side]:
