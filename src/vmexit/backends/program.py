@@ -64,7 +64,7 @@ class Program:
             )
         except OSError as error:
             self.close()
-            raise HostError(f"cannot start {name}: {error.strerror}; free memory") from error
+            raise HostError(f"cannot start {name}: {error.strerror or error}; see TMPDIR") from error
         finally:
             self._server.close()
 
