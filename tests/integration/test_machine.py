@@ -12,6 +12,7 @@ from vmexit import (
     ExitStats,
     GuestAddressError,
     GuestCrash,
+    HostError,
     ImageError,
     JsonTrace,
     Machine,
@@ -19,6 +20,7 @@ from vmexit import (
     StopReason,
     VmexitError,
 )
+from vmexit.abi import virtio as v
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
@@ -457,3 +459,27 @@ def test_the_time_stamp_counter_of_the_software_cpu_begins_at_0():
         vm.run(timeout=60)
         # Less than a minute of any processor, where the host's has counted since it was started.
         assert 0 < vm.vcpus[0].regs.rax < 60 * 10_000_000_000
+
+
+def test_a_device_is_held_and_told_although_another_one_fails_at_the_end_of_a_run(accel, tmp_path):
+    """What the guest puts out cannot be written: the devices behind the serial port are told."""
+    text = b"\xba\xf8\x03\xb0\x41\xee\xeb\xfe"  # mov dx, 0x3f8; mov al, 'A'; out dx, al; jmp $
+    with Machine(
+        memory="2M", accel=accel, machine="microvm", serial="file:/dev/full", rng=True
+    ) as vm:
+        vm.load_bytes(text, at=0x1000)
+        with pytest.raises(HostError, match="No space left on device"):
+            vm.run(timeout=1)
+        assert vm._parts.devices["rng"]._held
+
+
+def test_a_balloon_that_outlives_its_machine(accel):
+    with Machine(memory="2M", accel=accel, machine="microvm", balloon=0) as vm:
+        balloon = vm.balloon
+        registers = vm._parts.devices["balloon"]
+        registers.write(v.MMIO_DRIVER_FEATURES_SEL, 4, 1)
+        registers.write(v.MMIO_DRIVER_FEATURES, 4, 1)
+        registers.write(v.MMIO_STATUS, 4, v.FEATURES_OK | v.DRIVER_OK)
+        assert registers.read(v.MMIO_STATUS, 4) & v.DRIVER_OK
+    balloon.set_target(4096)
+    balloon.ask_for_statistics()

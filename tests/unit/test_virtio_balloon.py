@@ -113,6 +113,8 @@ def test_a_target_changes_the_configuration(driver):
     driver.set(v.MMIO_CONFIG, 5)  # only the driver's own word can be written
     driver.set(v.MMIO_CONFIG + 4, 100)
     assert (device.target, device.actual) == (64 << 20, 100 * 4096)
+    with pytest.raises(ConfigError, match="use 0 or more"):
+        device.set_target(-1)
     state = driver.registers.state()
     other = Driver(Balloon(driver.memory), driver.memory)
     other.registers.restore(state)

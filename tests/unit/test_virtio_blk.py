@@ -116,6 +116,25 @@ def test_a_request_that_names_the_same_memory_again_and_again_has_a_limit(memory
     disk.close()
 
 
+def test_a_request_of_more_bytes_than_a_length_can_say(image):
+    memory, table, part = GuestMemory([(0, 128 << 20)]), 0x7_0000, 120 << 20
+    disk = Disk(str(image))
+    driver = Driver(Blk(disk), memory)
+    driver.start()
+    memory.write(HEADER, struct.pack("<IIQ", v.BLK_T_IN, 0, 0))
+    ring = driver.rings[0]
+    direct, ring.desc = ring.desc, table
+    ring.chain([(HEADER, 16)], [(0x10_0000, part)] * 40)
+    ring.desc = direct
+    ring.describe(0, table, 16 * 41, v.DESC_F_INDIRECT)
+    ring.offer(0)
+    driver.kick()
+    assert ring.done() == [(0, 0xFFFF_FFFF)]
+    assert memory.read_u8(0x10_0000 + part - 1) == v.BLK_S_IOERR
+    disk.close()
+    memory.close()
+
+
 def test_the_serial_number(driver, memory):
     assert request(driver, v.BLK_T_GET_ID, 0, into=[(DATA, 20)]) == v.BLK_S_OK
     assert memory.read(DATA, 20) == b"serial number 1\0\0\0\0\0"
@@ -309,6 +328,7 @@ def test_drives(text, drive):
         "readonly=on",
         "file=a,",
         "file=a,file=a",
+        "file=a,serial=\udcff",
         "file=a,format=qcow3",
         "file=a.qcow2,serial=1",
         "vhost-user:",

@@ -1,5 +1,6 @@
 """The registers of a virtio device over MMIO, and its queues, as a driver sees them."""
 
+import struct
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ from vmexit.abi import virtio as v
 from vmexit.core.errors import ConfigError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.rate import Limit
-from vmexit.devices.virtio.queue import Chain, Queue
+from vmexit.devices.virtio.queue import MOST_SEGMENTS, Chain, Queue
 from vmexit.devices.virtio.rng import Rng
 
 MEMORY = 1 << 20
@@ -247,6 +248,19 @@ def test_nobody_is_held_up_by_a_driver_that_always_has_more(memory):
     assert ring.done() == []
 
 
+def test_nobody_is_held_up_for_long_by_large_requests():
+    memory, part = GuestMemory([(0, 128 << 20)]), 100 << 20
+    driver = Driver(Rng(), memory)
+    driver.start()
+    ring = driver.rings[0]
+    ring.offer(*[ring.chain([(0x10_0000, part)], [(BUFFERS, 1)])] * 5)
+    driver.kick()
+    assert len(ring.done()) == 3  # 300 MiB
+    driver.clock.fire()
+    assert len(ring.done()) == 2
+    memory.close()
+
+
 def test_a_rom_is_not_written(memory):
     memory.add_rom(0x10_0000, b"ROM" * 1000)
     driver = Driver(Echo(), memory)
@@ -311,6 +325,36 @@ def test_a_kick_out_of_turn_does_nothing(driver):
     assert not driver.broken and driver.rings[0].done() == []
 
 
+def test_a_driver_cannot_be_ready_before_it_has_agreed(driver):
+    driver.set(v.MMIO_DRIVER_FEATURES_SEL, 1)
+    driver.set(v.MMIO_DRIVER_FEATURES, 1)
+    driver.set(v.MMIO_STATUS, v.DRIVER_OK)
+    driver.kick()
+    driver.set(v.MMIO_STATUS, v.FEATURES_OK)
+    driver.kick()
+    assert driver.get(v.MMIO_STATUS) == v.FEATURES_OK
+    driver.set(v.MMIO_STATUS, v.DRIVER_OK)
+    driver.kick()
+    assert driver.get(v.MMIO_STATUS) == v.FEATURES_OK | v.DRIVER_OK
+
+
+def test_a_chain_has_a_limit_over_both_of_its_tables(driver):
+    """Direct descriptors, and then an indirect table that has as many as there may be."""
+    driver.start()
+    ring, memory = driver.rings[0], driver.memory
+    table, most = 0x7_0000, MOST_SEGMENTS
+    parts = [struct.pack("<QIHH", BUFFERS, 16, v.DESC_F_NEXT, i + 1) for i in range(most - 1)]
+    memory.write(table, b"".join(parts) + struct.pack("<QIHH", BUFFERS, 16, v.DESC_F_WRITE, 0))
+    ring.describe(1, table, 16 * most, v.DESC_F_INDIRECT)
+    ring.offer(1)
+    driver.kick()
+    assert ring.done() == [(1, 16)]
+    ring.describe(0, BUFFERS, 16, v.DESC_F_NEXT, 1)
+    ring.offer(0)
+    driver.kick()
+    assert driver.broken and ring.done() == []
+
+
 def test_the_parts_of_a_ready_queue_stay(driver):
     driver.start()
     driver.set(v.MMIO_QUEUE_SEL, 0)
@@ -347,6 +391,7 @@ def test_state_goes_on_in_another_device(driver, memory):
     [
         {"version": 2},
         {"accepted": F_ALL},
+        {"status": v.DRIVER_OK},
         {"interrupts": 4},
         {"queues": {}},
         {"device": None},
@@ -453,3 +498,13 @@ def test_a_limit_holds_back_until_there_is_more(memory):
     assert len(ring.done()) == 1
     driver.clock.advance(1_000_000_000)
     assert len(ring.done()) == 2
+
+
+def test_nothing_is_done_or_told_after_the_end(driver):
+    """The controller is gone by then, and its eventfd may be another file."""
+    driver.start()
+    driver.registers.close()
+    driver.registers.config_changed()
+    called = []
+    driver.registers.enter(lambda: called.append(1))
+    assert driver.lines.edges == 0 and called == []

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from virtio_driver import F_ALL, Driver
 
 from vmexit.abi import virtio as v
 from vmexit.backends.passt import Passt
+from vmexit.backends.tap import Tap
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
@@ -449,14 +451,43 @@ def test_interfaces(text, expected):
         "user,mtu=70000", "user,mac=01:00:00:00:00:00", "user,mac=52:54",
         "tap=t0,address=10.0.0.1/99",
         "user,mac=00:00:00:00:00:00", "user,bps=-1", "user,pps=x", "user,mac=1,mac=2",
+        "tap=\udcff", "tap=a\nb", "user,mac=\n", "user,address=\n",
     ],
 )  # fmt: skip
 def test_what_is_no_interface(text):
-    with pytest.raises(ConfigError, match=r"; use |; leave"):
+    with pytest.raises(ConfigError, match=r"; use |; leave") as caught:
         NetOptions.parse(text)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a%d", "a b", "a/b", "a:1", "a\udcff", "a" * 16, ""])
+def test_what_is_no_name_of_a_tap(name):
+    with pytest.raises(ConfigError, match="is no name of an interface; use"):
+        Tap(name, EventLoop(print))
 
 
 def test_different_interfaces_have_different_addresses():
     names = ["user", "tap=a", "tap=b"]
     assert len({NetOptions.parse(name).mac for name in names}) == 3
     assert NetOptions.parse("user", 0).mac != NetOptions.parse("user", 1).mac
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a tap interface needs root")
+def test_a_tap_that_was_deleted_is_a_cable_pulled_out(memory):
+    if not os.path.exists("/dev/net/tun"):
+        pytest.skip("there is no /dev/net/tun")
+    gone = threading.Event()
+    failures: list[BaseException] = []
+    loop = EventLoop(failures.append)
+    tap = Tap("vmexit-gone", loop)
+    driver = Driver(Net(tap, MAC), memory)
+    driver.start()
+    before = driver.registers.config_changed
+    driver.registers.config_changed = lambda: (before(), gone.set())
+    subprocess.run(["ip", "link", "del", "vmexit-gone"], check=True)
+    assert gone.wait(20)
+    driver.start()
+    driver.set(v.MMIO_STATUS, 0)
+    loop.close()
+    tap.close()
+    assert failures == []

@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from shutil import which
 
 from vmexit.core.errors import ConfigError, HostError
@@ -45,30 +45,39 @@ class Passt:
         self._unsent = b""
         self._buffer = bytearray(_BUFFER)
         self._start = self._end = 0
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._writer = self._socket.dup()
-        command = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+        command = [program, "--foreground", "--quiet"]
         command += ["--address", ADDRESS, "--netmask", NETMASK, "--gateway", GATEWAY]
         command += ["--mtu", str(mtu), *forwards]
-        with theirs:
-            try:
-                self._process = subprocess.Popen(  # noqa: S603 - found in PATH
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    pass_fds=[theirs.fileno()],
-                    process_group=0,  # a Ctrl-C is for us, who end it
-                )
-            except OSError as error:
-                self._close_sockets()
-                raise HostError(f"cannot start passt: {error.strerror}; see {program}") from error
-        self._socket.setblocking(False)
+        self._start_process(command)
         try:
             self._await_start(mac)
         except BaseException:
             self.close()
             raise
+
+    def _start_process(self, command: list[str]) -> None:
+        """With a socket between us. Raises HostError."""
+        with ExitStack() as stack:
+            try:
+                self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                stack.enter_context(self._socket)
+                with theirs:
+                    self._writer = stack.enter_context(self._socket.dup())
+                    fd = theirs.fileno()
+                    self._process = subprocess.Popen(  # noqa: S603 - found in PATH
+                        [*command, "--fd", str(fd)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        pass_fds=[fd],
+                        process_group=0,  # a Ctrl-C is for us, who end it
+                    )
+            except OSError as error:
+                raise HostError(
+                    f"cannot start passt: {error.strerror}; see {command[0]}, and ulimit -n"
+                ) from error
+            stack.pop_all()
+        self._socket.setblocking(False)
 
     def _await_start(self, mac: bytes) -> None:
         """Ask who the gateway is: passt answers when it is ready. Raises ConfigError."""

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from vmexit.backends.wait import reason
 from vmexit.core.errors import HostError
 
 _PATIENCE = 10.0  # seconds for one to end in order
@@ -31,7 +32,7 @@ def connect_to(path: str) -> socket.socket:
         connection.connect(path)
     except (OSError, ValueError) as error:  # the latter for a NUL in it
         connection.close()
-        raise OSError(getattr(error, "errno", 0), str(error)) from error
+        raise OSError(getattr(error, "errno", 0), reason(error)) from error
     return connection
 
 
@@ -64,7 +65,8 @@ class Program:
             )
         except OSError as error:
             self.close()
-            raise HostError(f"cannot start {name}: {error.strerror or error}; see TMPDIR") from error
+            why = error.strerror or error
+            raise HostError(f"cannot start {name}: {why}; see TMPDIR") from error
         finally:
             self._server.close()
 

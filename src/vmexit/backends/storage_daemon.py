@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from shutil import which
 
 from vmexit.backends.program import Program
-from vmexit.core.errors import HostError
+from vmexit.core.errors import HostError, shown
 
 FORMATS = ("qcow2", "vmdk", "vhdx", "vpc", "vdi", "qed", "luks")
 _NAME = "qemu-storage-daemon"
@@ -31,4 +31,4 @@ def serve_image(path: str, kind: str, *, readonly: bool, direct: bool, queues: i
         }  # fmt: skip
         return [program, "--blockdev", json.dumps(image), "--export", json.dumps(export)]
 
-    return Program(f"{_NAME} for {path}", command)
+    return Program(f"{_NAME} for {shown(path)}", command)

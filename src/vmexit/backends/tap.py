@@ -4,6 +4,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fcntl import ioctl
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from vmexit.core.loop import EventLoop
 _TUN = "/dev/net/tun"
 _LARGEST = v.NET_HEADER_SIZE + 14 + (1 << 16)
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+_NOT = frozenset(" /:%")  # what the kernel has in no name, or in a pattern of one
 
 _OFFLOADS = {
     v.NET_F_GUEST_CSUM: tun.TUN_F_CSUM,
@@ -46,7 +49,8 @@ class Tap:
 
         Raises ConfigError, HostError.
         """
-        if not name or len(name.encode()) >= tun.IFNAMSIZ or "/" in name or "\0" in name:
+        # The kernel would make a number of %d, and tell only by its answer.
+        if not name.isprintable() or not 0 < len(name.encode()) < tun.IFNAMSIZ or set(name) & _NOT:
             raise ConfigError(f"{quoted(name)} is no name of an interface; use tap=tap0")
         self._loop = loop
         self.gone = False
@@ -59,7 +63,7 @@ class Tap:
             ioctl(self._fd, tun.TUNSETIFF, tun.ifreq.pack(name.encode(), flags))
             ioctl(self._fd, tun.TUNSETVNETHDRSZ, struct.pack("i", v.NET_HEADER_SIZE))
             self._write_fd = os.dup(self._fd)
-            self.set_offloads(0)
+            self._set_offloads(0)
             if not there or mtu or address or bridge:
                 _configure(name, mtu, address, bridge)
             self.mtu = int(Path("/sys/class/net", name, "mtu").read_text())
@@ -71,6 +75,10 @@ class Tap:
             raise
 
     def set_offloads(self, features: int) -> None:
+        with suppress(OSError):  # the interface was deleted, which receive() tells
+            self._set_offloads(features)
+
+    def _set_offloads(self, features: int) -> None:
         flags = sum(flag for bit, flag in _OFFLOADS.items() if features >> bit & 1)
         if not flags & tun.TUN_F_CSUM:  # without which the others make no sense
             flags = 0

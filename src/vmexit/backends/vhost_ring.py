@@ -20,6 +20,7 @@ from vmexit.abi.virtio import (
     USED_F_NO_NOTIFY,
 )
 from vmexit.core.errors import HostError
+from vmexit.core.memory import MEMFD_FLAGS, set_size
 
 Segment = tuple[int, int, bool]
 """GPA, size, and whether the other side writes to it."""
@@ -47,14 +48,18 @@ class RingMemory:
         """For so many rings; `gpa` is where the other side shall think that it is."""
         self.gpa = gpa
         self.size = count * _RING_SIZE
+        self.fd = -1
+        self._view = memoryview(b"")
+        self._pages: mmap.mmap | None = None
         try:
-            self.fd = os.memfd_create("vmexit-rings", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, self.size)
-            self._pages = mmap.mmap(self.fd, self.size)
+            self.fd = os.memfd_create("vmexit-rings", MEMFD_FLAGS)
+            set_size(self.fd, self.size)
+            self._pages = pages = mmap.mmap(self.fd, self.size)
         except OSError as error:
+            self.close()
             raise HostError(f"cannot make rings: {error.strerror}; free memory") from error
-        self.hva = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
-        self._view = memoryview(self._pages)
+        self.hva = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self._view = memoryview(pages)
 
     def ring(self, index: int) -> "DriverRing":
         """The ring with this number, empty."""
@@ -64,9 +69,12 @@ class RingMemory:
     def close(self) -> None:
         """Nobody uses the rings any more."""
         self._view.release()
-        with suppress(BufferError):  # a ring is still held: the last one to go unmaps them
-            self._pages.close()
-        os.close(self.fd)
+        if self._pages is not None:
+            with suppress(BufferError):  # a ring is still held: the last one to go unmaps them
+                self._pages.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class DriverRing:

@@ -6,19 +6,23 @@ tell by.
 
 import array
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from vmexit.abi import vhost_user as u
 from vmexit.abi.virtio import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from vmexit.backends.vhost_ring import DriverRing, RingMemory, Segment
+from vmexit.backends.wait import ready
 from vmexit.core.errors import HostError
 from vmexit.core.loop import EventLoop
 
 _PATIENCE = 10.0  # seconds for an answer
 _LONGEST = 4096  # bytes of an answer
+_LATER = 1_000_000  # nanoseconds until the connection is looked at again
 _PROTOCOL = 1 << u.PROTOCOL_F_MQ | 1 << u.PROTOCOL_F_REPLY_ACK | 1 << u.PROTOCOL_F_CONFIG
 
 Connect = Callable[[], socket.socket]
@@ -124,21 +128,20 @@ class VhostUser:
             self._loop.watch(self._socket.fileno(), self._ended)
 
     def _ended(self) -> None:
-        """It says something without being asked: that it ends."""
-        if self._socket is None:
+        """It says something, on the loop's thread, which must not wait for what it says."""
+        if not self._lock.acquire(blocking=False):  # an answer, for who has asked
+            self._loop.timer(self._watch).set(self._loop.now() + _LATER)
             return
         try:
-            said = self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            self._watch()  # an answer, which another thread has taken
-            return
-        except OSError:
-            said = b""
-        if said:  # an answer that another thread is about to take
-            self._loop.timer(self._watch).set(self._loop.now() + 1_000_000)
-        else:
-            self._drop()
-            self._when_gone()
+            if self._socket is None:
+                return
+            if not ready(self._socket.fileno(), select.POLLIN):  # it was taken
+                self._watch()
+                return
+            self._drop()  # the end, or what nobody has asked for
+        finally:
+            self._lock.release()
+        self._when_gone()
 
     def _drop(self) -> None:
         connection, self._socket = self._socket, None
@@ -255,7 +258,8 @@ class VhostUser:
     def kick(self, index: int) -> None:
         """Tell the other side of what was added."""
         if index in self._rings and self._rings[index].wants_kick():
-            os.eventfd_write(self._kicks[index], 1)
+            with suppress(BlockingIOError):  # it is told already, or has filled it by itself
+                os.eventfd_write(self._kicks[index], 1)
 
     def done(self, index: int) -> list[tuple[int, int]]:
         """What was done since: numbers, and bytes written. Raises HostError."""
@@ -268,7 +272,8 @@ class VhostUser:
         """Call `function` once, from the event loop, when something is done."""
 
         def called() -> None:
-            os.eventfd_read(self._calls[index])
+            with suppress(BlockingIOError):  # the other side has it, too, and may read it
+                os.eventfd_read(self._calls[index])
             function()
 
         self._loop.watch(self._calls[index], called)

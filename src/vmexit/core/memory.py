@@ -5,6 +5,7 @@ pages. A region is a contiguous range of GPAs over a contiguous range of host vi
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import struct
@@ -18,6 +19,18 @@ from vmexit.core.holes import punch_hole
 PAGE_SIZE = 4096
 
 _U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
+
+
+MEMFD_FLAGS = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+
+
+def set_size(memfd: int, size: int) -> None:
+    """Give a new memfd its size for good. Raises OSError, OverflowError.
+
+    Who else has it cannot take pages from under our mapping, which would be a SIGBUS.
+    """
+    os.ftruncate(memfd, size)
+    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
 # Told of a range of GPAs: its start and size.
@@ -74,11 +87,11 @@ class GuestMemory:
         self._listeners: list[HostWrite] = []
         self._closed = False
         try:
-            self.fd = os.memfd_create("vmexit-ram", os.MFD_CLOEXEC)
+            self.fd = os.memfd_create("vmexit-ram", MEMFD_FLAGS)
         except OSError as error:
             raise HostError(f"cannot make guest memory: {error.strerror}; close files") from error
         try:
-            os.ftruncate(self.fd, sum(size for _, size in ranges))
+            set_size(self.fd, sum(size for _, size in ranges))
             offset = 0
             for gpa, size in ranges:
                 self._add(gpa, mmap.mmap(self.fd, size, offset=offset), readonly=False)

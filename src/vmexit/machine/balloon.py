@@ -22,7 +22,7 @@ class MemoryBalloon(Protocol):
         ...
 
     def set_target(self, size: int) -> None:
-        """Ask the guest for `size` bytes in all."""
+        """Ask the guest for `size` bytes in all. Raises ConfigError for less than none."""
         ...
 
     def ask_for_statistics(self) -> None:

@@ -1,6 +1,7 @@
 """The devices of a machine: which there are, and where the guest finds them."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from vmexit.arch.x86 import layout
@@ -55,9 +56,17 @@ class Board:
         self._when_running: list[Callable[[bool], None]] = []
 
     def running(self, runs: bool) -> None:
-        """To be called when a run begins, and when it has ended."""
-        for function in self._when_running:
-            function(runs)
+        """To be called when a run begins, and when it has ended.
+
+        At the end all are told, whatever one of them raises.
+        """
+        if runs:
+            for function in self._when_running:
+                function(True)
+            return
+        with ExitStack() as stack:
+            for function in reversed(self._when_running):  # the stack turns it round
+                stack.callback(function, False)
 
     def _port(self, name: str, port: int, size: int, device: Device, *, wide: bool = False) -> None:
         self._pio.attach(port, size, device, overhang=wide)

@@ -180,6 +180,10 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"rng takes True or False, not {quoted(self.rng)}; leave it out for no"
             )
+        if self.balloon is not None and not isinstance(self.balloon, int):
+            raise ConfigError(
+                f"balloon takes a number of bytes, not {quoted(self.balloon)}; use parse_size()"
+            )
         if self.vsock is not None and not isinstance(self.vsock, str):
             raise ConfigError(f"vsock takes a text, not {quoted(self.vsock)}; use path=PATH,cid=3")
 

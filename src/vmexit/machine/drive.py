@@ -69,6 +69,8 @@ class Drive(NamedTuple):
             iops=options.number("iops", 0, 0, _MOST_OPERATIONS),
             bps=options.size("bps"),
         )
+        if not drive.serial.isprintable():
+            raise ConfigError(f"{options.what} has a serial number that is no text; use serial=S1")
         if options.all("overlay") and not drive.overlay:
             raise ConfigError(f"{options.what} names no overlay; use overlay=PATH")
         if why := drive._conflict():

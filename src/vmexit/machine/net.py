@@ -5,7 +5,7 @@ import ipaddress
 import re
 from typing import NamedTuple
 
-from vmexit.core.errors import ConfigError, quoted
+from vmexit.core.errors import ConfigError, quoted, shown
 from vmexit.machine.options import Options
 
 _KEYS = ("hostfwd", "address", "bridge", "mac", "mtu", "bps", "pps")
@@ -30,14 +30,16 @@ class Forward(NamedTuple):
         """`tcp:127.0.0.1:8080-:80`. Raises ConfigError."""
         found = _FORWARD.fullmatch(text)
         if found is None or not all(0 < int(found[n]) < 1 << 16 for n in (3, 4)):
-            raise ConfigError(f"hostfwd={text[:60]} cannot be; use hostfwd=tcp:127.0.0.1:8080-:80")
+            raise ConfigError(
+                f"hostfwd={shown(text[:60])} cannot be; use hostfwd=tcp:127.0.0.1:8080-:80"
+            )
         address = found[2].removeprefix("[").removesuffix("]")
         try:
             address = str(ipaddress.ip_address(address)) if address else ""
         except ValueError as error:
             raise ConfigError(
-                f"hostfwd={text[:60]}: {quoted(address)} is no address; use one of this host, as "
-                "127.0.0.1"
+                f"hostfwd={shown(text[:60])}: {quoted(address)} is no address; use one of this "
+                "host, as 127.0.0.1"
             ) from error
         return cls(found[1] == "udp", address, int(found[3]), int(found[4]))
 
@@ -71,6 +73,8 @@ class NetOptions(NamedTuple):
             raise ConfigError(
                 f"{options.what} is neither user nor a tap; use --net user or --net tap=tap0"
             )
+        if not tap.isprintable():
+            raise ConfigError(f"{options.what} is no name of an interface; use --net tap=tap0")
         for key in _USER if kind == "tap" else _TAP:
             if options.all(key):
                 raise ConfigError(f"{options.what}: {key}= is not for {kind}; leave it out")
@@ -97,7 +101,9 @@ def _mac(options: Options, name: str) -> bytes:
     parts = re.fullmatch(r"([0-9a-fA-F]{2})" + r"[:-]([0-9a-fA-F]{2})" * 5, text)
     mac = bytes(int(part, 16) for part in parts.groups()) if parts is not None else b""
     if not any(mac) or mac[0] & 1:
-        raise ConfigError(f"mac={text[:40]} is no address of one host; use mac=52:54:00:12:34:56")
+        raise ConfigError(
+            f"mac={shown(text[:40])} is no address of one host; use mac=52:54:00:12:34:56"
+        )
     return mac
 
 
@@ -109,6 +115,6 @@ def _address(options: Options) -> str:
         found = ipaddress.ip_interface(text)
     except ValueError as error:
         raise ConfigError(
-            f"address={text[:40]} is no address with a length; use address=10.0.0.1/24"
+            f"address={shown(text[:40])} is no address with a length; use address=10.0.0.1/24"
         ) from error
     return f"{found.ip}/{found.network.prefixlen}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vmexit.core.errors import ConfigError, quoted
+from vmexit.core.errors import ConfigError, quoted, shown
 from vmexit.machine.config import parse_size
 
 _MAX_SIZE = 1 << 48
@@ -52,7 +52,7 @@ class Options:
         value = self.text(key, "off")
         if value not in _ON_OFF:
             raise ConfigError(
-                f"{key}={value} of {self.what} is neither on nor off; use one of these"
+                f"{key}={shown(value[:40])} of {self.what} is neither on nor off; use one of these"
             )
         return _ON_OFF[value]
 
@@ -62,7 +62,8 @@ class Options:
         if value.isdecimal() and len(value) < 20 and least <= int(value) <= most:
             return int(value)
         raise ConfigError(
-            f"{key}={value[:40]} of {self.what} cannot be; use a number from {least} to {most}"
+            f"{key}={shown(value[:40])} of {self.what} cannot be; use a number from {least} to "
+            f"{most}"
         )
 
     def size(self, key: str) -> int:

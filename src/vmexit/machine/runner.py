@@ -229,8 +229,8 @@ class Runner:
             self._caller = threading.get_ident()
             if self._closed:
                 raise VmexitError("this machine is closed; make a new one")
-            self._running(True)
             try:
+                self._running(True)
                 return self._run(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             finally:
                 self._running(False)

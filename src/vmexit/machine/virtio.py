@@ -3,13 +3,14 @@
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmexit.abi import virtio as v
 from vmexit.accel.base import Notifier
 from vmexit.arch.x86 import layout
 from vmexit.core.bus import Bus
-from vmexit.core.errors import HostError
+from vmexit.core.errors import HostError, shown
 from vmexit.core.irq import EdgeLine, EventfdLine, IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
@@ -73,6 +74,7 @@ class VirtioSlots:
                 self._notifier.assign_ioeventfd(gpa + v.MMIO_QUEUE_NOTIFY, 4, index, eventfd)
                 _Kick(loop, eventfd, transport, index).watch()
             self._on_close(loop.close)  # before the eventfds
+        self._on_close(transport.close)
         self._transports.append(transport)
         return transport
 
@@ -90,7 +92,7 @@ class VirtioSlots:
             raise HostError(
                 f"cannot make an eventfd: {error.strerror}; raise the limit (ulimit -n)"
             ) from error
-        self._on_close(lambda: os.close(eventfd))
+        self._on_close(partial(os.close, eventfd))
         return eventfd
 
     def running(self, runs: bool) -> None:
@@ -177,7 +179,7 @@ class VirtioParts:
             from vmexit.backends.program import connect_to
 
             return self._vhost_disk(
-                f"the vhost-user back end at {drive.socket}",
+                f"the vhost-user back end at {shown(drive.socket)}",
                 lambda: connect_to(drive.socket),
                 drive,
                 limit,
@@ -197,7 +199,8 @@ class VirtioParts:
                 return self._vhost_disk(program.name, program.connect, drive, limit)
             except HostError as error:
                 raise HostError(
-                    f"cannot use the disk {drive.file}: {program.complaint()}; see its format"
+                    f"cannot use the disk {shown(drive.file)}: {program.complaint()}; see its "
+                    "format"
                 ) from error
         from vmexit.devices.virtio.blk import Blk
 
@@ -280,7 +283,8 @@ class VirtioParts:
             backend = self._vhost(program.name, program.connect, len(sizes))
         except HostError as error:
             raise HostError(
-                f"cannot share {share.folder}: {program.complaint()}; see virtiofsd's own options"
+                f"cannot share {shown(share.folder)}: {program.complaint()}; see "
+                "virtiofsd's own options"
             ) from error
         return Vhost(v.FS, backend, 0, config, sizes, self._loop, self._fail)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from vmexit.abi import virtio as v
 from vmexit.core.bus import State
+from vmexit.core.errors import ConfigError
 from vmexit.core.memory import GuestMemory
 from vmexit.devices.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
@@ -56,7 +57,9 @@ class Balloon(VirtioDevice):
         return self._actual * v.BALLOON_PAGE
 
     def set_target(self, size: int) -> None:
-        """Ask the guest for `size` bytes in all; from any thread."""
+        """Ask the guest for `size` bytes in all; from any thread. Raises ConfigError."""
+        if size < 0:
+            raise ConfigError(f"a balloon of {size} bytes cannot be; use 0 or more")
         self._target = min(size // v.BALLOON_PAGE, _LOW32)
         self.transport.config_changed()
 

@@ -5,6 +5,7 @@ A driver without MULTIPORT has the first port only.
 
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from vmexit.abi import virtio as v
@@ -94,9 +95,10 @@ class Console(VirtioDevice):
             self._look()
             return
         self._timer.set(None)
-        for port in self.ports:
-            port.outlet.flush()
-            port.backend.running(False)
+        with ExitStack() as stack:  # all of them, whatever one raises
+            for port in self.ports:
+                stack.callback(port.backend.running, False)
+                stack.callback(port.outlet.flush)
 
     def config(self) -> bytes:
         columns, rows = self.ports[0].size or (0, 0)

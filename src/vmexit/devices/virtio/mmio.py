@@ -48,7 +48,7 @@ class MmioTransport:
             for index, size in enumerate(device.queue_sizes)
         ]
         self._notify = [partial(device.notify, i) for i in range(len(self._queues))]
-        self._held = False
+        self._held = self._closed = False
         self._waiting: dict[Callable[[], None], None] = {}  # in this order, each once
         self._generation = 0
         self._clear()
@@ -86,7 +86,8 @@ class MmioTransport:
 
     def _raise(self, why: int) -> None:
         self._interrupts |= why
-        self._irq.pulse()
+        if not self._closed:
+            self._irq.pulse()
 
     def _break(self) -> None:
         """The driver has broken the rules: only a reset helps (2.1.2)."""
@@ -187,10 +188,11 @@ class MmioTransport:
         if new & v.FEATURES_OK and (
             self._accepted & ~self._offered or not self._accepted >> v.F_VERSION_1 & 1
         ):
-            value &= ~v.FEATURES_OK  # the driver looks whether it stays (3.1.1)
-            new &= ~v.FEATURES_OK
-        self._status |= value & ~v.NEEDS_RESET
-        if new & v.DRIVER_OK and self._status & v.FEATURES_OK:
+            new &= ~v.FEATURES_OK  # the driver looks whether it stays (3.1.1)
+        if new & v.DRIVER_OK and not (self._status | new) & v.FEATURES_OK:
+            new &= ~v.DRIVER_OK  # too early (3.1.1): nothing is agreed yet
+        self._status |= new & ~v.NEEDS_RESET
+        if new & v.DRIVER_OK:
             self._activate()
 
     def _activate(self) -> None:
@@ -226,6 +228,12 @@ class MmioTransport:
             for function in waiting:
                 self.enter(function)
 
+    def close(self) -> None:
+        """The machine ends: who still holds the device does nothing to it any more."""
+        with self._lock:
+            self._held = self._closed = True
+            self._waiting.clear()
+
     # State.
 
     def state(self) -> State:
@@ -250,7 +258,8 @@ class MmioTransport:
         generation = saved.number("generation", _LOW32)
         queues, device = saved.part("queues"), state.get("device")
         agreed = status & v.FEATURES_OK
-        if not isinstance(device, dict) or (agreed and accepted & ~self._offered):
+        wrong = accepted & ~self._offered if agreed else status & v.DRIVER_OK
+        if not isinstance(device, dict) or wrong:
             raise saved.error()
         with self._lock:
             self.reset()

@@ -28,8 +28,11 @@ _USED = struct.Struct("<II")  # head of the chain, bytes written
 _RING = 4  # offset of the entries in either ring: behind flags and index
 
 # A driver makes no chain longer than the queue (2.7.5.3.1); an indirect table may have more room.
-_MAX_INDIRECT = 1024
+MOST_SEGMENTS = 1024
+"""Parts of a chain at most."""
+_MOST_AT_ONCE = 256 << 20  # bytes, though one request may have more
 _MASK16 = 0xFFFF
+_MASK32 = 0xFFFF_FFFF
 
 
 def _always() -> bool:
@@ -162,16 +165,23 @@ class Queue:
         """Do what there is to do, and tell the driver; `do` returns how many bytes it has written.
 
         Before each request `may` is asked whether there is room for what comes of it.
-        No more at a time than the queue holds: a guest that asks for more all the time would hold
-        up for ever who looks. Raises QueueError.
+        No more at a time than the queue holds, nor all too many bytes: a guest that asks for more
+        all the time would hold up for ever who looks, and for long who wants to pause it. Raises
+        QueueError.
         """
+        left = _MOST_AT_ONCE
         for _ in range(self.size):
+            if left <= 0:
+                self._again(None)
+                break
             if not may() or self.must_wait():
                 break
             chain = self.pop()
             if chain is None:
                 break
-            self.count(chain.size())
+            size = chain.size()
+            self.count(size)
+            left -= size
             self.push(chain, do(chain))
         else:
             self._again(None)
@@ -231,8 +241,9 @@ class Queue:
             if flags & DESC_F_INDIRECT:
                 if indirect or flags & DESC_F_NEXT or size % DESC_SIZE or not size:
                     raise QueueError(f"an indirect table of {size} bytes cannot be here")
-                count = min(size // DESC_SIZE, _MAX_INDIRECT)
-                table, index, left, indirect = self._view(gpa, size), 0, count, True
+                count = min(size // DESC_SIZE, MOST_SEGMENTS)
+                left = min(count, MOST_SEGMENTS - len(readable) - len(writable))
+                table, index, indirect = self._view(gpa, size), 0, True
                 continue
             if left == 0:
                 raise QueueError("a chain of descriptors has no end")
@@ -259,7 +270,8 @@ class Queue:
         for chain, written in done:
             self._memory.host_wrote(chain.ranges, written)
             at = _RING + 8 * (self._next_used & self.size - 1)
-            _USED.pack_into(self._used, at, chain.head, written)
+            # Buffers may name the same memory many times, and have more than there is.
+            _USED.pack_into(self._used, at, chain.head, min(written, _MASK32))
             self._next_used = self._next_used + 1 & _MASK16
         _U16.pack_into(self._used, 2, self._next_used)
 

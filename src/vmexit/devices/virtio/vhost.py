@@ -109,6 +109,8 @@ class Vhost(VirtioDevice):
         self._agreed = 0
         self._under_way: list[dict[int, Chain]] = []
         self._back: list[Callable[[], None]] = []
+        # One object, as what waits for the transport waits only once.
+        self._again = partial(self._guarded, self._ask_again)
         backend.when_gone(self._gone)
 
     def config(self) -> bytes:
@@ -187,7 +189,7 @@ class Vhost(VirtioDevice):
         try:
             if self._patience:
                 self._backend.open()
-                self.transport.enter(partial(self._guarded, self._ask_again))
+                self.transport.enter(self._again)
                 return
         except (OSError, VmexitError) as error:
             why = str(error)
@@ -197,6 +199,8 @@ class Vhost(VirtioDevice):
             self._fail(HostError(f"{self._backend.name}: {why}; start it, and the machine anew"))
 
     def _ask_again(self) -> None:
+        if not self._backend.connected:
+            return  # it has ended again while this waited
         self._start()
         for index, queue in enumerate(self.queues):
             if not queue.ready:

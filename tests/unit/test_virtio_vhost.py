@@ -1,0 +1,176 @@
+"""A device that another program serves, where that program is hostile, or ends."""
+
+import os
+import socket
+import struct
+import threading
+
+import pytest
+from vhost_back_end import BackEnd
+from virtio_driver import Driver
+
+from vmexit.abi import virtio as v
+from vmexit.backends.vhost_ring import SLOTS
+from vmexit.backends.vhost_user import Shared, VhostUser
+from vmexit.core.errors import HostError
+from vmexit.core.loop import EventLoop
+from vmexit.core.memory import GuestMemory
+from vmexit.devices.virtio.vhost import Vhost
+
+FULL = (1 << 64) - 2  # of an eventfd's counter
+USED = SLOTS * 16 + 0x1000  # of a ring of ours
+SOON = 20
+
+
+class Rig:
+    """A guest with one device, and back ends that come one after the other."""
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory([(0, 1 << 20)])
+        self.failures: list[BaseException] = []
+        self.failed = threading.Event()
+        self.loop = EventLoop(self.fail)
+        self.back_ends: list[BackEnd] = []
+        self.refuses = False
+        self.refused = threading.Event()
+        self.asked_again = threading.Semaphore(0)
+        memory = [
+            Shared(r.gpa, r.size, r.hva, self.memory.fd, at) for r, at in self.memory.shared()
+        ]
+        self.backend = VhostUser("the back end", self.connect, self.loop, memory, 1, 1 << 40)
+        self.device = Vhost(
+            v.BLOCK, self.backend, 0, bytes(60), [256], self.loop, self.fail, patience=600
+        )
+        self.driver = Driver(self.device, self.memory)
+        self.told = threading.Semaphore(0)
+        enter = self.driver.registers.enter
+
+        def entered(function):
+            enter(function)
+            (self.asked_again if function is self.device._again else self.told).release()
+
+        self.driver.registers.enter = entered
+        self.driver.start(size=256)
+
+    def fail(self, error: BaseException) -> None:
+        self.failures.append(error)
+        self.failed.set()
+
+    def connect(self) -> socket.socket:
+        if self.refuses:
+            self.refused.set()
+            raise ConnectionRefusedError(111, "refused")
+        ours, theirs = socket.socketpair()
+        self.back_ends.append(BackEnd(theirs))
+        return ours
+
+    @property
+    def back_end(self) -> BackEnd:
+        return self.back_ends[-1]
+
+    def ask(self, count: int) -> None:
+        ring = self.driver.rings[0]
+        for number in range(count):
+            ring.offer(ring.chain([(0x8_0000, 16)], [], first=number))
+        self.driver.kick()
+
+    def use(self, *entries: tuple[int, int]) -> None:
+        """The back end says that it has done these."""
+        rings = self.back_end.rings()
+        for number, entry in enumerate(entries):
+            struct.pack_into("<II", rings, USED + 4 + 8 * number, *entry)
+        struct.pack_into("<H", rings, USED + 2, len(entries))
+        os.eventfd_write(self.back_end.calls[0], 1)
+
+    def done(self, count: int) -> bool:
+        """Whether so many requests have come back; waits for it."""
+        found = self.driver.rings[0].done()
+        while len(found) < count and self.told.acquire(timeout=SOON):
+            found += self.driver.rings[0].done()
+        return len(found) == count
+
+    def close(self) -> None:
+        self.loop.close()
+        self.backend.close()
+        for back_end in self.back_ends:
+            back_end.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def rig():
+    rig = Rig()
+    yield rig
+    rig.close()
+
+
+def test_a_back_end_that_fills_the_eventfd_for_requests(rig):
+    os.eventfd_write(rig.back_end.kicks[0], FULL)
+    rig.ask(1)
+    assert not rig.failures and not rig.driver.broken
+
+
+def test_a_back_end_that_takes_back_what_it_has_told(rig):
+    """Between the event and the look at it: as if the loop's thread had been late."""
+    rig.loop._watched[rig.backend._calls[0]]()
+    assert not rig.failures
+
+
+@pytest.mark.parametrize(
+    "entries", [[(0xFFFF_FFFF, 5)], [(SLOTS - 1, 0), (SLOTS - 1, 0)], [(3, 0)]]
+)
+def test_a_back_end_that_has_done_what_nobody_has_asked_for(rig, entries):
+    rig.ask(1)
+    rig.use(*entries)
+    assert rig.failed.wait(SOON)
+    assert isinstance(rig.failures[0], HostError)
+    assert rig.driver.rings[0].done() == []
+
+
+def test_a_back_end_that_takes_memory_away(rig):
+    """It would be a SIGBUS for us."""
+    for fd in rig.back_end.memory:
+        for size in (0, 1 << 40):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+
+
+def test_a_back_end_that_comes_and_goes_while_the_device_is_held(rig):
+    """What is to be asked again are more requests than there are slots left."""
+    rig.ask(SLOTS // 2 + 1)
+    rig.driver.registers.hold(True)
+    rig.back_end.hang_up()
+    assert rig.asked_again.acquire(timeout=SOON) and len(rig.back_ends) == 2
+    rig.refuses = True
+    rig.back_end.hang_up()
+    assert rig.refused.wait(SOON) and not rig.backend.connected
+    rig.driver.registers.hold(False)
+    assert rig.asked_again.acquire(timeout=0)
+    rig.refuses = False
+    assert rig.asked_again.acquire(timeout=SOON)
+    rig.use(*((SLOTS - 1 - number, 0) for number in range(SLOTS // 2 + 1)))
+    assert rig.done(SLOTS // 2 + 1) and not rig.failures
+
+
+def test_what_waits_for_a_held_device_does_not_grow_with_each_connection(rig):
+    rig.driver.registers.hold(True)
+    for _ in range(5):
+        rig.back_end.hang_up()
+        assert rig.asked_again.acquire(timeout=SOON)
+    assert len(rig.driver.registers._waiting) == 1
+
+
+def test_the_loop_does_not_wait_for_an_answer_that_another_thread_has_taken(rig):
+    """It was told of the answer, and is late."""
+    rig.backend._ended()
+    rig.driver.start(size=256)
+    rig.backend._ended()
+    rig.ask(1)
+    rig.use((SLOTS - 1, 0))
+    assert rig.done(1) and rig.backend.connected and len(rig.back_ends) == 1
+
+
+def test_a_back_end_that_says_what_nobody_has_asked_for_is_left(rig):
+    rig.back_end.connection.send(b"hello")
+    assert rig.asked_again.acquire(timeout=SOON)
+    assert len(rig.back_ends) == 2 and not rig.failures
