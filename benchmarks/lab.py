@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import virtio
 from console import boot, debian, row
 from measure import Row, Unavailable, attempt, interleave, table
 from start import QEMU, command
@@ -86,6 +87,7 @@ def rows(rounds: int) -> Iterator[Row]:
         side.boot()  # for what the lab has not read yet from outside, and byte code
     for log, append in _LOGS.items():
         yield from attempt(f"lab {log}", _compare(log, _sides(files, append), rounds))
+    yield from attempt("virtio kvm", virtio.against_qemu("kvm", "kvm", rounds, 400))
 
 
 def _sides(files: Fetched, append: str) -> tuple[Side, Side]:
@@ -132,6 +134,7 @@ def main() -> int:
     if arguments.prepare:
         with suppress(Unavailable):  # the table will say it
             debian()
+            virtio.prepare()
         return 0
     measured = list(attempt("lab", rows(arguments.rounds)))
     print(f"\nPython {platform.python_version()}, Linux {platform.release()}, in the KVM lab\n")

@@ -68,3 +68,20 @@ def vmlinux(flavour: str) -> Path:
             file.write(bzimage.unpack(data, bzimage.parse(data)))
         Path(file.name).rename(path)
     return path
+
+
+# For who has no network later: what the tests of devices have in their initial RAM disks.
+PREPARED = (
+    ("cloud-amd64", "virtio_mmio", "virtio_blk", "virtio_rng", "ext4"),
+    ("cloud-amd64", "virtio_blk", "ext4"),
+    ("cloud-amd64", "virtio_net"),
+    ("cloud-amd64", "virtio_blk", "ext4", "virtio_net", "virtio_rng"),
+    ("cloud-amd64", "virtio_balloon"),
+    ("cloud-amd64", "virtio_console"),
+    ("cloud-amd64", "vmw_vsock_virtio_transport"),
+    ("amd64", "9p", "9pnet_virtio", "virtiofs"),
+)
+
+if __name__ == "__main__":
+    for flavour, *modules in PREPARED:
+        print(initrd_with(flavour, *modules))

@@ -27,7 +27,7 @@ KB100 = 100_000
 
 @contextlib.contextmanager
 def boot(*options: str, append: str = "quiet"):
-    initrd = initrd_with(FLAVOUR, "virtio_mmio", "virtio_console")
+    initrd = initrd_with(FLAVOUR, "virtio_console")
     with Guest(debian_kernel(FLAVOUR), initrd, append, *options, accel=ACCEL) as guest:
         guest.log = guest.boot()
         yield guest
@@ -188,7 +188,7 @@ def test_the_size_follows_that_of_a_pseudo_terminal():
 def test_a_terminal_as_the_only_console():
     """The kernel has none before the module is loaded; then the size is the terminal's."""
     run = ["run", "--accel", ACCEL, "--kernel", str(debian_kernel(FLAVOUR)), "--console", "stdio"]
-    run += ["--initrd", str(initrd_with(FLAVOUR, "virtio_mmio", "virtio_console"))]
+    run += ["--initrd", str(initrd_with(FLAVOUR, "virtio_console"))]
     terminal = Terminal(*run, "--append", "console=hvc0 quiet", "--timeout", "150")
     try:
         set_size(terminal.master, 91, 31)
@@ -213,7 +213,7 @@ def test_a_terminal_as_the_only_console():
 def test_output_that_nobody_reads_does_not_outlast_the_time_limit():
     with Guest(
         debian_kernel(FLAVOUR),
-        initrd_with(FLAVOUR, "virtio_mmio", "virtio_console"),
+        initrd_with(FLAVOUR, "virtio_console"),
         "quiet console=hvc0",
         *("--console", "stdio", "--timeout", "25"),
         accel=ACCEL,

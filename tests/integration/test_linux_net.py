@@ -171,3 +171,14 @@ def test_a_tap_interface_in_both_directions(namespace, tmp_path, mib):
         power_off(guest)
     found = subprocess.run([*namespace, "ip", "link"], capture_output=True, text=True)
     assert "vmexit0" not in found.stdout
+
+
+@needs_passt
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root")
+def test_a_host_without_a_network_is_told_what_passt_wants():
+    flavour = "cloud-amd64"
+    files = debian_kernel(flavour), initrd_with(flavour, "virtio_net")
+    options = ("--net", "user")
+    with Guest(*files, "quiet", *options, accel=ACCEL, prefix=("unshare", "--net")) as guest:
+        assert guest.status() == 2
+        assert b"it needs an interface with a default route, or use tap=" in guest.output

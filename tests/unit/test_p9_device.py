@@ -24,9 +24,10 @@ def folder(tmp_path):
 
 
 def test_options():
-    assert Share.parse("src=/a/b") == Share("src", "/a/b", readonly=False)
-    assert Share.parse("s,,t=a=b,,c,readonly=on") == Share("s,t", "a=b,c", readonly=True)
-    assert Share.parse("x=.,readonly=off") == Share("x", ".", readonly=False)
+    assert Share.parse("src=/a/b") == Share("src", "/a/b")
+    assert Share.parse("s,,t=a=b,,c,readonly=on") == Share("s,t", "a=b,c", True)
+    assert Share.parse("x=.,readonly=off") == Share("x", ".")
+    assert Share.parse("x=.,virtiofsd=/a") == Share("x", ".", False, "/a")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ def test_options():
     [
         "", "src", "=x", "src=", "readonly=on,src=x", "src=x,", "src=x,readonly", "src=x,ro=on",
         "src=x,readonly=yes", "src=x,readonly=on,readonly=on", "a\nb=x", "x" * 256 + "=x",
+        "src=x,readonly=on,virtiofsd=/a", "x" * 37 + "=x,virtiofsd=/a",
     ],
 )  # fmt: skip
 def test_options_that_cannot_be(text):

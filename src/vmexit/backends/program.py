@@ -67,7 +67,8 @@ class Program:
             )
         except OSError as error:
             self.close()
-            raise HostError(f"cannot start {name}: {error.strerror}; free memory") from error
+            why = error.strerror or error
+            raise HostError(f"cannot start {name}: {why}; see TMPDIR") from error
         finally:
             self._server.close()
 

@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vmexit.abi.virtio import (
     DESC_F_INDIRECT,
@@ -48,15 +49,17 @@ class RingMemory:
         self.gpa = gpa
         self.size = count * _RING_SIZE
         self.fd = -1
+        self._view = memoryview(b"")
+        self._pages: mmap.mmap | None = None
         try:
             self.fd = os.memfd_create("vmexit-rings", MEMFD_FLAGS)
             set_size(self.fd, self.size)
-            self._pages = mmap.mmap(self.fd, self.size)
+            self._pages = pages = mmap.mmap(self.fd, self.size)
         except OSError as error:
             self.close()
             raise HostError(f"cannot make rings: {error.strerror}; free memory") from error
-        self.hva = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
-        self._view = memoryview(self._pages)
+        self.hva = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self._view = memoryview(pages)
 
     def ring(self, index: int) -> "DriverRing":
         """The ring with this number, empty."""
@@ -65,6 +68,10 @@ class RingMemory:
 
     def close(self) -> None:
         """Nobody uses the rings any more."""
+        self._view.release()
+        if self._pages is not None:
+            with suppress(BufferError):  # a ring is still held: the last one to go unmaps them
+                self._pages.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

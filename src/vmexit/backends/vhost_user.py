@@ -102,15 +102,14 @@ class VhostUser:
         self._socket.settimeout(_PATIENCE)
         self._acknowledges = False
         self._needs_table = True
-        (self._offered,) = u.U64.unpack(self._ask(u.GET_FEATURES))
+        self._offered = self._number(u.GET_FEATURES)
         needed = 1 << F_VERSION_1 | 1 << u.F_PROTOCOL_FEATURES | 1 << F_INDIRECT_DESC
         if needed & ~self._offered:
             raise self._error("it has no virtio 1, protocol features or indirect descriptors")
         if self.features & ~self._offered:
             raise self._error("it offers less than before")
         self.features = self._offered
-        (protocol,) = u.U64.unpack(self._ask(u.GET_PROTOCOL_FEATURES))
-        self._protocol = protocol & _PROTOCOL
+        self._protocol = self._number(u.GET_PROTOCOL_FEATURES) & _PROTOCOL
         self._tell(u.SET_PROTOCOL_FEATURES, u.U64.pack(self._protocol))
         self._acknowledges = bool(self._protocol >> u.PROTOCOL_F_REPLY_ACK & 1)
         self._tell(u.SET_OWNER)
@@ -190,6 +189,13 @@ class VhostUser:
                 return self._answer(request)
         except OSError as error:
             raise self._error(f"no answer to request {request}: {error}") from error
+
+    def _number(self, request: int) -> int:
+        answer = self._ask(request)
+        if len(answer) != u.U64.size:
+            raise self._error(f"it answers request {request} with {len(answer)} bytes")
+        number: int = u.U64.unpack(answer)[0]
+        return number
 
     def _tell(self, request: int, data: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Send what has no answer, but whether it was done, if that can be asked for."""
