@@ -652,3 +652,25 @@ def test_a_client_that_reads_nothing_holds_a_guest_up_once_only(tmp_path) -> Non
     finally:
         chardev.close()
         loop.close()
+
+
+def test_a_client_for_whom_there_is_no_descriptor_waits_and_keeps_nobody_busy(tmp_path):
+    loop = EventLoop(print)
+    listener = backends.open_chardev(f"unix:{tmp_path}/socket", loop)
+    ready: SimpleQueue[None] = SimpleQueue()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as client:
+        listener.when_readable(lambda: None)  # the loop has its descriptors
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            client.connect(f"{tmp_path}/socket")
+            client.send(b"hello")
+            assert listener.read(5) == b""
+            listener.when_readable(lambda: ready.put(None))
+            assert listener._rests  # else it would be called at once, again and again
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        ready.get(timeout=20)
+        assert listener.read(5) == b"hello"
+    listener.close()
+    loop.close()

@@ -9,6 +9,8 @@ from vmexit.backends.wait import PATIENCE, Ending, never, reason, wait_writable
 from vmexit.core.errors import ConfigError, shown
 from vmexit.core.loop import EventLoop
 
+_PAUSE = 100 * 10**6  # ns before an accept() is tried again that this process cannot do
+
 
 class Listener:
     """A listening socket. It serves one client at a time; output with no client is dropped.
@@ -30,6 +32,8 @@ class Listener:
         self._client: socket.socket | None = None
         self._silent = False  # the client has said that it sends no more
         self._stuck = False  # it did not read what was there to read
+        self._rests = False  # nothing is waited for, as it would come again and again
+        self._timer = loop.timer(self._go_on)
         self._file: SocketFile | None = None
         self._path = address if isinstance(address, str) else ""
         where = shown(address if isinstance(address, str) else "{}:{}".format(*address))
@@ -60,7 +64,12 @@ class Listener:
         if self._client is None or self._silent:
             try:
                 client, _ = self._server.accept()
-            except OSError:  # nobody there yet, or gone again already
+            except BlockingIOError:  # nobody there yet, or gone again already
+                return self._client
+            except OSError:
+                if self._server.fileno() >= 0:  # no more descriptors: it stays ready
+                    self._rests = True
+                    self._timer.set(self._loop.now() + _PAUSE)
                 return self._client
             self._drop()
             client.setblocking(False)
@@ -83,10 +92,15 @@ class Listener:
             self._watch()
 
     def _watch(self) -> None:
-        if self._waiting is not None and self._server.fileno() >= 0:
+        if self._waiting is not None and self._server.fileno() >= 0 and not self._rests:
             client = self._client
             source = self._server if client is None or self._silent else client
             self._loop.watch(source.fileno(), self._arrived)
+
+    def _go_on(self) -> None:
+        with self._lock:
+            self._rests = False
+            self._watch()
 
     def _arrived(self) -> None:
         function, self._waiting = self._waiting, None
@@ -137,6 +151,7 @@ class Listener:
     def close(self) -> None:
         """Stop listening; the path of a Unix socket is removed."""
         self._waiting = None
+        self._timer.set(None)
         self._drop()
         self._loop.unwatch(self._server.fileno())
         if self._server.fileno() >= 0:

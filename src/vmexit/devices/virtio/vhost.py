@@ -167,7 +167,9 @@ class Vhost(VirtioDevice):
             if not all(backend.reaches(gpa, size) for gpa, size in chain.sources):
                 raise QueueError("a request lies in ROM, which is not shared")
             queue.count(chain.size())
-            under_way[backend.add(index, chain.segments())] = chain
+            # Without its views: each part of each request that may be under way would have one.
+            kept = chain._replace(readable=[], writable=[])
+            under_way[backend.add(index, chain.segments())] = kept
             added = True
         if added:
             backend.kick(index)
