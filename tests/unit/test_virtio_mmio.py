@@ -42,6 +42,9 @@ class Echo:
     def notify(self, index):
         self.queues[index].serve(lambda chain: chain.write(chain.read(1 << 20)))
 
+    def settle(self):
+        """Nothing goes on by itself."""
+
     def reset(self):
         self.queues = []
 

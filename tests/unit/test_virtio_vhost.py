@@ -1,15 +1,22 @@
 """A device that another program serves, where that program is hostile, or ends."""
 
 import os
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 from vhost_back_end import BackEnd
 from virtio_driver import Driver
 
 from vmexit.abi import virtio as v
+from vmexit.backends import vhost_user
+from vmexit.backends.storage_daemon import serve_image
 from vmexit.backends.vhost_ring import SLOTS
 from vmexit.backends.vhost_user import Shared, VhostUser
 from vmexit.core.errors import HostError
@@ -25,7 +32,7 @@ SOON = 20
 class Rig:
     """A guest with one device, and back ends that come one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, connect: Callable[[], socket.socket] | None = None) -> None:
         self.memory = GuestMemory([(0, 1 << 20)])
         self.failures: list[BaseException] = []
         self.failed = threading.Event()
@@ -37,7 +44,9 @@ class Rig:
         memory = [
             Shared(r.gpa, r.size, r.hva, self.memory.fd, at) for r, at in self.memory.shared()
         ]
-        self.backend = VhostUser("the back end", self.connect, self.loop, memory, 1, 1 << 40)
+        self.backend = VhostUser(
+            "the back end", connect or self.connect, self.loop, memory, 1, 1 << 40
+        )
         self.device = Vhost(
             v.BLOCK, self.backend, 0, bytes(60), [256], self.loop, self.fail, patience=600
         )
@@ -81,6 +90,13 @@ class Rig:
             struct.pack_into("<II", rings, USED + 4 + 8 * number, *entry)
         struct.pack_into("<H", rings, USED + 2, len(entries))
         os.eventfd_write(self.back_end.calls[0], 1)
+
+    def lose_and_find(self) -> None:
+        """The back end ends, and another one is there at once."""
+        while self.asked_again.acquire(timeout=0):
+            pass  # of what was before
+        self.back_end.hang_up()
+        assert self.asked_again.acquire(timeout=SOON) and self.backend.connected
 
     def done(self, count: int) -> bool:
         """Whether so many requests have come back; waits for it."""
@@ -138,9 +154,13 @@ def test_a_back_end_that_takes_memory_away(rig):
 def test_a_back_end_that_comes_and_goes_while_the_device_is_held(rig):
     """What is to be asked again are more requests than there are slots left."""
     rig.ask(SLOTS // 2 + 1)
-    rig.driver.registers.hold(True)
+    rig.refuses = True
     rig.back_end.hang_up()
-    assert rig.asked_again.acquire(timeout=SOON) and len(rig.back_ends) == 2
+    assert rig.refused.wait(SOON)
+    rig.driver.registers.hold(True)
+    rig.refuses = False
+    assert rig.asked_again.acquire(timeout=SOON) and rig.backend.connected
+    rig.refused.clear()
     rig.refuses = True
     rig.back_end.hang_up()
     assert rig.refused.wait(SOON) and not rig.backend.connected
@@ -155,8 +175,7 @@ def test_a_back_end_that_comes_and_goes_while_the_device_is_held(rig):
 def test_what_waits_for_a_held_device_does_not_grow_with_each_connection(rig):
     rig.driver.registers.hold(True)
     for _ in range(5):
-        rig.back_end.hang_up()
-        assert rig.asked_again.acquire(timeout=SOON)
+        rig.lose_and_find()
     assert len(rig.driver.registers._waiting) == 1
 
 
@@ -174,3 +193,119 @@ def test_a_back_end_that_says_what_nobody_has_asked_for_is_left(rig):
     rig.back_end.connection.send(b"hello")
     assert rig.asked_again.acquire(timeout=SOON)
     assert len(rig.back_ends) == 2 and not rig.failures
+
+
+def finish(rig: Rig, count: int) -> threading.Thread:
+    """The back end does all that it was asked for, though not at once."""
+    done = [(SLOTS - 1 - number, 0) for number in range(count)]
+    thread = threading.Thread(target=lambda: (time.sleep(0.05), rig.use(*done)))
+    thread.start()
+    return thread
+
+
+def test_a_pause_waits_for_what_is_under_way(rig):
+    rig.ask(3)
+    thread = finish(rig, 3)
+    rig.driver.registers.hold(True)
+    assert rig.driver.rings[0].done() == [(0, 0), (1, 0), (2, 0)]
+    thread.join()
+    assert not rig.failures
+
+
+def test_a_reset_waits_for_what_is_under_way(rig):
+    rig.ask(3)
+    thread = finish(rig, 3)
+    rig.driver.set(v.MMIO_STATUS, 0)
+    assert struct.unpack_from("<H", rig.back_end.rings(), USED + 2) == (3,)
+    thread.join()
+    assert not rig.failures
+
+
+def test_a_pause_does_not_wait_for_a_back_end_that_has_ended(rig):
+    rig.ask(2)
+    rig.refuses = True
+    rig.back_end.hang_up()
+    rig.driver.registers.hold(True)
+    assert rig.refused.wait(SOON)
+    rig.refuses = False
+    assert rig.asked_again.acquire(timeout=SOON)
+    rig.driver.registers.hold(False)
+    rig.use((SLOTS - 1, 0), (SLOTS - 2, 0))
+    assert rig.done(2) and not rig.failures
+
+
+def test_a_back_end_that_never_ends_is_not_waited_for_for_ever(rig, monkeypatch):
+    monkeypatch.setattr(vhost_user, "_LONG", 0.05)
+    rig.ask(1)
+    rig.driver.registers.hold(True)
+    assert "requests take more than" in str(rig.failures[0])
+
+
+needs_qemu = pytest.mark.skipif(
+    not shutil.which("qemu-storage-daemon") or not shutil.which("qemu-img"),
+    reason="no qemu-storage-daemon; apt-get install qemu-system-common qemu-utils",
+)
+
+
+@needs_qemu
+def test_pauses_lose_nothing_and_resets_leave_nothing(tmp_path):
+    """A disk of QEMU's storage daemon, in the midst of requests."""
+    image = str(tmp_path / "image")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"], check=True)
+    program = serve_image(image, "qcow2", readonly=False, direct=False, queues=1)
+    rig = Rig(program.connect)
+    memory, size = rig.memory, 16 << 10
+
+    def request(kind: int, number: int) -> None:
+        header, data, status = 0x7_0000 + 64 * number, 0x8_0000 + size * number, 0x7_8000 + number
+        memory.write(header, struct.pack("<IIQ", kind, 0, number * size // 512))
+        into = [(status, 1)] if kind == v.BLK_T_OUT else [(data, size), (status, 1)]
+        out = [(header, 16), (data, size)] if kind == v.BLK_T_OUT else [(header, 16)]
+        ring = rig.driver.rings[0]
+        ring.offer(ring.chain(out, into, first=4 * number))
+        rig.driver.kick()
+
+    count = 20
+    content = os.urandom(count * size)
+    for turn in range(10):
+        kind = v.BLK_T_IN if turn % 2 else v.BLK_T_OUT
+        memory.write(0x8_0000, bytes(count * size) if kind == v.BLK_T_IN else content)
+        for number in range(count):
+            request(kind, number)
+            if number % 3 == turn % 3:
+                rig.driver.registers.hold(True)
+                rig.driver.registers.hold(False)
+        assert rig.done(count) and not any(memory.read(0x7_8000, count))
+        assert memory.read(0x8_0000, count * size) == content
+    for _ in range(20):
+        for number in range(count):
+            request(v.BLK_T_IN, number)
+        rig.driver.set(v.MMIO_STATUS, 0)
+        memory.write(0x8_0000, bytes(count * size))
+        rig.driver.start(size=256)
+        assert not any(memory.read(0x8_0000, count * size))
+    request(v.BLK_T_IN, 1)
+    assert rig.done(1) and memory.read(0x8_0000 + size, size) == content[size : 2 * size]
+    assert not rig.failures
+    rig.close()
+    program.close()
+
+
+@needs_qemu
+def test_a_program_finds_its_socket_whatever_its_number(tmp_path):
+    """Of a program without standard input, the third file that it opens is number 3, too."""
+    image = str(tmp_path / "image")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    script = """
+import os, socket, sys
+from vmexit.backends.storage_daemon import serve_image
+os.closerange(3, 20)
+program = serve_image(sys.argv[1], "qcow2", readonly=False, direct=False, queues=1)
+client = program.connect()
+client.send(bytes((1, 0, 0, 0) * 2) + bytes(4))
+print(len(client.recv(20, socket.MSG_WAITALL)))
+client.close()
+program.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script, image], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("20\n", "")

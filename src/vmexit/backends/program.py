@@ -14,10 +14,11 @@ _PATIENCE = 10.0  # seconds for one to end in order
 
 # It ends in order (SIGTERM) when our end of the pipe is closed, however we end: a disk's image is
 # written out then. Its own input is empty.
+# END stands for a descriptor that the socket does not have.
 _SUPERVISOR = """\
-exec 3<&0
-"$@" 3<&- </dev/null & program=$!
-{ read -r _ <&3; kill $program; } >/dev/null 2>&1 & reader=$!
+exec END<&0
+"$@" END<&- </dev/null & program=$!
+{ read -r _ <&END; kill $program; } >/dev/null 2>&1 & reader=$!
 wait $program
 status=$?
 kill $reader 2>/dev/null
@@ -55,8 +56,9 @@ class Program:
                 )
                 self._client.connect(path)
             fd = self._server.fileno()
+            supervisor = _SUPERVISOR.replace("END", "4" if fd == 3 else "3")
             self._process = subprocess.Popen(  # noqa: S603 - the words are ours
-                ["/bin/sh", "-c", _SUPERVISOR, "sh", *command(fd)],
+                ["/bin/sh", "-c", supervisor, "sh", *command(fd)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

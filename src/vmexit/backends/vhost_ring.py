@@ -98,6 +98,12 @@ class DriverRing:
         """Whether there is no slot for another request."""
         return not self._free
 
+    @property
+    def idle(self) -> bool:
+        """Whether all requests are done, though `done()` may have to tell of them."""
+        used: int = _U16.unpack_from(self._view, _USED_AT + 2)[0]
+        return used == self._next_avail
+
     def add(self, segments: Sequence[Segment]) -> int:
         """Offer a request; its slot. There is one, and there are 1024 segments at most."""
         slot = self._free.pop()

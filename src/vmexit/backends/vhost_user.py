@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from vmexit.core.loop import EventLoop
 
 _PATIENCE = 10.0  # seconds for an answer
 _LONGEST = 4096  # bytes of an answer
+_LONG = 60.0  # seconds for requests that are under way
+_SLICE = 0.001  # seconds between two looks at them
 _LATER = 1_000_000  # nanoseconds until the connection is looked at again
 _PROTOCOL = 1 << u.PROTOCOL_F_MQ | 1 << u.PROTOCOL_F_REPLY_ACK | 1 << u.PROTOCOL_F_CONFIG
 
@@ -234,13 +237,30 @@ class VhostUser:
             table += u.REGION.pack(part.gpa, part.size, part.hva, part.offset)
         self._tell(u.SET_MEM_TABLE, table, [part.fd for part in (*self._memory, own)])
 
+    def drain(self) -> None:
+        """Wait until all is done that was asked for, or the other side has ended.
+
+        `done()` tells of it then. Raises HostError where that takes too long.
+        """
+        until = time.monotonic() + _LONG
+        with self._lock:
+            while self._socket is not None and not all(r.idle for r in self._rings.values()):
+                if time.monotonic() > until:
+                    raise self._error(f"requests take more than {_LONG:.0f} s")
+                # Not by the eventfds, which are the loop's.
+                if ready(self._socket.fileno(), select.POLLRDHUP, _SLICE):
+                    return
+
     def stop(self) -> None:
-        """Nothing is served any more, and nothing written, once this returns. Raises HostError."""
+        """Nothing is served any more, and nothing written, once this returns. Raises HostError.
+
+        What is under way ends before: QEMU's storage daemon stops a queue, but no request.
+        """
+        self.drain()
         rings, self._rings = self._rings, {}
         for index in rings:
             self._loop.unwatch(self._calls[index])
             if self._socket is not None:
-                # Its answer comes when what is under way has ended.
                 self._ask(u.GET_VRING_BASE, u.VRING_STATE.pack(index, 0))
 
     def reaches(self, gpa: int, size: int) -> bool:

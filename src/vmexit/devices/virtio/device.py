@@ -64,6 +64,12 @@ class VirtioDevice:
         """There may be buffers in a queue. Raises QueueError for what breaks its rules."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """The machine is about to be paused: what goes on by itself ends before this returns.
+
+        What comes by `transport.enter()` waits until it goes on.
+        """
+
     def reset(self) -> None:
         """Forget the driver."""
         self.queues = ()

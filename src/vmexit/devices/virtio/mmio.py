@@ -226,6 +226,9 @@ class MmioTransport:
     def hold(self, held: bool) -> None:
         """While `held` the device does nothing to the guest: what it is called for waits."""
         with self._lock:
+            if held and not self._held:
+                self._held = True
+                self.device.settle()
             self._held = held
             waiting, self._waiting = self._waiting, {}
             for function in waiting:

@@ -39,6 +39,10 @@ class VhostBackend(Protocol):
         """Have queue `index` served, which is empty."""
         ...
 
+    def drain(self) -> None:
+        """Wait until all is done that was asked for, or it has ended."""
+        ...
+
     def stop(self) -> None:
         """Nothing is served any more once this returns."""
         ...
@@ -135,6 +139,15 @@ class Vhost(VirtioDevice):
                 self._backend.start(index, self._agreed)
                 self._backend.when_done(index, partial(self._called, index))
 
+    def settle(self) -> None:
+        if any(self._under_way):
+            self._guarded(self._settle)
+
+    def _settle(self) -> None:
+        self._backend.drain()
+        for index in range(len(self.queues)):
+            self._take_back(index)
+
     def reset(self) -> None:
         if self.queues:
             self._guarded(self._backend.stop)
@@ -164,12 +177,15 @@ class Vhost(VirtioDevice):
         self._backend.when_done(index, partial(self._called, index))
 
     def _pass_back(self, index: int) -> None:
+        self._take_back(index)
+        self._pass_on(index)  # what had no slot
+
+    def _take_back(self, index: int) -> None:
         queue, under_way = self.queues[index], self._under_way[index]
         for number, written in self._backend.done(index):
             chain = under_way.pop(number)
             queue.push(chain, min(written, chain.writable_size()))
         queue.tell()
-        self._pass_on(index)  # what had no slot
 
     def _guarded(self, function: Callable[[], None]) -> None:
         """What the other program does wrong is no fault of the guest's."""
