@@ -61,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     collects = gc.isenabled()
     gc.disable()
     _open_standard_descriptors()
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    _check_spelling(parser, words)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        where = f"vmexit {words[0]}" if not words[0].startswith("-") else "vmexit"
+        parser.exit(2, f"{where}: there is no {shown(unknown[0])}; see {where} --help\n")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
             signal.signal(number, _end)
@@ -83,6 +89,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             gc.enable()
         gc.freeze()  # or the interpreter's last collection would look through all of it
     return status
+
+
+# How QEMU's users say it. It has to be looked at first: -hda would be taken for -h.
+_OF_QEMU = {
+    "-drive": "--drive file=PATH", "-hda": "--drive file=PATH", "-hdb": "--drive file=PATH",
+    "--disk": "--drive file=PATH", "-cdrom": "--drive file=PATH,readonly=on",
+    "-snapshot": "--drive file=PATH,snapshot=on", "-nic": "--net user", "-netdev": "--net user",
+    "-net": "--net user", "-virtfs": "--share TAG=DIR", "-fsdev": "--share TAG=DIR",
+    "-kernel": "--kernel", "-initrd": "--initrd", "-append": "--append", "-smp": "--smp",
+    "-cpu": "--cpu", "-accel": "--accel", "-enable-kvm": "--accel kvm", "-serial": "--serial",
+    "-bios": "--firmware", "-device": "--drive, --net, --share, --rng, --console or --balloon",
+    "-nographic": "nothing: there is no screen", "-debugcon": "--debugcon", "-M": "--machine",
+    "-machine": "--machine", "-chardev": "--console", "-display": "nothing: there is no screen",
+}  # fmt: skip
+
+
+def _check_spelling(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    for word in words if words[:1] == ["run"] else ():
+        if word in _OF_QEMU:
+            parser.exit(2, f"vmexit run: there is no {word}; use {_OF_QEMU[word]}\n")
 
 
 def _print(text: str) -> None:
@@ -424,6 +450,9 @@ def _run(arguments: argparse.Namespace) -> int:
         finally:
             if stats is not None:
                 print(stats.table(), file=sys.stderr)
+        if arguments.kernel is not None and vm.without_driver:
+            names = ", ".join(vm.without_driver)
+            _say(f"the guest had no driver for {names}; see vmexit fetch debian --modules")
         if stop.crashed:
             _say(f"{stop.summary()}\n{stop.dump}")
         elif stop.status == 124:

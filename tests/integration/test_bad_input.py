@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import GUESTS, VMEXIT, assert_one_line, vmexit
+from kernels import debian_kernel, initrd_with
 
 HELLO = GUESTS / "hello.bin"
 
@@ -395,3 +396,25 @@ def test_another_unicorn(tmp_path):
     env = {"PYTHONPATH": str(tmp_path)}
     done = vmexit("run", HELLO, "--accel", "soft", env=env)
     assert_one_line(done, 4, "Unicorn 2.0.0 is installed", "unicorn==2.1.4")
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [("-drive", "--drive file=PATH"), ("-hda", "--drive file="), ("-nographic", "nothing"),
+     ("--nosuch", "see vmexit run --help")],
+)  # fmt: skip
+def test_options_of_others_lead_to_ours(word, remedy):
+    done = vmexit("run", GUESTS / "hello.bin", word, "disk.img")
+    assert_one_line(done, 2, f"there is no {word}", remedy)
+
+
+@pytest.mark.linux
+def test_a_device_without_a_driver_is_told(tmp_path):
+    options = ["--rng", "--balloon", "0", "--append", "console=ttyS0 quiet panic=-1"]
+    kernel, initrd = debian_kernel("cloud-amd64"), initrd_with("cloud-amd64", "virtio_balloon")
+    done = vmexit(
+        "run", "--accel", "soft", "--kernel", kernel, "--initrd", initrd, *options,
+        "--timeout", "90", stdin=b"poweroff -f\n",
+    )  # fmt: skip
+    assert done.status == 0
+    assert_one_line(done, 0, "the guest had no driver for rng;", "vmexit fetch debian --modules")

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import vmexit
 from kernels import debian_kernel, initrd_with
 from linux_guest import Guest
 from terminal import Terminal
@@ -208,6 +209,17 @@ def test_a_terminal_as_the_only_console():
         assert terminal.wait() == 130 and terminal.mode() == terminal.before
     finally:
         terminal.close()
+
+
+@pytest.mark.parametrize("more", [(), ("--console", "null,name=port")])
+def test_input_that_is_there_from_the_start_is_not_lost(more):
+    command = ["run", "--accel", ACCEL, "--kernel", debian_kernel(FLAVOUR), "--console", "stdio"]
+    command += ["--initrd", initrd_with(FLAVOUR, "virtio_console"), *more]
+    done = vmexit(
+        *command, "--append", "console=hvc0 quiet", "--timeout", "90",
+        stdin=b"echo =$((6*7))=\npoweroff -f\n",
+    )  # fmt: skip
+    assert done.status == 0 and "=42=" in done.out, done
 
 
 def test_output_that_nobody_reads_does_not_outlast_the_time_limit():

@@ -337,5 +337,8 @@ def test_drives(text, drive):
     ],
 )
 def test_what_is_no_drive(text):
-    with pytest.raises(ConfigError, match=r"use |neither on nor off|leave one out|leave it out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"use |neither on nor off|leave (one|it) out|a file is file=PATH|did you mean",
+    ):
         Drive.parse(text)

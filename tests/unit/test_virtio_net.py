@@ -355,7 +355,9 @@ def test_a_port_in_use_is_told(loop):
     with socket.create_server(("127.0.0.1", 0)) as server:
         forward = Forward(False, "127.0.0.1", server.getsockname()[1], 80).for_passt()
         before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(ConfigError, match=r"passt does not run: .*; see the ports of hostfwd="):
+        with pytest.raises(
+            ConfigError, match=r"passt does not run: .*; is a port of hostfwd= in use"
+        ):
             Passt(loop, MAC, forwards=forward)
         assert len(os.listdir("/proc/self/fd")) == before
 

@@ -385,3 +385,9 @@ def test_the_device_on_an_overlay(base, tmp_path):
     assert read == BASE[8 * 512 : 9 * 512] + b"w" * 512 + BASE[10 * 512 : 11 * 512]
     assert hashlib.sha256(base.read_bytes()).digest() == hashlib.sha256(BASE).digest()
     memory.close()
+
+
+def test_an_overlay_is_no_disk_by_itself(tmp_path):
+    (tmp_path / "o").write_bytes(b"VMEXITOV".ljust(1024, b"\0"))
+    with pytest.raises(ConfigError, match=r"is an overlay of vmexit; use it with its image: file="):
+        Disk(str(tmp_path / "o"))

@@ -11,6 +11,7 @@ from vmexit.core.errors import ConfigError, shown
 from vmexit.core.holes import NOT_POSSIBLE, punch_hole
 
 _SECTOR = 512
+OVERLAY_MAGIC = b"VMEXITOV"  # see backends/overlay.py
 # Other formats, by their first bytes.
 _FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx", b"conectix": "vpc"}
 
@@ -83,6 +84,11 @@ class Disk:
 
     def _check_format(self, path: str) -> None:
         start = os.pread(self._fd, 8, 0)
+        if start.startswith(OVERLAY_MAGIC):
+            raise ConfigError(
+                f"the disk {shown(path)} is an overlay of vmexit; use it with its image: "
+                f"file=IMAGE,overlay={shown(path)}"
+            )
         for magic, name in _FORMATS.items():
             if start.startswith(magic):
                 raise ConfigError(

@@ -27,11 +27,10 @@ from typing import NamedTuple, Protocol
 
 from vmexit.backends import transfer
 from vmexit.backends.block_map import BlockMap
-from vmexit.backends.disk import lock
+from vmexit.backends.disk import OVERLAY_MAGIC, lock
 from vmexit.core.errors import ConfigError, HostError, shown
 from vmexit.core.holes import NOT_POSSIBLE, punch_hole
 
-_MAGIC = b"VMEXITOV"
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQ32s")  # magic, version, block size, size of the disk, digest
 _HEADER_SIZE = 512
@@ -79,13 +78,13 @@ class Format(NamedTuple):
 
     def pack(self) -> bytes:
         """The header."""
-        data = _HEADER.pack(_MAGIC, _VERSION, *self).ljust(_HEADER_SIZE - 4, b"\0")
+        data = _HEADER.pack(OVERLAY_MAGIC, _VERSION, *self).ljust(_HEADER_SIZE - 4, b"\0")
         return data + zlib.crc32(data).to_bytes(4, "little")
 
     @classmethod
     def parse(cls, data: bytes, path: str) -> "Format":
         """Raises ConfigError."""
-        if not data.startswith(_MAGIC):
+        if not data.startswith(OVERLAY_MAGIC):
             raise ConfigError(
                 f"{shown(path)} is no overlay of vmexit; use another path, where one is made"
             )

@@ -96,8 +96,10 @@ class Passt:
         said = self._process.communicate()[1].decode(errors="replace").splitlines()
         said = [line.strip() for line in said if "to syslog" not in line and line.strip()]
         why = said[-1] if said else f"status {self._process.returncode}"
-        remedy = "see the ports of hostfwd="
-        if "interface" in why:
+        remedy = "see passt(1)"
+        if "bind" in why:
+            remedy = "is a port of hostfwd= in use?"
+        elif "interface" in why:
             remedy = "it needs an interface with a default route"
         raise ConfigError(f"passt does not run: {why}; {remedy}, or use tap=")
 

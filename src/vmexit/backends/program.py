@@ -86,7 +86,10 @@ class Program:
         self._end(process)
         said = process.stderr.read() if process.stderr is not None else b""
         lines = said.decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else f"status {process.returncode}"
+        if not lines:
+            return f"it ended at once with status {process.returncode}"
+        # Some repeat their arguments, which are ours: what comes behind is what matters.
+        return lines[-1].rpartition("}: ")[2].strip()
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:
         if process.stdin is not None:

@@ -2,11 +2,11 @@
 
 import errno
 import os
+import socket
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fcntl import ioctl
-from pathlib import Path
 
 from vmexit.abi import tun
 from vmexit.abi import virtio as v
@@ -55,7 +55,7 @@ class Tap:
         self._loop = loop
         self.gone = False
         self._buffer = bytearray(_LARGEST)
-        there = Path("/sys/class/net", name).exists()
+        there = name in [found for _, found in socket.if_nameindex()]
         self._fd = self._write_fd = -1
         try:
             self._fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -66,7 +66,7 @@ class Tap:
             self._set_offloads(0)
             if not there or mtu or address or bridge:
                 _configure(name, mtu, address, bridge)
-            self.mtu = int(Path("/sys/class/net", name, "mtu").read_text())
+            self.mtu = _mtu(name)
         except (OSError, ValueError) as error:
             self.close()
             raise HostError(_why(name, error)) from error
@@ -118,6 +118,14 @@ class Tap:
                 self._loop.unwatch(fd)
                 os.close(fd)
         self._fd = self._write_fd = -1
+
+
+def _mtu(name: str) -> int:
+    """Of an interface in this network namespace, which sysfs may not show. Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asks:
+        answer = ioctl(asks, tun.SIOCGIFMTU, tun.ifreq_mtu.pack(name.encode(), 0))
+    mtu: int = tun.ifreq_mtu.unpack(answer)[1]
+    return mtu
 
 
 def _why(name: str, error: OSError | ValueError) -> str:

@@ -22,7 +22,7 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 ifconfig lo 127.0.0.1 up
 for module in {modules}; do insmod /modules/$module.ko; done
-(: </dev/console) 2>/dev/null && exec </dev/console >/dev/console 2>&1
+command exec 9</dev/console 2>/dev/null && exec <&9 >/dev/console 2>&1 9<&-
 root= mode=ro init=/sbin/init
 for word in $(cat /proc/cmdline); do
   case $word in

@@ -51,6 +51,8 @@ class Board:
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
         self.balloon: MemoryBalloon | None = None
+        self.undriven: Callable[[], list[str]] = list
+        """The names of the virtio devices that no driver has ever made ready."""
         self.console: GuestConsole | None = None
         self.console_where: list[str] = []
         self._when_running: list[Callable[[bool], None]] = []
@@ -168,6 +170,8 @@ class Board:
         for name, device in parts.devices():
             self.devices[name] = slots.attach(device)
         self._when_running.append(slots.running)
+        names = list(self.devices)[-self._config.virtio_devices :]
+        self.undriven = lambda: [names[number] for number in slots.undriven()]
         self.balloon = parts.balloon
         if parts.console is not None:
             self.console, self.console_where = parts.console, parts.console_where

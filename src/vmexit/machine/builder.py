@@ -55,6 +55,7 @@ class Parts(NamedTuple):
     serial: str
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
+    undriven: Callable[[], list[str]]
     balloon: MemoryBalloon | None
     console: GuestConsole | None
     console_where: Sequence[str]
@@ -196,6 +197,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.devices,
             board.serial_where,
             board.running,
+            board.undriven,
             board.balloon,
             board.console,
             board.console_where,

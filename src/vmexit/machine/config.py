@@ -194,6 +194,10 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"a balloon of {self.balloon} bytes cannot be; use 0 to {self.memory}, the memory"
             )
+        if 0 < (self.balloon or 0) < PAGE_SIZE:
+            raise ConfigError(
+                f"a balloon of {self.balloon} bytes is no page; use --balloon {self.balloon}M"
+            )
         from vmexit.machine.console import ConsoleOptions
         from vmexit.machine.drive import Drive
         from vmexit.machine.net import NetOptions
@@ -209,7 +213,7 @@ class MachineConfig(_Options):
         Share.parse_all(self.shares)
         ConsoleOptions.parse_all(self.consoles, self.serial)
         if self.machine == "bare":
-            raise ConfigError("the bare machine has no virtio devices; use machine microvm")
+            raise ConfigError("the bare machine has no virtio devices; use --machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
             raise ConfigError(
                 f"{self.virtio_devices} virtio devices are too many; use {len(VIRTIO_GSIS)} at most"

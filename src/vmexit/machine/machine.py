@@ -316,6 +316,11 @@ class Machine:
         return self._parts.serial
 
     @property
+    def without_driver(self) -> list[str]:
+        """Virtio devices for which the guest had no driver so far: `disk0`, `net0`, …"""
+        return self._parts.undriven()
+
+    @property
     def balloon(self) -> MemoryBalloon:
         """The memory balloon: `vm.balloon.set_target(bytes)`, `.actual`, `.statistics`.
 

@@ -112,7 +112,7 @@ def _address(options: Options) -> str:
     if not text:
         return ""
     try:
-        found = ipaddress.ip_interface(text)
+        found = ipaddress.ip_interface(text if "/" in text else "")
     except ValueError as error:
         raise ConfigError(
             f"address={shown(text[:40])} is no address with a length; use address=10.0.0.1/24"

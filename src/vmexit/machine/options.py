@@ -1,5 +1,6 @@
 """Options with values of their own, as `file=P,readonly=on`."""
 
+import difflib
 from collections.abc import Sequence
 
 from vmexit.core.errors import ConfigError, quoted, shown
@@ -26,7 +27,7 @@ class Options:
                 self._values.setdefault(key, []).append(value)
             else:
                 raise ConfigError(
-                    f"{quoted(option)} of {self.what} is unknown; use {_list(keys)} with a value"
+                    f"{quoted(option)} of {self.what} is unknown; {_hint(option, keys)}"
                 )
 
     def all(self, key: str) -> list[str]:
@@ -69,9 +70,21 @@ class Options:
     def size(self, key: str) -> int:
         """A number of bytes, as `512K`; 0 where nothing is said."""
         value = parse_size(self.text(key, "0"))
+        if 0 < value < 1024:
+            raise ConfigError(f"{key}={value} of {self.what} is only {value} bytes; use {value}M")
         if 0 <= value < _MAX_SIZE:
             return value
         raise ConfigError(f"{key}={self.text(key)[:40]} of {self.what} cannot be; use 1M, 1G")
+
+
+def _hint(option: str, keys: Sequence[str]) -> str:
+    key, equals, _ = option.partition("=")
+    if close := difflib.get_close_matches(key.replace("-", ""), keys, 1):
+        return f"did you mean {close[0]}=?"
+    if not equals and keys[0] == "file":
+        return "a file is file=PATH, and a comma in it is written twice"
+    more = "" if equals else ", and a comma in a value is written twice"
+    return f"use {_list(keys)} with a value{more}"
 
 
 def _list(keys: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from vmexit.abi import virtio as v
 from vmexit.accel.base import Notifier
 from vmexit.arch.x86 import layout
 from vmexit.core.bus import Bus
-from vmexit.core.errors import HostError, shown
+from vmexit.core.errors import ConfigError, HostError, shown
 from vmexit.core.irq import EdgeLine, EventfdLine, IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
@@ -94,6 +94,10 @@ class VirtioSlots:
             ) from error
         self._on_close(partial(os.close, eventfd))
         return eventfd
+
+    def undriven(self) -> list[int]:
+        """The places of devices that no driver has ever made ready."""
+        return [number for number, one in enumerate(self._transports) if not one.driven]
 
     def running(self, runs: bool) -> None:
         """A run begins, or has ended: in between, no device does anything to the guest."""
@@ -198,9 +202,14 @@ class VirtioParts:
             try:
                 return self._vhost_disk(program.name, program.connect, drive, limit)
             except HostError as error:
-                raise HostError(
-                    f"cannot use the disk {shown(drive.file)}: {program.complaint()}; see its "
-                    "format"
+                why = program.complaint()
+                remedy = f"is it a {drive.format} image? qemu-img info tells"
+                if "lock" in why or "using the image" in why:
+                    remedy = "end the other machine that uses it, or give both readonly=on"
+                elif "ermission" in why or "ead-only" in why:
+                    remedy = "use another path, or readonly=on"
+                raise ConfigError(
+                    f"cannot use the disk {shown(drive.file)}: {why.rstrip('?')}; {remedy}"
                 ) from error
         from vmexit.devices.virtio.blk import Blk
 

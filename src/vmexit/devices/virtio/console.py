@@ -66,6 +66,9 @@ class Console(VirtioDevice):
         self._timer = clock.timer(self._look)
         self._runs = False
         self._multiport = False
+        # A lone console does not tell when it is open, and Linux drops what comes before that. Its
+        # first output does.
+        self._spoken = False
         # Messages for the driver, each once, as (port, event): what a hostile one asks for again
         # and again takes no room. What they say is looked up when they go.
         self._messages: dict[tuple[int, int], None] = {}
@@ -118,6 +121,7 @@ class Console(VirtioDevice):
 
     def reset(self) -> None:
         super().reset()
+        self._spoken = False
         self._messages.clear()
         for port in self.ports:
             port.forget()
@@ -148,14 +152,18 @@ class Console(VirtioDevice):
         outlet = self.ports[port].outlet
 
         def send(chain: Chain) -> int:
+            self._spoken = True
             outlet.put(chain.read(_MOST_OUTPUT))
             return 0
 
+        silent = not self._spoken
         self._queue(port, True).serve(send, outlet.has_room)
+        if silent and self._spoken:
+            self._receive(port)
 
     def _receive(self, port: int) -> None:
         """Give the guest what has come, as far as it has room; no more at a time than a queue."""
-        if not self.ports[port].open:
+        if not self.ports[port].open or not (self._multiport or self._spoken):
             return
         backend, queue = self.ports[port].backend, self._queue(port, False)
         for _ in range(queue.size):
@@ -256,6 +264,7 @@ class Console(VirtioDevice):
             "open": [int(port.open) for port in self.ports],
             "sizes": [n for port in self.ports for n in port.size or (0, 0)],
             "told": [n for port in self.ports for n in port.told or (0, 0)],
+            "spoken": int(self._spoken),
             "messages": len(self._messages),
             "ports": [number for number, _ in self._messages],
             "events": [event for _, event in self._messages],
@@ -270,6 +279,7 @@ class Console(VirtioDevice):
         is_open = saved.numbers("open", 1, count)
         sizes = saved.numbers("sizes", 0xFFFF, 2 * count)
         told = saved.numbers("told", 0xFFFF, 2 * count)
+        spoken = saved.flag("spoken")
         messages = saved.number("messages", count * len(_TO_DRIVER))
         numbers = saved.numbers("ports", count - 1, messages)
         events = saved.numbers("events", v.CONSOLE_PORT_NAME, messages)
@@ -280,6 +290,7 @@ class Console(VirtioDevice):
             port.size = _pair(sizes, number)
             port.told = _pair(told, number)
             port.look_anew()
+        self._spoken = spoken
         self._messages = dict.fromkeys(zip(numbers, events, strict=True))
 
 

@@ -48,6 +48,8 @@ class MmioTransport:
             for index, size in enumerate(device.queue_sizes)
         ]
         self._notify = [partial(device.notify, i) for i in range(len(self._queues))]
+        self.driven = False
+        """Whether a driver was ready once."""
         self._held = self._closed = False
         self._waiting: dict[Callable[[], None], None] = {}  # in this order, each once
         self._generation = 0
@@ -197,6 +199,7 @@ class MmioTransport:
 
     def _activate(self) -> None:
         """The driver is ready. It may have offered buffers before, when nobody looked (3.1.1)."""
+        self.driven = True
         self.device.activate(self._queues, self._accepted)
         for index in range(len(self._queues)):
             self.kick(index)
