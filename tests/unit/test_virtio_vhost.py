@@ -309,3 +309,14 @@ program.close()
 """
     done = subprocess.run([sys.executable, "-c", script, image], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("20\n", "")
+
+
+def test_a_queue_that_was_taken_away_is_not_written_to(rig):
+    rig.ask(1)
+    rig.driver.set(v.MMIO_QUEUE_SEL, 0)
+    rig.driver.set(v.MMIO_QUEUE_READY, 0)
+    rig.use((SLOTS - 1, 0))
+    assert rig.told.acquire(timeout=SOON)
+    while rig.device._under_way[0]:
+        assert rig.told.acquire(timeout=SOON)
+    assert rig.driver.rings[0].done() == [] and not rig.failures

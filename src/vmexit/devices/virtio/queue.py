@@ -266,7 +266,9 @@ class Queue:
         self.push_all(((chain, written),))
 
     def push_all(self, done: Iterable[tuple[Chain, int]]) -> None:
-        """Likewise for several, which the driver sees at once."""
+        """Likewise for several, which the driver sees at once; not after it has taken the queue."""
+        if not self.ready:
+            return
         for chain, written in done:
             self._memory.host_wrote(chain.ranges, written)
             at = _RING + 8 * (self._next_used & self.size - 1)
