@@ -463,13 +463,14 @@ def test_the_time_stamp_counter_of_the_software_cpu_begins_at_0():
 
 def test_a_device_is_held_and_told_although_another_one_fails_at_the_end_of_a_run(accel, tmp_path):
     """What the guest puts out cannot be written: the devices behind the serial port are told."""
-    text = b"\xba\xf8\x03\xb0\x41\xee\xeb\xfe"  # mov dx, 0x3f8; mov al, 'A'; out dx, al; jmp $
+    # mov dx, 0x3f8; mov al, "A"; out dx, al; out 0xf4, al: before a timer writes it out
+    text = b"\xba\xf8\x03\xb0\x41\xee\xe6\xf4\xeb\xfe"
     with Machine(
         memory="2M", accel=accel, machine="microvm", serial="file:/dev/full", rng=True
     ) as vm:
         vm.load_bytes(text, at=0x1000)
         with pytest.raises(HostError, match="No space left on device"):
-            vm.run(timeout=1)
+            vm.run(timeout=60)
         assert vm._parts.devices["rng"]._held
 
 
