@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from command import VMEXIT
+from command import SLOW, VMEXIT
 
-SECONDS = 100
+SECONDS = 100 * SLOW
 PROMPT = b"/root # "
 BANNER = b"vmexit guest: a busybox shell."
 

@@ -7,9 +7,9 @@ import subprocess
 import termios
 import time
 
-from command import VMEXIT
+from command import SLOW, VMEXIT
 
-SECONDS = 60
+SECONDS = 60 * SLOW
 
 
 class Terminal:

@@ -13,16 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
-from command import vmexit
+from command import SLOW, vmexit
 from kernels import debian_kernel, initrd_with
 from linux_guest import Guest
 from terminal import Terminal
 
-pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(300 * SLOW)]
 
 ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 FLAVOUR = "cloud-amd64"
-SECONDS = 60
+SECONDS = 60 * SLOW
 KB100 = 100_000
 
 
@@ -190,7 +190,7 @@ def test_a_terminal_as_the_only_console():
     """The kernel has none before the module is loaded; then the size is the terminal's."""
     run = ["run", "--accel", ACCEL, "--kernel", str(debian_kernel(FLAVOUR)), "--console", "stdio"]
     run += ["--initrd", str(initrd_with(FLAVOUR, "virtio_console"))]
-    terminal = Terminal(*run, "--append", "console=hvc0 quiet", "--timeout", "150")
+    terminal = Terminal(*run, "--append", "console=hvc0 quiet", "--timeout", str(150 * SLOW))
     try:
         set_size(terminal.master, 91, 31)
         terminal.expect(b"/root # ")
@@ -216,7 +216,7 @@ def test_input_that_is_there_from_the_start_is_not_lost(more):
     command = ["run", "--accel", ACCEL, "--kernel", debian_kernel(FLAVOUR), "--console", "stdio"]
     command += ["--initrd", initrd_with(FLAVOUR, "virtio_console"), *more]
     done = vmexit(
-        *command, "--append", "console=hvc0 quiet", "--timeout", "90",
+        *command, "--append", "console=hvc0 quiet", "--timeout", str(90 * SLOW),
         stdin=b"echo =$((6*7))=\npoweroff -f\n",
     )  # fmt: skip
     assert done.status == 0 and "=42=" in done.out, done
