@@ -275,15 +275,19 @@ def test_a_request_in_rom_is_refused(make):
     assert machine.driver.broken and not machine.failures
 
 
-def test_a_reset_waits_until_nothing_is_under_way(make):
+def test_after_a_reset_the_ring_is_a_new_one(make):
     machine = make()
     machine.driver.start()
     offer(machine)
+    server = Server(machine)
+    server.finish(SLOTS - 1, 1)
+    server.call()
+    until(lambda: machine.driver.lines.edges == 1)
     machine.driver.set(v.MMIO_STATUS, 0)
     assert machine.peer.messages[-1][0] == u.GET_VRING_BASE
     machine.driver.start()
     offer(machine)
-    assert len(Server(machine).offered()) == 1  # a ring of its own
+    assert len(Server(machine).offered()) == 1
 
 
 def test_a_limit_holds_requests_back(make):
