@@ -14,6 +14,7 @@ from virtio_driver import Driver
 
 from vmexit.abi import vhost_user as u
 from vmexit.abi import virtio as v
+from vmexit.backends.program import Program
 from vmexit.backends.vhost_ring import SLOTS, RingMemory
 from vmexit.backends.vhost_user import Shared, VhostUser
 from vmexit.core.errors import HostError
@@ -383,3 +384,13 @@ def test_rings_wrap():
         struct.pack_into("<H", view, 0x2002, number + 1 & 0xFFFF)
         assert ring.done() == [(slot, number & 7)] and not ring.full
     memory.close()
+
+
+def test_a_program_that_complains_for_ever_does_not_wait_for_us():
+    """64 KiB of it are kept. A pipe would be full by then, and the program stand still."""
+    script = "for i in $(seq 3000); do echo complaint $i of a program that says a lot >&2; done"
+    program = Program("it", lambda fd: ["/bin/sh", "-c", script])
+    until(lambda: program._process.poll() is not None)
+    said = program.complaint()
+    assert said.startswith("complaint ") and len(program._complaints.lines()) > 1000
+    program.close()

@@ -484,6 +484,7 @@ def test_a_tap_that_was_deleted_is_a_cable_pulled_out(memory):
     tap = Tap("vmexit-gone", loop)
     driver = Driver(Net(tap, MAC), memory)
     driver.start()
+    offer_buffers(driver, 16, 2048)  # the host may send something by itself
     before = driver.registers.config_changed
     driver.registers.config_changed = lambda: (before(), gone.set())
     subprocess.run(["ip", "link", "del", "vmexit-gone"], check=True)

@@ -9,9 +9,10 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from shutil import which
 
+from vmexit.backends.program import Complaints
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
 
@@ -59,6 +60,8 @@ class Passt:
         """With a socket between us. Raises HostError."""
         with ExitStack() as stack:
             try:
+                self._complaints = Complaints()
+                stack.callback(self._complaints.close)
                 self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                 stack.enter_context(self._socket)
                 with theirs:
@@ -68,7 +71,7 @@ class Passt:
                         [*command, "--fd", str(fd)],
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE,
+                        stderr=self._complaints.fd,
                         pass_fds=[fd],
                         process_group=0,  # a Ctrl-C is for us, who end it
                     )
@@ -93,8 +96,8 @@ class Passt:
             if self.gone:
                 break
         self._process.kill()
-        said = self._process.communicate()[1].decode(errors="replace").splitlines()
-        said = [line.strip() for line in said if "to syslog" not in line and line.strip()]
+        self._process.wait()
+        said = [line for line in self._complaints.lines() if "to syslog" not in line]
         why = said[-1] if said else f"status {self._process.returncode}"
         remedy = "see passt(1)"
         if "bind" in why:
@@ -176,6 +179,4 @@ class Passt:
                 self._process.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-            with suppress(OSError):
-                if self._process.stderr is not None:
-                    self._process.stderr.close()
+        self._complaints.close()

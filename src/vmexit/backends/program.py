@@ -9,8 +9,10 @@ from contextlib import suppress
 
 from vmexit.backends.wait import reason
 from vmexit.core.errors import HostError
+from vmexit.core.memory import MEMFD_FLAGS, set_size
 
 _PATIENCE = 10.0  # seconds for one to end in order
+_MOST_SAID = 1 << 16
 
 # It ends in order (SIGTERM) when our end of the pipe is closed, however we end: a disk's image is
 # written out then. Its own input is empty.
@@ -37,6 +39,23 @@ def connect_to(path: str) -> socket.socket:
     return connection
 
 
+class Complaints:
+    """What a program says on its standard error: the first of it, so that it never waits for us."""
+
+    def __init__(self) -> None:
+        """Raises OSError."""
+        self.fd = os.memfd_create("vmexit-stderr", MEMFD_FLAGS)
+        set_size(self.fd, _MOST_SAID)  # what comes behind is refused
+
+    def lines(self) -> list[str]:
+        """Those that are not empty."""
+        said = os.pread(self.fd, _MOST_SAID, 0).rstrip(b"\0").decode(errors="replace")
+        return [line.strip() for line in said.splitlines() if line.strip()]
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Program:
     """One of them, with a listening socket that it finds open."""
 
@@ -44,8 +63,10 @@ class Program:
         """`command` gives its words for the descriptor of the socket. Raises HostError."""
         self.name = name
         self._process: subprocess.Popen[bytes] | None = None
+        self._complaints: Complaints | None = None
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            self._complaints = Complaints()
             # Nobody else can come by: the folder is ours, and gone when we are connected.
             with tempfile.TemporaryDirectory(prefix="vmexit-") as folder:
                 path = os.path.join(folder, "socket")  # noqa: PTH118 - bind() takes a text
@@ -61,7 +82,7 @@ class Program:
                 ["/bin/sh", "-c", supervisor, "sh", *command(fd)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=self._complaints.fd,
                 pass_fds=[fd],
                 process_group=0,  # a Ctrl-C is for us
             )
@@ -82,10 +103,9 @@ class Program:
     def complaint(self) -> str:
         """End it; the last line of what it has said, or its status."""
         process = self._process
-        assert process is not None
+        assert process is not None and self._complaints is not None
         self._end(process)
-        said = process.stderr.read() if process.stderr is not None else b""
-        lines = said.decode(errors="replace").strip().splitlines()
+        lines = self._complaints.lines()
         if not lines:
             return f"it ended at once with status {process.returncode}"
         # Some repeat their arguments, which are ours: what comes behind is what matters.
@@ -108,6 +128,7 @@ class Program:
             self.connect().close()
         if self._process is not None:
             self._end(self._process)
-            if self._process.stderr is not None:
-                self._process.stderr.close()
             self._process = None
+        if self._complaints is not None:
+            self._complaints.close()
+            self._complaints = None
