@@ -64,7 +64,9 @@ def _arrivals(fd: int, begin: float, lines: tuple[bytes, ...], timeout: float) -
 
 
 def ended_output(command: list[str], last: bytes, timeout: float) -> str:
-    """What `command` prints up to `last`; it is ended then. Raises Unavailable as `boot()` does."""
+    """What `command` prints up to `last`; it is ended then. Raises Unavailable as `boot()` does,
+    also if nothing at all comes in a quarter of the time.
+    """
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -73,10 +75,10 @@ def ended_output(command: list[str], last: bytes, timeout: float) -> str:
         env=as_installed(),
     ) as process:
         assert process.stdout is not None
-        text, end = b"", time.perf_counter() + timeout
+        start, text = time.perf_counter(), b""
         try:
             while last not in text:
-                left = max(end - time.perf_counter(), 0)
+                left = max(start + timeout / (1 if text else 4) - time.perf_counter(), 0)
                 ready, _, _ = select.select([process.stdout], [], [], left)
                 data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
                 if not data:
