@@ -31,6 +31,7 @@ class HostWrites:
         self._stopper = stopper
         self._pending: deque[tuple[int, int]] = deque()
         self._too_many = False
+        self._asked = False  # for a stop that has not come yet
         # Where the engine counts each region from, by its HVA.
         self._offsets: dict[int, int] = {}
         memory.on_host_write(self._wrote)
@@ -43,11 +44,16 @@ class HostWrites:
                 self._pending.append((gpa, size))
             else:
                 self._too_many = True
-            self._stopper.ask(StopWords.ATTENTION)
+            # In this order, and the other way round in drop(): a stop that was asked for before
+            # sees what was added by now.
+            if not self._asked:
+                self._asked = True
+                self._stopper.ask(StopWords.ATTENTION)
 
     def drop(self) -> None:
         """Do what has waited; on the thread of the engine, which does not execute now."""
         pending = self._pending
+        self._asked = False
         if self._too_many:
             self._too_many = False
             pending.clear()
