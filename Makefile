@@ -10,7 +10,7 @@ LINUX  := --kernel build/debian/vmlinuz --initrd build/debian/initrd.gz --append
 
 VIRTIO := $(addprefix tests/integration/test_linux_,virtio.py net.py vsock.py balloon.py vhost.py share.py hvc.py)
 
-.PHONY: help setup demo test test-lab test-lab-virtio test-long lint format bench bench-lab clean
+.PHONY: help setup demo test test-lab lab-virtio test-long lint format bench bench-lab clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -48,7 +48,7 @@ test-lab: setup  ## the tests on Linux's own KVM, in an emulated machine: docs/k
 	@PYTHONPATH=tests:tests/integration $(BIN)/python tests/lab/test_boot_log.py build/soft-boot.log
 	@tools/test-lab $(BIN)/python -m pytest tests/lab tests/guest/test_smp.py -m "not lab_tool and not soak" -k "not soft]"
 
-test-lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
+lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
 	@tools/test-lab $(BIN)/python -m pytest -m "not soak" --timeout 900 $(VIRTIO)
 
