@@ -90,7 +90,9 @@ def test_a_share_is_a_file_system(tmp_path, mount):
     with boot(share(tmp_path, mount), mount=f"{mount} src /mnt") as guest:
         log = guest.run("sh /mnt/exercise 2>&1")
         assert log.endswith("all done"), log
-        assert not guest.run("dmesg | grep -E '(9p|fuse|virtiofs).*(error|bad|fail)|BUG:|WARNING:'")
+        bad = "(9p|fuse|virtiofs).*(error|bad|fail)|BUG:|WARNING:"
+        # The KVM lab's processor has one warning of its own.
+        assert not guest.run(f"dmesg | grep -E '{bad}' | grep -v fpu__init_system_xstate")
         power_off(guest)
     made = tmp_path / "w"
     names = {"app", "d1", "e", "kept", "moved", "p", "busybox", "t", "u", "ud", "0" * 255}
