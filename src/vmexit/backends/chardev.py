@@ -15,7 +15,7 @@ from typing import Protocol
 from vmexit.backends.console import Console, is_our_terminal, terminal_size
 from vmexit.backends.files import open_output
 from vmexit.backends.gather import Gathered
-from vmexit.backends.wait import PATIENCE, Ending, Output, never, ready, wait_writable
+from vmexit.backends.wait import Ending, Output, Slow, never, ready
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
 
@@ -208,22 +208,17 @@ class Pty(_Descriptor):
         tty.setraw(self._slave)  # held open: with no other end at all, a read would fail
         os.set_blocking(master, False)
         self.where = os.ttyname(self._slave)
-        self._ending = ending
-        self._stuck = False  # nobody read what was there to read
+        self._slow = Slow(ending)
         super().__init__(master, master, loop, ending)
 
     def write(self, data: bytes) -> None:
         while data and self._out >= 0:
             try:
                 data = data[os.write(self._out, data) :]
-                self._stuck = False
-                continue
+                self._slow.took()
             except BlockingIOError:
-                # Waited for once; from then on what does not go is dropped, until some does.
-                patience = 0 if self._stuck else PATIENCE
-            if not wait_writable(self._out, patience, self._ending):
-                self._stuck = True
-                return
+                if not self._slow.wait(self._out):
+                    return
 
     def size(self) -> tuple[int, int] | None:
         return terminal_size(self._out)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vmexit.backends import transfer
 from vmexit.core.errors import ConfigError, shown
-from vmexit.core.holes import NOT_POSSIBLE, punch_hole
+from vmexit.core.holes import NOT_POSSIBLE, try_hole
 
 _SECTOR = 512
 OVERLAY_MAGIC = b"VMEXITOV"  # see backends/overlay.py
@@ -106,11 +106,7 @@ class Disk:
         os.fdatasync(self._fd)
 
     def discard(self, offset: int, size: int) -> None:
-        try:
-            punch_hole(self._fd, offset, size)
-        except OSError as error:
-            if error.errno not in NOT_POSSIBLE:
-                raise
+        try_hole(self._fd, offset, size)
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         transfer.write_zeroes(self._fd, offset, size, self.write_from, unmap=unmap)

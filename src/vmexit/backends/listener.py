@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 
 from vmexit.backends.unix_socket import SocketFile
-from vmexit.backends.wait import PATIENCE, Ending, never, reason, wait_writable
+from vmexit.backends.wait import Ending, Slow, never, reason
 from vmexit.core.errors import ConfigError, shown
 from vmexit.core.loop import EventLoop
 
@@ -26,12 +26,11 @@ class Listener:
         ending: Ending = never,
     ) -> None:
         self._loop = loop
-        self._ending = ending
+        self._slow = Slow(ending)
         self._waiting: Callable[[], None] | None = None  # called when there may be input
         self._lock = threading.Lock()  # vCPUs may come at once; not held while waiting
         self._client: socket.socket | None = None
         self._silent = False  # the client has said that it sends no more
-        self._stuck = False  # it did not read what was there to read
         self._rests = False  # nothing is waited for, as it would come again and again
         self._timer = loop.timer(self._go_on)
         self._file: SocketFile | None = None
@@ -82,7 +81,8 @@ class Listener:
             self._loop.unwatch(self._client.fileno())
             self._client.close()
             self._client = None
-        self._silent = self._stuck = False
+        self._silent = False
+        self._slow.took()
         self._watch()
 
     def when_readable(self, function: Callable[[], None]) -> None:
@@ -115,16 +115,14 @@ class Listener:
                     return
                 try:
                     data = data[client.send(data, socket.MSG_NOSIGNAL) :]
-                    self._stuck = False
+                    self._slow.took()
                     continue
                 except BlockingIOError:
-                    # Waited for once; from then on what does not go is dropped, until some does.
-                    fd, patience = client.fileno(), 0 if self._stuck else PATIENCE
+                    fd = client.fileno()
                 except OSError:
                     self._drop()
                     return
-            if not wait_writable(fd, patience, self._ending):
-                self._stuck = True
+            if not self._slow.wait(fd):
                 return
 
     def read(self, size: int) -> bytes:

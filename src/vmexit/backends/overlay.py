@@ -29,7 +29,7 @@ from vmexit.backends import transfer
 from vmexit.backends.block_map import BlockMap
 from vmexit.backends.disk import OVERLAY_MAGIC, lock
 from vmexit.core.errors import ConfigError, HostError, shown
-from vmexit.core.holes import NOT_POSSIBLE, punch_hole
+from vmexit.core.holes import try_hole
 
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQ32s")  # magic, version, block size, size of the disk, digest
@@ -269,13 +269,8 @@ class Overlay:
         if first >= last:
             return
         start = first * block
-        try:
-            punch_hole(self._fd, self._data_at + start, min(last * block, self.size) - start)
-        except OSError as error:
-            if error.errno not in NOT_POSSIBLE:
-                raise
-            return
-        self._blocks.add(first, last)
+        if try_hole(self._fd, self._data_at + start, min(last * block, self.size) - start):
+            self._blocks.add(first, last)
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         if not size:

@@ -7,7 +7,6 @@ from shutil import which
 from vmexit.backends.program import Program
 from vmexit.core.errors import HostError, shown
 
-FORMATS = ("qcow2", "vmdk", "vhdx", "vpc", "vdi", "qed", "luks")
 _NAME = "qemu-storage-daemon"
 
 

@@ -41,6 +41,25 @@ def wait_writable(fd: int, patience: float, ending: Ending) -> bool:
     return True
 
 
+class Slow:
+    """Who may not read: waited for once, and what does not go is dropped until some does again."""
+
+    def __init__(self, ending: Ending) -> None:
+        self._ending = ending
+        self._stuck = False
+
+    def took(self) -> None:
+        """It has read something, or is another one."""
+        self._stuck = False
+
+    def wait(self, fd: int) -> bool:
+        """Wait until `fd` takes data; False for what is to be dropped."""
+        if wait_writable(fd, 0 if self._stuck else PATIENCE, self._ending):
+            return True
+        self._stuck = True
+        return False
+
+
 def write_all(fd: int, data: bytes, patience: float, ending: Ending) -> None:
     """Write `data`; the rest of it is dropped where `wait_writable()` gives up. Raises OSError."""
     while data and wait_writable(fd, patience, ending):

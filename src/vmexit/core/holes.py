@@ -30,6 +30,17 @@ def punch_hole(fd: int, offset: int, size: int) -> None:
     fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, size)
 
 
+def try_hole(fd: int, offset: int, size: int) -> bool:
+    """Likewise, or nothing: whether the file system can do it. Raises OSError for other errors."""
+    try:
+        punch_hole(fd, offset, size)
+    except OSError as error:
+        if error.errno not in NOT_POSSIBLE:
+            raise
+        return False
+    return True
+
+
 def zero_range(fd: int, offset: int, size: int) -> None:
     """It reads as zeros from now on, and keeps its room. Raises OSError."""
     fallocate(fd, ZERO_RANGE | KEEP_SIZE, offset, size)

@@ -168,10 +168,9 @@ class Board:
             self._config, memory, self._loop, self._request.fail, self._on_close, self._chardev
         )
         for name, device in parts.devices():
-            self.devices[name] = slots.attach(device)
+            self.devices[name] = slots.attach(name, device)
         self._when_running.append(slots.running)
-        names = list(self.devices)[-self._config.virtio_devices :]
-        self.undriven = lambda: [names[number] for number in slots.undriven()]
+        self.undriven = slots.undriven
         self.balloon = parts.balloon
         if parts.console is not None:
             self.console, self.console_where = parts.console, parts.console_where

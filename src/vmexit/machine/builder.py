@@ -11,10 +11,9 @@ from vmexit.arch.x86.layout import (
     ROM_END,
     ROM_MAX_SIZE,
     TESTDEV_MEMORY,
-    VIRTIO_GSIS,
-    VIRTIO_MMIO,
     VIRTIO_MMIO_SIZE,
     ram_ranges,
+    virtio_place,
 )
 from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry
@@ -290,9 +289,8 @@ def _command_line(config: MachineConfig) -> str:
     """
     words = config.append.split()
     if "acpi=off" in words and not any(w.startswith("virtio_mmio.device=") for w in words):
-        for number in range(config.virtio_devices):
-            gpa = VIRTIO_MMIO + number * VIRTIO_MMIO_SIZE
-            words.append(f"virtio_mmio.device={VIRTIO_MMIO_SIZE:#x}@{gpa:#x}:{VIRTIO_GSIS[number]}")
+        for gpa, gsi in map(virtio_place, range(config.virtio_devices)):
+            words.append(f"virtio_mmio.device={VIRTIO_MMIO_SIZE:#x}@{gpa:#x}:{gsi}")
         return " ".join(words)
     return config.append
 

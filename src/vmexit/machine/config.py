@@ -198,26 +198,38 @@ class MachineConfig(_Options):
             raise ConfigError(
                 f"a balloon of {self.balloon} bytes is no page; use --balloon {self.balloon}M"
             )
-        from vmexit.machine.console import ConsoleOptions
-        from vmexit.machine.drive import Drive
-        from vmexit.machine.net import NetOptions
-        from vmexit.machine.share import Share
-        from vmexit.machine.vsock import VsockOptions
-
-        for text in self.drives:
-            Drive.parse(text)
-        for text in self.nets:
-            NetOptions.parse(text)
-        if self.vsock is not None:
-            VsockOptions.parse(self.vsock)
-        Share.parse_all(self.shares)
-        ConsoleOptions.parse_all(self.consoles, self.serial)
+        self._check_options()
         if self.machine == "bare":
             raise ConfigError("the bare machine has no virtio devices; use --machine microvm")
         if self.virtio_devices > len(VIRTIO_GSIS):
             raise ConfigError(
                 f"{self.virtio_devices} virtio devices are too many; use {len(VIRTIO_GSIS)} at most"
             )
+
+    def _check_options(self) -> None:
+        """Those with options of their own. Only what is asked for is loaded."""
+        if self.drives:
+            from vmexit.machine.drive import Drive
+
+            for text in self.drives:
+                Drive.parse(text)
+        if self.nets:
+            from vmexit.machine.net import NetOptions
+
+            for text in self.nets:
+                NetOptions.parse(text)
+        if self.vsock is not None:
+            from vmexit.machine.vsock import VsockOptions
+
+            VsockOptions.parse(self.vsock)
+        if self.shares:
+            from vmexit.machine.share import Share
+
+            Share.parse_all(self.shares)
+        if self.consoles:
+            from vmexit.machine.console import ConsoleOptions
+
+            ConsoleOptions.parse_all(self.consoles, self.serial)
 
     @property
     def virtio_devices(self) -> int:

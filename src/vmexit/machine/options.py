@@ -1,6 +1,5 @@
 """Options with values of their own, as `file=P,readonly=on`."""
 
-import difflib
 from collections.abc import Sequence
 
 from vmexit.core.errors import ConfigError, quoted, shown
@@ -78,6 +77,8 @@ class Options:
 
 
 def _hint(option: str, keys: Sequence[str]) -> str:
+    import difflib  # slow to load
+
     key, equals, _ = option.partition("=")
     if close := difflib.get_close_matches(key.replace("-", ""), keys, 1):
         return f"did you mean {close[0]}=?"

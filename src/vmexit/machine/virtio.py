@@ -54,18 +54,16 @@ class VirtioSlots:
         self._loop = loop
         self._notifier = notifier
         self._on_close = on_close
-        self._transports: list[MmioTransport] = []
+        self._transports: dict[str, MmioTransport] = {}
 
-    def attach(self, device: VirtioDevice) -> MmioTransport:
+    def attach(self, name: str, device: VirtioDevice) -> MmioTransport:
         """Give `device` the next place. Raises HostError."""
-        number = len(self._transports)
-        gpa = layout.VIRTIO_MMIO + number * layout.VIRTIO_MMIO_SIZE
+        gpa, gsi = layout.virtio_place(len(self._transports))
         loop = self._loop
         if self._notifier is not None and device.waits:
             loop = loop.another()
             self._on_close(loop.close)
-        irq = self._irq(layout.VIRTIO_GSIS[number])
-        transport = MmioTransport(device, self._memory, irq, loop)
+        transport = MmioTransport(device, self._memory, self._irq(gsi), loop)
         transport.hold(True)
         self._mmio.attach(gpa, layout.VIRTIO_MMIO_SIZE, transport)
         if self._notifier is not None:
@@ -75,7 +73,7 @@ class VirtioSlots:
                 _Kick(loop, eventfd, transport, index).watch()
             self._on_close(loop.close)  # before the eventfds
         self._on_close(transport.close)
-        self._transports.append(transport)
+        self._transports[name] = transport
         return transport
 
     def _irq(self, gsi: int) -> EdgeLine:
@@ -95,13 +93,13 @@ class VirtioSlots:
         self._on_close(partial(os.close, eventfd))
         return eventfd
 
-    def undriven(self) -> list[int]:
-        """The places of devices that no driver has ever made ready."""
-        return [number for number, one in enumerate(self._transports) if not one.driven]
+    def undriven(self) -> list[str]:
+        """The names of devices that no driver has ever made ready."""
+        return [name for name, transport in self._transports.items() if not transport.driven]
 
     def running(self, runs: bool) -> None:
         """A run begins, or has ended: in between, no device does anything to the guest."""
-        for transport in self._transports:
+        for transport in self._transports.values():
             transport.hold(not runs)
 
 

@@ -23,9 +23,8 @@ from vmexit.arch.x86.layout import (
     RTC_PORT,
     SCI_IRQ,
     SLEEP_TYPE_S5,
-    VIRTIO_GSIS,
-    VIRTIO_MMIO,
     VIRTIO_MMIO_SIZE,
+    virtio_place,
 )
 from vmexit.core.errors import ConfigError
 
@@ -104,12 +103,12 @@ def virtio_mmio(count: int) -> bytes:
             aml.name(
                 "_CRS",
                 aml.resource_template(
-                    aml.memory32_fixed(VIRTIO_MMIO + number * VIRTIO_MMIO_SIZE, VIRTIO_MMIO_SIZE),
-                    aml.extended_irq(VIRTIO_GSIS[number], level=False),
+                    aml.memory32_fixed(gpa, VIRTIO_MMIO_SIZE),
+                    aml.extended_irq(gsi, level=False),
                 ),
             ),
         )
-        for number in range(count)
+        for number, (gpa, gsi) in enumerate(map(virtio_place, range(count)))
     )
 
 

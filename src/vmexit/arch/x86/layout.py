@@ -125,6 +125,11 @@ ACPI_PM_PORT = PM1A_EVENT_PORT
 ACPI_PM_SIZE = 12
 
 
+def virtio_place(number: int) -> tuple[int, int]:
+    """The GPA of the registers, and the GSI, of this virtio device."""
+    return VIRTIO_MMIO + number * VIRTIO_MMIO_SIZE, VIRTIO_GSIS[number]
+
+
 def ram_ranges(size: int) -> list[tuple[int, int]]:
     """`(gpa, size)` of the RAM ranges for `size` bytes: around the MMIO hole."""
     low = min(size, MMIO_HOLE_START)

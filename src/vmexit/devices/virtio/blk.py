@@ -7,7 +7,7 @@ from typing import Protocol
 from vmexit.abi import virtio as v
 from vmexit.core.rate import Limit
 from vmexit.devices.virtio.device import VirtioDevice
-from vmexit.devices.virtio.queue import Chain, Queue, QueueError, without_first
+from vmexit.devices.virtio.queue import Chain, QueueError, without_first
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _RANGE = struct.Struct("<QII")  # sector, number of sectors, flags: discard and write zeroes
@@ -85,7 +85,7 @@ class Blk(VirtioDevice):
         `limit` is for all queues together.
         """
         self._disk = disk
-        self._limit = limit
+        self.limit = limit
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self._id = serial.encode()[: v.BLK_ID_SIZE].ljust(v.BLK_ID_SIZE, b"\0")
         bits = [v.BLK_F_SEG_MAX, v.BLK_F_BLK_SIZE, v.BLK_F_TOPOLOGY, v.BLK_F_FLUSH]
@@ -101,11 +101,6 @@ class Blk(VirtioDevice):
 
     def config(self) -> bytes:
         return self._config
-
-    def activate(self, queues: Sequence[Queue], features: int) -> None:
-        super().activate(queues, features)
-        for queue in queues:
-            queue.limit = self._limit
 
     def notify(self, index: int) -> None:
         self.queues[index].serve(self._serve)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vmexit.core.bus import State
+from vmexit.core.rate import Limit
 from vmexit.devices.saved import Saved
 from vmexit.devices.virtio.queue import Queue
 
@@ -46,6 +47,9 @@ class VirtioDevice:
     transport: Transport
     """Set before anything else happens."""
 
+    limit: Limit | None = None
+    """How much there may be in a time, on all queues together."""
+
     queues: Sequence[Queue] = ()
     """Those that the driver has set up; none before it is ready."""
 
@@ -59,6 +63,8 @@ class VirtioDevice:
     def activate(self, queues: Sequence[Queue], features: int) -> None:
         """The driver is ready, with these of the features."""
         self.queues = queues
+        for queue in queues:
+            queue.limit = self.limit
 
     def notify(self, index: int) -> None:
         """There may be buffers in a queue. Raises QueueError for what breaks its rules."""

@@ -107,7 +107,7 @@ class Vhost(VirtioDevice):
         self._clock = clock
         self._fail = fail
         self._patience = round(patience * 1e9)
-        self._limit = limit
+        self.limit = limit
         self._give_up_at = 0
         self._retry = clock.timer(self._connect)
         self._agreed = 0
@@ -122,8 +122,6 @@ class Vhost(VirtioDevice):
 
     def activate(self, queues: Sequence[Queue], features: int) -> None:
         super().activate(queues, features)
-        for queue in queues:
-            queue.limit = self._limit
         self._agreed = features
         self._under_way = [{} for _ in queues]
         self._back = [
