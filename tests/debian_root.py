@@ -50,13 +50,19 @@ def debian_root() -> Root:
 
 
 def _make(folder: Path, tree: Path) -> None:
-    def run(*words: object, **options: object) -> None:
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, **options)  # type: ignore[call-overload]
-        if done.returncode:
-            pytest.skip(f"{words[0]} failed: {done.stderr[-300:] or done.stdout[-300:]}")
+    def run(*words: object, stdin: str = "") -> None:
+        subprocess.run(
+            list(map(str, words)), input=stdin, stdout=subprocess.DEVNULL, text=True, check=True
+        )
 
-    run("debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", tree)
-    run("chroot", tree, "chpasswd", input="root:x\n")
+    packages = f"--include={_PACKAGES}"
+    done = subprocess.run(
+        ["debootstrap", "--variant=minbase", packages, "bookworm", tree],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"debootstrap fetched no Debian: {done.stderr[-300:] or done.stdout[-300:]}")
+    run("chroot", tree, "chpasswd", stdin="root:x\n")
     (tree / "etc/systemd/network/20-all.network").write_text(_NETWORK)
     (tree / "etc/hostname").write_text("vmexit-guest\n")
     (tree / "etc/fstab").write_text("/dev/vda / ext4 rw 0 1\n")

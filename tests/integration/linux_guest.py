@@ -11,6 +11,8 @@ from pathlib import Path
 from command import SLOW, VMEXIT
 
 SECONDS = 100 * SLOW
+# What the guests of tests of devices run on: the lab is there for its KVM.
+ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 PROMPT = b"/root # "
 BANNER = b"vmexit guest: a busybox shell."
 
@@ -90,3 +92,8 @@ class Guest:
             if not self._read(0.2):
                 self.process.wait(10)
         return self.process.returncode
+
+    def power_off(self, command: str = "poweroff -f") -> None:
+        """Have the guest switch itself off, and the command end with status 0."""
+        self.type(f"{command}\n")
+        assert self.status() == 0

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from debian_root import Root, debian_root
 from kernels import debian_kernel, initrd_with
-from linux_guest import Guest
+from linux_guest import ACCEL, Guest
 from test_linux_net import free_port
+from test_linux_virtio import fsck
 
 pytestmark = [pytest.mark.linux, pytest.mark.soak, pytest.mark.timeout(1800)]
 
-IN_LAB = os.environ.get("VMEXIT_IN_LAB") == "1"
 FLAVOUR = "cloud-amd64"
 MIB = 1 << 20
 SECONDS = 900
@@ -40,8 +40,7 @@ def boot(root: Root, *options: str) -> Guest:
     options = ("--drive", f"file={root.image}", "--rng", "-m", "512M", *options)
     options = ("--timeout", str(2 * SECONDS), *options)
     append = "root=/dev/vda rw"
-    accel = "kvm" if IN_LAB else "soft"
-    return Guest(debian_kernel(FLAVOUR), initrd, append, *options, accel=accel)
+    return Guest(debian_kernel(FLAVOUR), initrd, append, *options, accel=ACCEL)
 
 
 def log_in(guest: Guest) -> None:
@@ -60,8 +59,7 @@ def ask(guest: Guest, command: str) -> str:
 def power_off(guest: Guest, root: Root) -> None:
     guest.type("poweroff\n")
     assert guest.status(SECONDS) == 0
-    done = subprocess.run(["e2fsck", "-f", "-n", root.image], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    fsck(root.image)
 
 
 def test_it_boots_to_the_login(root):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from kernels import debian_kernel, initrd_with
+from linux_guest import ACCEL
 
 from vmexit import Machine
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
-ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 MIB = 1 << 20
 
 

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_linux_virtio import MIB, boot, content, ext4, fsck, power_off
+from test_linux_virtio import MIB, boot, content, ext4, fsck
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
@@ -30,7 +30,7 @@ def test_two_queues_for_two_cpus(tmp_path):
         interrupts = guest.run("grep -c virtio /proc/interrupts")
         assert int(interrupts) >= 1
         guest.run("umount /mnt")
-        power_off(guest)
+        guest.power_off()
     fsck(disk)
     assert hashlib.sha256(content(disk, "1") + content(disk, "2")).hexdigest() == sums
 
@@ -40,7 +40,7 @@ def test_more_queues_than_cpus(tmp_path):
     with boot("--drive", f"file={disk},queues=16") as guest:
         assert guest.run("ls /sys/block/vda/mq").split() == ["0"]
         assert guest.run("mount /dev/vda /mnt && ls /mnt && umount /mnt") == "lost+found"
-        power_off(guest)
+        guest.power_off()
     fsck(disk)
 
 
@@ -53,7 +53,7 @@ def test_a_snapshot_leaves_the_image_as_it_was(tmp_path):
         guest.run("mount /dev/vda /mnt")
         assert guest.run("tail -n 1 /mnt/numbers; umount /mnt") == "100000"
         assert guest.run("mount /dev/vdb /mnt && ls /mnt; umount /mnt") == "lost+found"
-        power_off(guest)
+        guest.power_off()
     assert digest(disk) == before
 
 
@@ -74,11 +74,11 @@ def test_an_overlay_goes_on_after_a_kill(tmp_path):
         guest.run("fstrim /mnt && umount /mnt")
         whole = guest.run("sha256sum </dev/vda").split()[0]
         assert not guest.run("dmesg | grep -iE 'i/o error|ext4-fs error|virtio.*error'")
-        power_off(guest)
+        guest.power_off()
     assert digest(disk) == before
     with boot(*drive) as guest:
         assert guest.run("sha256sum </dev/vda").split()[0] == whole
-        power_off(guest)
+        guest.power_off()
     assert digest(disk) == before
 
 
@@ -92,7 +92,7 @@ def test_dd_is_no_faster_than_the_limit(tmp_path):
         after = float(guest.run("cut -d ' ' -f 1 /proc/uptime"))
         assert re.search(r"96\+0 records in", said)
         assert after - before >= (6 - 2) / 2 - 0.1
-        power_off(guest)
+        guest.power_off()
 
 
 def test_a_file_system_past_the_page_cache(tmp_path):
@@ -109,7 +109,7 @@ def test_a_file_system_past_the_page_cache(tmp_path):
         expected = hashlib.sha256(data[3 * 512 : 8 * 512]).hexdigest()
         assert guest.run("sha256sum </tmp/odd").split()[0] == expected
         assert not guest.run("dmesg | grep -iE 'i/o error|ext4-fs error|virtio.*error'")
-        power_off(guest)
+        guest.power_off()
     fsck(disk)
     assert content(disk, "copy") == data
 
@@ -134,6 +134,6 @@ def test_an_image_of_another_format_with_queues_and_a_limit(tmp_path):
         after = float(guest.run("cut -d ' ' -f 1 /proc/uptime"))
         assert sums.split()[0] == hashlib.sha256(data).hexdigest()
         assert after - before >= (6 - 2) / 2 - 0.1
-        power_off(guest)
+        guest.power_off()
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, raw], check=True)
     assert raw.read_bytes() == bytes(4096) + data[4096:]

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 from command import SLOW, vmexit
 from kernels import debian_kernel, initrd_with
-from linux_guest import Guest
+from linux_guest import ACCEL, Guest
 from terminal import Terminal
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300 * SLOW)]
 
-ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 FLAVOUR = "cloud-amd64"
 SECONDS = 60 * SLOW
 KB100 = 100_000
@@ -32,8 +31,7 @@ def boot(*options: str, append: str = "quiet"):
     with Guest(debian_kernel(FLAVOUR), initrd, append, *options, accel=ACCEL) as guest:
         guest.log = guest.boot()
         yield guest
-        guest.type("poweroff -f\n")
-        assert guest.status() == 0
+        guest.power_off()
 
 
 class End:

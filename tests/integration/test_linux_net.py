@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 from kernels import debian_kernel, initrd_with
-from linux_guest import Guest
+from linux_guest import ACCEL, Guest
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(600)]
 
-ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 MIB = 1 << 20
 SIZES = [10, pytest.param(200, marks=pytest.mark.soak)]
 
@@ -35,11 +34,6 @@ def boot(*options: str, prefix: tuple[str, ...] = ()) -> Guest:
     guest = Guest(debian_kernel(flavour), initrd, "quiet", *options, accel=ACCEL, prefix=prefix)
     guest.boot()
     return guest
-
-
-def power_off(guest: Guest) -> None:
-    guest.type("poweroff -f\n")
-    assert guest.status() == 0
 
 
 class Sender:
@@ -93,7 +87,7 @@ def test_user_networking_in_both_directions(mib):
         guest.run("httpd -h /tmp")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/data", timeout=400) as answer:
             assert hashlib.sha256(answer.read()).hexdigest() == digest
-        power_off(guest)
+        guest.power_off()
 
 
 @needs_passt
@@ -108,7 +102,7 @@ def test_the_interface_is_as_asked_for():
         assert guest.run("cat /sys/class/net/eth1/address") == "52:54:00:01:02:03"
         assert guest.run("cat /sys/class/net/eth1/carrier") == "1"
         assert not guest.run("dmesg | grep -i 'virtio_net.*\\(fail\\|err\\)'")
-        power_off(guest)
+        guest.power_off()
 
 
 @needs_passt
@@ -119,7 +113,7 @@ def test_the_link_goes_down_when_the_backend_ends():
         (passt,) = map(int, children.read_text().split())
         os.kill(passt, 15)
         assert guest.run("while grep -q 1 /sys/class/net/eth0/carrier; do sleep 1; done") == ""
-        power_off(guest)
+        guest.power_off()
 
 
 @needs_passt
@@ -132,7 +126,7 @@ def test_a_limit_of_the_rate_is_kept():
         digest, _, seconds = guest.run(script).split()
         assert digest == hashlib.sha256(data).hexdigest()
         assert int(seconds) >= 2  # the first MiB comes at once
-        power_off(guest)
+        guest.power_off()
 
 
 @pytest.fixture
@@ -168,7 +162,7 @@ def test_a_tap_interface_in_both_directions(namespace, tmp_path, mib):
         assert done.stdout.strip() == digest, done.stderr
         assert not guest.run("dmesg | grep -iE 'bad gso|partial checksum|hw csum failure'")
         # It was ours, and goes with the machine.
-        power_off(guest)
+        guest.power_off()
     found = subprocess.run([*namespace, "ip", "link"], capture_output=True, text=True)
     assert "vmexit0" not in found.stdout
 

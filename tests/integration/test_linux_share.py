@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from kernels import debian_kernel, initrd_with
-from linux_guest import Guest
+from linux_guest import ACCEL, Guest
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
-ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 FLAVOUR = "amd64"  # the kernel for clouds has no 9P
 MODULES = ("9p", "9pnet_virtio", "virtiofs")
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
@@ -66,11 +65,6 @@ def boot(*shares: str, mount: str = "") -> Guest:
     return guest
 
 
-def power_off(guest: Guest) -> None:
-    guest.type("poweroff -f\n")
-    assert guest.status() == 0
-
-
 def share(folder: Path, mount: str) -> str:
     """The folder, served by whom the client in `mount` wants."""
     if "9p" in mount:
@@ -93,7 +87,7 @@ def test_a_share_is_a_file_system(tmp_path, mount):
         bad = "(9p|fuse|virtiofs).*(error|bad|fail)|BUG:|WARNING:"
         # The KVM lab's processor has one warning of its own.
         assert not guest.run(f"dmesg | grep -E '{bad}' | grep -v fpu__init_system_xstate")
-        power_off(guest)
+        guest.power_off()
     made = tmp_path / "w"
     names = {"app", "d1", "e", "kept", "moved", "p", "busybox", "t", "u", "ud", "0" * 255}
     assert set(os.listdir(made)) == names
@@ -138,7 +132,7 @@ def test_guest_and_host_see_each_others_files(tmp_path):
         guest.run("head -c 5000000 /big/big >/mnt/copy")
         assert (shared / "copy").read_bytes() == data[:5_000_000]
         assert "No such file" in guest.run("mount -t 9p -o trans=virtio none /tmp 2>&1")
-        power_off(guest)
+        guest.power_off()
     assert outside.read_text() == "outside"
 
 
@@ -156,7 +150,7 @@ def test_a_share_that_is_to_be_read_only(tmp_path):
             said = guest.run(f"(cd /mnt; {change}) 2>&1")
             assert "Read-only file system" in said, (change, said)
         assert guest.run("cat /mnt/file; ls -1 /mnt").split() == ["contentfile", "folder"]
-        power_off(guest)
+        guest.power_off()
     assert {p: p.stat().st_ctime_ns for p in (tmp_path, *tmp_path.iterdir())} == before
 
 
@@ -176,7 +170,7 @@ def test_a_folder_with_10_000_files(tmp_path, mount):
         guest.run("cd /mnt; for i in $(seq 1000 2000); do mv guest$i moved$i; done; cd", 300)
         guest.run("rm /mnt/host*", 300)
         assert guest.run("ls /mnt | wc -l") == "5000"
-        power_off(guest)
+        guest.power_off()
     names = [path.name for path in Path(tmp_path).iterdir()]
     assert len(names) == 5000 and sum(name.startswith("moved") for name in names) == 1001
     assert (tmp_path / "moved1500").read_text() == "1500\n"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from kernels import debian_kernel, initrd_with
-from linux_guest import Guest
+from linux_guest import ACCEL, Guest
+from test_linux_virtio import MIB, ext4, fsck
 
 pytestmark = [
     pytest.mark.linux,
@@ -21,9 +22,7 @@ pytestmark = [
     ),
 ]
 
-ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 MODULES = ("virtio_blk", "ext4")
-MIB = 1 << 20
 
 
 def boot(*options: str) -> Guest:
@@ -35,17 +34,9 @@ def boot(*options: str) -> Guest:
     return guest
 
 
-def power_off(guest: Guest) -> None:
-    guest.type("poweroff\n")
-    assert guest.status() == 0
-
-
 def with_ext4(path: Path, mib: int, kind: str = "qcow2") -> Path:
     """An image of format `kind` with a new file system."""
-    raw = path.with_suffix(".raw")
-    with raw.open("wb") as file:
-        file.truncate(mib * MIB)
-    subprocess.run(["mkfs.ext4", "-q", raw], check=True)
+    raw = ext4(path.with_suffix(".raw"), mib)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, raw, path], check=True)
     raw.unlink()
     return path
@@ -57,8 +48,7 @@ def check(image: Path, kind: str = "qcow2") -> None:
     assert "No errors were found" in done.stdout, done
     raw = image.with_suffix(".checked")
     subprocess.run(["qemu-img", "convert", "-f", kind, "-O", "raw", image, raw], check=True)
-    done = subprocess.run(["e2fsck", "-f", "-n", raw], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    fsck(raw)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +65,7 @@ def test_a_file_system_in_an_image(tmp_path, kind, mib):
         sums = guest.run("mount /dev/vdb /mnt; sha256sum </mnt/copy; umount /mnt", 400)
         assert sums.split()[0] == hashlib.sha256(data).hexdigest()
         assert not guest.run("dmesg | grep -iE 'i/o error|ext4-fs error|virtio.*error'")
-        power_off(guest)
+        guest.power_off("poweroff")
     check(target, kind)
 
 
@@ -98,7 +88,7 @@ def test_what_is_synced_survives_a_kill_and_no_daemon_stays(tmp_path):
         digest = hashlib.sha256(numbers).hexdigest()
         assert guest.run("sha256sum </mnt/numbers").split()[0] == digest
         guest.run("umount /mnt")
-        power_off(guest)
+        guest.power_off("poweroff")
     check(disk)
 
 
@@ -108,7 +98,7 @@ def test_a_read_only_image_stays_as_it_is(tmp_path):
     with boot("--drive", f"file={disk},readonly=on") as guest:
         assert guest.run("cat /sys/block/vda/ro") == "1"
         assert "lost+found" in guest.run("mount -o ro /dev/vda /mnt && ls /mnt")
-        power_off(guest)
+        guest.power_off("poweroff")
     assert disk.read_bytes() == before
 
 
@@ -132,10 +122,7 @@ class Daemon:
 
 
 def test_a_back_end_that_is_away_for_a_while_loses_nothing(tmp_path):
-    image, socket = tmp_path / "disk", tmp_path / "socket"
-    with image.open("wb") as file:
-        file.truncate(64 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    image, socket = ext4(tmp_path / "disk", 64), tmp_path / "socket"
     daemon = Daemon(image, socket)
     try:
         with boot("--drive", f"vhost-user:{socket},reconnect=60") as guest:
@@ -152,11 +139,10 @@ def test_a_back_end_that_is_away_for_a_while_loses_nothing(tmp_path):
             found = guest.run("sha256sum /bin/busybox /mnt/? /mnt/10 | cut -c 1-64 | uniq -c")
             assert found.split()[0] == "11" and len(found.split()) == 2
             assert not guest.run("dmesg | grep -iE 'i/o error|ext4-fs error|virtio.*error'")
-            power_off(guest)
+            guest.power_off("poweroff")
     finally:
         daemon.kill()
-    done = subprocess.run(["e2fsck", "-f", "-n", image], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    fsck(image)
 
 
 def test_a_back_end_that_ends_for_good_ends_the_run(tmp_path):

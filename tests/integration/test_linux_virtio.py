@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from kernels import debian_kernel, initrd_with
-from linux_guest import Guest
+from linux_guest import ACCEL, Guest
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
-ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_rng", "ext4")
 MIB = 1 << 20
 
@@ -23,11 +22,6 @@ def boot(*options: str, append: str = "quiet", flavour: str = "cloud-amd64") -> 
     guest = Guest(debian_kernel(flavour), initrd, append, *options, accel=ACCEL)
     guest.boot()
     return guest
-
-
-def power_off(guest: Guest) -> None:
-    guest.type("poweroff -f\n")
-    assert guest.status() == 0
 
 
 def ext4(path: Path, mib: int) -> Path:
@@ -66,7 +60,7 @@ def copy_and_check(tmp_path: Path, mib: int, flavour: str) -> None:
         sums = guest.run("sha256sum </mnt/copy; umount /mnt")
         assert sums.split()[0] == hashlib.sha256(data).hexdigest()
         assert not guest.run("dmesg | grep -iE 'i/o error|ext4-fs error|virtio.*error'")
-        power_off(guest)
+        guest.power_off()
     fsck(target)
     assert content(target, "copy") == data
     assert source.read_bytes() == data
@@ -95,7 +89,7 @@ def test_what_is_synced_survives_a_kill(tmp_path):
             guest.run("sha256sum </mnt/numbers").split()[0] == hashlib.sha256(numbers).hexdigest()
         )
         guest.run("umount /mnt")
-        power_off(guest)
+        guest.power_off()
     fsck(disk)
 
 
@@ -111,7 +105,7 @@ def test_poweroff_leaves_the_file_system_clean(tmp_path):
     assert "needs_recovery" not in header
     with boot("--drive", f"file={disk},readonly=on") as guest:
         assert guest.run("mount -o ro /dev/vda /mnt && cat /mnt/file") == "kept"
-        power_off(guest)
+        guest.power_off()
 
 
 def test_programs_from_a_disk_run_where_others_have_run_before(tmp_path):
@@ -125,7 +119,7 @@ def test_programs_from_a_disk_run_where_others_have_run_before(tmp_path):
     expected = hashlib.md5("".join(f"{n}\n" for n in range(1, 2001)).encode()).hexdigest()
     with boot("--drive", f"file={disk}") as guest:
         assert guest.run(script).split() == ["20", expected, "-"]
-        power_off(guest)
+        guest.power_off()
 
 
 def test_entropy_and_no_disk(tmp_path):
@@ -135,7 +129,7 @@ def test_entropy_and_no_disk(tmp_path):
         assert two[0] != two[1]
         assert guest.run("head -c 1000 /dev/hwrng | wc -c") == "1000"
         assert guest.run("ls /dev/vd* 2>&1").count("No such file")
-        power_off(guest)
+        guest.power_off()
 
 
 def test_discard_gives_the_host_its_room_back(tmp_path):
@@ -144,7 +138,7 @@ def test_discard_gives_the_host_its_room_back(tmp_path):
         guest.run("mount /dev/vda /mnt && head -c 10000000 /dev/urandom >/mnt/a && sync")
         full = os.stat(disk).st_blocks
         guest.run("rm /mnt/a && sync && fstrim /mnt && umount /mnt")
-        power_off(guest)
+        guest.power_off()
     assert os.stat(disk).st_blocks < full - 17_000
     fsck(disk)
 
@@ -156,7 +150,7 @@ def test_a_disk_that_fails_gives_the_guest_errors_and_goes_on(tmp_path):
         os.truncate(disk, 4 * MIB)
         assert "I/O error" in guest.run("dd if=/dev/vda of=/dev/null bs=1M 2>&1")
         assert guest.run("dd if=/dev/vda bs=1M count=2 2>/dev/null | wc -c") == str(2 * MIB)
-        power_off(guest)
+        guest.power_off()
 
 
 def test_as_many_disks_as_there_can_be(tmp_path):
@@ -168,7 +162,7 @@ def test_as_many_disks_as_there_can_be(tmp_path):
     with boot(*drives) as guest:
         firsts = guest.run("head -qc 1 /dev/vd[a-m] | hexdump -ve '1/1 \"%d \"'")
         assert firsts.split() == [str(n) for n in range(13)]
-        power_off(guest)
+        guest.power_off()
 
 
 def test_without_acpi_the_command_line_tells_of_the_devices():
@@ -178,4 +172,4 @@ def test_without_acpi_the_command_line_tells_of_the_devices():
         assert [w for w in words if w.startswith("virtio")] == [
             "virtio_mmio.device=0x1000@0xfeb00000:5", "virtio_mmio.device=0x1000@0xfeb01000:6",
         ]  # fmt: skip
-        power_off(guest)
+        guest.power_off()

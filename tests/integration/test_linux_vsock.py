@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 from kernels import debian_kernel, initrd_with
-from linux_guest import Guest
+from linux_guest import ACCEL, Guest
 
 from vmexit import Machine
 from vmexit.fetch.cpio import archive, executable
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 
-ACCEL = "kvm" if os.environ.get("VMEXIT_IN_LAB") == "1" else "soft"
 FLAVOUR = "cloud-amd64"
 SOURCE = Path(__file__).with_name("vsock_guest.c")
 SECONDS = 100
@@ -54,8 +53,7 @@ def guest(initrd, path) -> Iterator[Guest]:
     with Guest(debian_kernel(FLAVOUR), initrd, "quiet", *options, accel=ACCEL) as guest:
         guest.boot()
         yield guest
-        guest.type("poweroff -f\n")
-        assert guest.status() == 0
+        guest.power_off()
     assert not os.path.exists(path)
 
 

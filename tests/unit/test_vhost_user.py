@@ -1,6 +1,5 @@
 """Devices that another program serves, with a back end that we script, also to do wrong."""
 
-import array
 import contextlib
 import os
 import socket
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from vhost_back_end import BackEnd
 from virtio_driver import Driver
 
 from vmexit.abi import vhost_user as u
@@ -25,67 +25,20 @@ from vmexit.devices.virtio.vhost import Vhost
 
 RINGS = 1 << 40
 BUFFERS = 0x8_0000
-FEATURES = (
-    1 << v.F_VERSION_1 | 1 << v.F_INDIRECT_DESC | 1 << v.F_EVENT_IDX | 1 << u.F_PROTOCOL_FEATURES
-)
 
 
-class Peer:
-    """Answers as a back end does, on a thread; `wrong` replaces the answers to some requests."""
+class Peer(BackEnd):
+    """With our end of the connection, and a configuration that can be told from zeros."""
 
-    def __init__(self, features: int = FEATURES, protocol: int = 1 << 3 | 1 << 9) -> None:
-        self.ours, self.theirs = socket.socketpair()
-        self.features, self.protocol = features, protocol
-        self.wrong: dict[int, bytes] = {}
-        self.messages: list[tuple[int, bytes, int]] = []
-        self.fds: dict[int, int] = {}
-        self.enabled = threading.Event()
-        self.thread = threading.Thread(target=self._main, daemon=True)
-        self.thread.start()
+    def __init__(self) -> None:
+        self.ours, theirs = socket.socketpair()
+        super().__init__(theirs)
+        data = u.CONFIG.pack(0, 60, 0) + b"c" * 60
+        header = u.HEADER.pack(u.GET_CONFIG, u.VERSION | u.REPLY, len(data))
+        self.wrong[u.GET_CONFIG] = header + data
 
     def connect(self) -> socket.socket:
         return self.ours
-
-    def _main(self) -> None:
-        with contextlib.suppress(OSError, struct.error):
-            while True:
-                head, ancillary, _, _ = self.theirs.recvmsg(12, 1024)
-                number, flags, size = u.HEADER.unpack(head)
-                data = self.theirs.recv(size, socket.MSG_WAITALL) if size else b""
-                fds = array.array("i", b"".join(bytes(data) for _, _, data in ancillary))
-                self.messages.append((number, data, len(fds)))
-                for fd in fds:
-                    if number in self.fds:
-                        os.close(self.fds[number])
-                    self.fds[number] = fd
-                answer = self.answer(number, flags, data)
-                if answer is not None:
-                    self.theirs.sendall(answer)
-                if number == u.SET_VRING_ENABLE:
-                    self.enabled.set()
-
-    def answer(self, number: int, flags: int, data: bytes) -> bytes | None:
-        if number in self.wrong:
-            return self.wrong[number]
-        payload = {
-            u.GET_FEATURES: u.U64.pack(self.features),
-            u.GET_PROTOCOL_FEATURES: u.U64.pack(self.protocol),
-            u.GET_CONFIG: data[: u.CONFIG.size] + b"c" * (len(data) - u.CONFIG.size),
-            u.GET_VRING_BASE: u.VRING_STATE.pack(0, 7),
-        }.get(number)
-        if payload is None:
-            if not flags & u.NEED_REPLY:
-                return None
-            payload = u.U64.pack(0)
-        return u.HEADER.pack(number, u.VERSION | u.REPLY, len(payload)) + payload
-
-    def close(self) -> None:
-        self.theirs.shutdown(socket.SHUT_RDWR)
-        self.thread.join()
-        self.theirs.close()
-        for fd in self.fds.values():
-            os.close(fd)
-        self.fds = {}
 
 
 class Machine:
@@ -186,7 +139,7 @@ class Server:
         struct.pack_into("<H", self.view, 0x2002, index + 1 & 0xFFFF)
 
     def call(self) -> None:
-        os.eventfd_write(self.machine.peer.fds[u.SET_VRING_CALL], 1)
+        os.eventfd_write(self.machine.peer.calls[0], 1)
 
 
 def offer(machine: Machine, head: int = 0) -> None:
@@ -211,7 +164,7 @@ def test_the_other_side_gets_memory_rings_and_descriptors(make):
     assert fds == 2 and u.MEMORY.unpack_from(table) == (2,)
     assert u.REGION.unpack_from(table, 8)[:2] == (0, 1 << 20)
     assert u.REGION.unpack_from(table, 8 + u.REGION.size)[0] == RINGS
-    assert {u.SET_VRING_KICK, u.SET_VRING_CALL} < set(machine.peer.fds)
+    assert set(machine.peer.kicks) == set(machine.peer.calls) == {0}
 
 
 def test_requests_go_there_and_answers_come_back(make):
@@ -224,7 +177,7 @@ def test_requests_go_there_and_answers_come_back(make):
     assert server.offered() == [
         [(BUFFERS, 16, 1), (BUFFERS + 0x1000, 512, 3), (BUFFERS + 0x2000, 1, 2)]
     ]
-    assert os.eventfd_read(machine.peer.fds[u.SET_VRING_KICK]) == 1
+    assert os.eventfd_read(machine.peer.kicks[0]) == 1
     written.clear()
     server.finish(SLOTS - 1, 513)
     server.call()
@@ -344,7 +297,7 @@ def test_a_refusal_is_told(make, request_):
 def test_an_end_is_told_at_once(make):
     machine = make()
     machine.driver.start()
-    machine.peer.theirs.shutdown(socket.SHUT_RDWR)
+    machine.peer.hang_up()
     assert machine.failed.wait(30)
     assert str(machine.failures[0]).startswith("the peer: it has ended; start it")
 

@@ -8,16 +8,26 @@ import struct
 import threading
 
 from vmexit.abi import vhost_user as u
+from vmexit.abi import virtio as v
 
-_FEATURES = 1 << 32 | 1 << u.F_PROTOCOL_FEATURES | 1 << 28
+_FEATURES = (
+    1 << v.F_VERSION_1 | 1 << v.F_INDIRECT_DESC | 1 << v.F_EVENT_IDX | 1 << u.F_PROTOCOL_FEATURES
+)
 _PROTOCOL = 1 << u.PROTOCOL_F_MQ | 1 << u.PROTOCOL_F_REPLY_ACK | 1 << u.PROTOCOL_F_CONFIG
 
 
 class BackEnd:
-    """Serves one connection on a thread of its own; all descriptors that it gets are kept."""
+    """Serves one connection on a thread of its own; all descriptors that it gets are kept.
+
+    `wrong` are whole messages in place of the answers to some requests.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
+        self.wrong: dict[int, bytes] = {}
+        self.messages: list[tuple[int, bytes, int]] = []
+        """What came: request, data, how many descriptors."""
+        self.enabled = threading.Event()
         self.kicks: dict[int, int] = {}
         self.calls: dict[int, int] = {}
         self.memory: list[int] = []
@@ -41,6 +51,7 @@ class BackEnd:
         self._fds += fds
         request, flags, size = u.HEADER.unpack(data)
         body = self.connection.recv(size, socket.MSG_WAITALL) if size else b""
+        self.messages.append((request, body, len(fds)))
         if request == u.SET_VRING_KICK:
             self.kicks[body[0]] = fds[0]
         elif request == u.SET_VRING_CALL:
@@ -54,9 +65,13 @@ class BackEnd:
             u.GET_CONFIG: body,
             u.GET_VRING_BASE: body,
         }.get(request, u.U64.pack(0) if flags & u.NEED_REPLY else None)
-        if answer is not None:
+        if request in self.wrong:
+            self.connection.sendall(self.wrong[request])
+        elif answer is not None:
             header = u.HEADER.pack(request, u.VERSION | u.REPLY, len(answer))
             self.connection.sendall(header + answer)
+        if request == u.SET_VRING_ENABLE:
+            self.enabled.set()
         return True
 
     def rings(self) -> mmap.mmap:
