@@ -4,6 +4,8 @@ import os
 import select
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from measure import Row, Unavailable, differences, ratios, spread
 from start import as_installed
@@ -22,12 +24,12 @@ def debian() -> Fetched:
         raise Unavailable(str(error)) from error
 
 
-def boot(command: list[str], lines: tuple[bytes, ...], timeout: float) -> list[float]:
-    """Seconds from the start of `command` until its output shows each of `lines`, in their order.
+@contextmanager
+def _console(command: list[str], timeout: float) -> Iterator[int]:
+    """The descriptor of what `command` prints; it is ended afterwards.
 
-    It is ended then. Raises Unavailable if that takes longer than `timeout`, or it ends before.
+    Raises Unavailable where reading came to TimeoutError, or to EOFError.
     """
-    begin = time.perf_counter()
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -37,7 +39,7 @@ def boot(command: list[str], lines: tuple[bytes, ...], timeout: float) -> list[f
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         try:
-            return _arrivals(process.stdout.fileno(), begin, lines, timeout)
+            yield process.stdout.fileno()
         except TimeoutError as error:
             raise Unavailable(f"{command[0]} did not boot within {timeout} s") from error
         except EOFError as error:
@@ -47,19 +49,29 @@ def boot(command: list[str], lines: tuple[bytes, ...], timeout: float) -> list[f
             process.kill()
 
 
-def _arrivals(fd: int, begin: float, lines: tuple[bytes, ...], timeout: float) -> list[float]:
+def _more(fd: int, end: float) -> bytes:
+    """What comes next. Raises TimeoutError at `end`, and EOFError."""
+    ready, _, _ = select.select([fd], [], [], max(end - time.perf_counter(), 0))
+    if not ready:
+        raise TimeoutError
+    data = os.read(fd, 1 << 16)
+    if not data:
+        raise EOFError
+    return data
+
+
+def boot(command: list[str], lines: tuple[bytes, ...], timeout: float) -> list[float]:
+    """Seconds from the start of `command` until its output shows each of `lines`, in their order.
+
+    It is ended then. Raises Unavailable if that takes longer than `timeout`, or it ends before.
+    """
+    begin = time.perf_counter()
     text, times = b"", []
-    for line in lines:
-        while line not in text:
-            left = begin + timeout - time.perf_counter()
-            ready, _, _ = select.select([fd], [], [], max(left, 0))
-            if not ready:
-                raise TimeoutError
-            data = os.read(fd, 1 << 16)
-            if not data:
-                raise EOFError
-            text += data
-        times.append(time.perf_counter() - begin)
+    with _console(command, timeout) as fd:
+        for line in lines:
+            while line not in text:
+                text += _more(fd, begin + timeout)
+            times.append(time.perf_counter() - begin)
     return times
 
 
@@ -67,25 +79,11 @@ def ended_output(command: list[str], last: bytes, timeout: float) -> str:
     """What `command` prints up to `last`; it is ended then. Raises Unavailable as `boot()` does,
     also if nothing at all comes in a quarter of the time.
     """
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=as_installed(),
-    ) as process:
-        assert process.stdout is not None
-        start, text = time.perf_counter(), b""
-        try:
-            while last not in text:
-                left = max(start + timeout / (1 if text else 4) - time.perf_counter(), 0)
-                ready, _, _ = select.select([process.stdout], [], [], left)
-                data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
-                if not data:
-                    raise Unavailable(f"{command[0]} said no {last!r}, but {text[-300:]!r}")
-                text += data
-        finally:
-            process.kill()
+    begin = time.perf_counter()
+    with _console(command, timeout) as fd:
+        text = _more(fd, begin + timeout / 4)
+        while last not in text:
+            text += _more(fd, begin + timeout)
     return text.decode(errors="replace")
 
 
