@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vmexit.accel.base import Point, PointKind, Way
     from vmexit.arch.x86.registers import Segment, Table
     from vmexit.core.errors import (
         ConfigError,
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from vmexit.core.memory import GuestMemory
     from vmexit.core.trace import ExitObserver, ExitStats, JsonTrace, Tee, TextLog
     from vmexit.machine.config import MachineConfig
+    from vmexit.machine.events import Event, EventKind, RunState
     from vmexit.machine.hooks import Access
+    from vmexit.machine.lifecycle import After
     from vmexit.machine.machine import Machine
     from vmexit.machine.stop import Stop, StopReason
 
@@ -25,6 +28,7 @@ __version__ = "0.1.0"
 # Where each public name is. They are loaded when first used: `vmexit --help`, and a program that
 # wants `vmexit.abi` alone, do not need all of it.
 _HOMES = {
+    "vmexit.accel.base": ("Point", "PointKind", "Way"),
     "vmexit.arch.x86.registers": ("Segment", "Table"),
     "vmexit.core.errors": (
         "ConfigError",
@@ -37,7 +41,9 @@ _HOMES = {
     "vmexit.core.memory": ("GuestMemory",),
     "vmexit.core.trace": ("ExitObserver", "ExitStats", "JsonTrace", "Tee", "TextLog"),
     "vmexit.machine.config": ("MachineConfig",),
+    "vmexit.machine.events": ("Event", "EventKind", "RunState"),
     "vmexit.machine.hooks": ("Access",),
+    "vmexit.machine.lifecycle": ("After",),
     "vmexit.machine.machine": ("Machine",),
     "vmexit.machine.stop": ("Stop", "StopReason"),
 }
@@ -45,7 +51,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Access",
+    "After",
     "ConfigError",
+    "Event",
+    "EventKind",
     "ExitObserver",
     "ExitStats",
     "GuestAddressError",
@@ -56,6 +65,9 @@ __all__ = [
     "JsonTrace",
     "Machine",
     "MachineConfig",
+    "Point",
+    "PointKind",
+    "RunState",
     "Segment",
     "Stop",
     "StopReason",
@@ -63,6 +75,7 @@ __all__ = [
     "Tee",
     "TextLog",
     "VmexitError",
+    "Way",
     "__version__",
 ]
 

@@ -4,7 +4,7 @@ Running answers port I/O and MMIO itself, from the buses that were given, and re
 what is not I/O.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -38,6 +38,23 @@ class SystemEvent(Enum):
     CRASH = 3
 
 
+class PointKind(Enum):
+    """What the guest does at an address where a debugger wants it to stop."""
+
+    EXECUTE = "execute"  # it stops before the instruction
+    WRITE = "write"  # behind it, for these three
+    READ = "read"
+    ACCESS = "access"
+
+
+class Point(NamedTuple):
+    """A breakpoint or watchpoint: `length` bytes at the linear address `gva`."""
+
+    gva: int
+    kind: PointKind = PointKind.EXECUTE
+    length: int = 1
+
+
 class Exit(NamedTuple):
     """One return of `run()`: the reason, in words what is known beyond it, and of which vCPU."""
 
@@ -45,6 +62,8 @@ class Exit(NamedTuple):
     detail: str = ""
     event: SystemEvent | None = None
     vcpu: int = 0
+    point: Point | None = None
+    """Where it stopped, for DEBUG; None there means that a step is done."""
 
 
 class Executor(Protocol):
@@ -74,6 +93,9 @@ class Executor(Protocol):
         ...
 
 
+FXSAVE_SIZE = 512
+
+
 class Vcpu(Protocol):
     """One virtual CPU.
 
@@ -99,6 +121,14 @@ class Vcpu(Protocol):
         """Load all of what `system_registers()` gives."""
         ...
 
+    def fpu(self) -> bytes:
+        """x87 and SSE: what FXSAVE stores in 64-bit mode, 512 bytes (Intel SDM vol. 1, 10.5.1)."""
+        ...
+
+    def set_fpu(self, image: bytes) -> None:
+        """Load what `fpu()` gives."""
+        ...
+
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Model-specific registers by index. Raises HostError naming one that cannot be read."""
         ...
@@ -108,8 +138,40 @@ class Vcpu(Protocol):
         ...
 
 
+class Way(Enum):
+    """How an accelerator stops at a point."""
+
+    SOFTWARE = "software"  # an INT3 in its place while the guest runs
+    HARDWARE = "hardware"  # a debug register
+    STEPPING = "single-stepping"  # looking at each instruction: thousands of times as slow
+    ENGINE = "engine"  # the software CPU's own
+
+
+class Debugger(Protocol):
+    """Stops vCPUs at points, or after an instruction. For whoever knows that none runs."""
+
+    def arm(
+        self, points: Collection[Point], step: int | None = None, only: int | None = None
+    ) -> dict[Point, Way]:
+        """For the run to come: stop at `points`, and vCPU `step` behind one instruction.
+
+        `only` is the one vCPU that will run, if not all do. Such stops are DEBUG exits. Tells how
+        it is done for each point. Raises HostError if that cannot be, and nothing is armed then.
+        """
+        ...
+
+    def disarm(self) -> None:
+        """After the run: nothing stops it any more, and nothing of it is left in memory."""
+        ...
+
+
 class Vm(Protocol):
     """Guest memory and its vCPUs."""
+
+    @property
+    def debugger(self) -> Debugger:
+        """What stops its vCPUs at points."""
+        ...
 
     def map(self, region: Region) -> None:
         """Let the guest see `region`."""
@@ -122,6 +184,14 @@ class Vm(Protocol):
 
         With `interrupts` it takes those, and HLT waits for one; without, HLT is an exit.
         """
+        ...
+
+    def inject_nmi(self) -> None:
+        """A non-maskable interrupt for each vCPU; none runs."""
+        ...
+
+    def reset_vcpus(self) -> None:
+        """Each vCPU as after power-on. Raises HostError."""
         ...
 
     @property

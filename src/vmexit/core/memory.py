@@ -108,8 +108,15 @@ class GuestMemory:
             raise
 
     def add_rom(self, gpa: int, data: bytes) -> Region:
-        """Put `data` (padded with zeros to whole pages) at `gpa`, read-only for the guest."""
+        """Put `data` (padded with zeros to whole pages) at `gpa`, read-only for the guest.
+
+        A ROM of that place and size gets new contents.
+        """
         size = -(-len(data) // PAGE_SIZE) * PAGE_SIZE
+        for region in self.regions:
+            if region.readonly and (region.gpa, region.size) == (gpa, size):
+                self.write(gpa, data.ljust(size, b"\0"))
+                return region
         pages = mmap.mmap(-1, size)
         pages[: len(data)] = data
         return self._add(gpa, pages, readonly=True)

@@ -55,6 +55,7 @@ class Board:
         """The names of the virtio devices that no driver has ever made ready."""
         self.console: GuestConsole | None = None
         self.console_where: list[str] = []
+        self.power_button: Callable[[], None] | None = None
         self._when_running: list[Callable[[bool], None]] = []
 
     def running(self, runs: bool) -> None:
@@ -156,6 +157,7 @@ class Board:
         self._port("reset-control", layout.RESET_CONTROL_PORTS, 4, control)
         pm = AcpiPm(self._loop, irq(layout.SCI_IRQ), power_off)
         self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm)
+        self.power_button = pm.press_power_button
 
     def attach_virtio(
         self, chip: IrqChip, memory: "GuestMemory", notifier: "Notifier | None"

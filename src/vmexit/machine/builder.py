@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.accel.base import Accelerator, Executor, Notifier, Vcpu, Vm
+from vmexit.accel.base import Accelerator, Notifier, Vcpu, Vm
 from vmexit.arch.x86.layout import (
     ACPI_TABLES,
     ROM_END,
@@ -48,10 +48,13 @@ class Parts(NamedTuple):
     memory: GuestMemory
     pio: Bus
     mmio: Bus
+    vm: Vm
     vcpus: list[Vcpu]
-    executors: Sequence[Executor]
     devices: dict[str, Stateful]
     serial: str
+    reset: Callable[[], None]
+    """Puts all of it back to the beginning, while no vCPU runs; raises what `build()` raises."""
+    power_button: Callable[[], None] | None
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
     undriven: Callable[[], list[str]]
@@ -182,19 +185,28 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         if contents is not None:
             board.attach_fw_cfg(memory, contents)
         stack.callback(loop.close)  # again, and now before what it watches
-        first = engine.vcpus[0]
-        first.set_system_registers(entry.system)
-        first.set_registers(entry.registers)
+        _start(engine.vcpus[0], entry)
+
+        def reset() -> None:
+            for device in board.devices.values():
+                device.reset()
+            engine.vm.reset_vcpus()
+            for region in memory.regions:
+                memory.discard(region.gpa, region.size)
+            _start(engine.vcpus[0], _load(config, memory)[0])
+
         return Parts(
             engine.accelerator.name,
             why,
             memory,
             pio,
             mmio,
+            engine.vm,
             engine.vcpus,
-            engine.vm.executors,
             board.devices,
             board.serial_where,
+            reset,
+            board.power_button,
             board.running,
             board.undriven,
             board.balloon,
@@ -202,6 +214,11 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.console_where,
             stack.pop_all(),
         )
+
+
+def _start(vcpu: Vcpu, entry: BootEntry) -> None:
+    vcpu.set_system_registers(entry.system)
+    vcpu.set_registers(entry.registers)
 
 
 def _load(config: MachineConfig, memory: GuestMemory) -> "tuple[BootEntry, Contents | None]":

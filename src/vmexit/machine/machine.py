@@ -1,27 +1,21 @@
 """`Machine`: a virtual machine that a Python program holds."""
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
-from vmexit.accel.base import Vcpu
+from vmexit.accel.base import Point, Way
 from vmexit.arch.x86.code import dump, next_instruction
 from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS, PHYSICAL_END
 from vmexit.arch.x86.paging import translate
-from vmexit.arch.x86.registers import (
-    GENERAL,
-    SEGMENTS,
-    TABLES,
-    Segment,
-    SystemRegisters,
-    Table,
-)
 from vmexit.boot import flat
 from vmexit.boot.image import read_image
 from vmexit.core.errors import ConfigError, ImageError, VmexitError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
 from vmexit.machine import builder
+from vmexit.machine.background import Background
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import (
     DEFAULT_DEBUG_EXIT,
@@ -30,156 +24,21 @@ from vmexit.machine.config import (
     parse_size,
 )
 from vmexit.machine.console import GuestConsole
+from vmexit.machine.debug import DebuggedRunner, Step
+from vmexit.machine.events import EventKind, RunState, Subscriber
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
+from vmexit.machine.lifecycle import Decision, Lifecycle
+from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
-from vmexit.machine.stop import Stop, StopReason
+from vmexit.machine.stop import Stop
 
 
-class RegisterView:
-    """The registers of a vCPU by name: read and write `rax`, `rip`, `cr3`, `cs`, `gdt`, …
+class _Start(NamedTuple):
+    """Where vCPU 0 starts with what was loaded."""
 
-    64-bit values; a segment is a `Segment`, a descriptor table a `Table`. Only while the vCPU
-    does not run, or from within one of its own accesses; VmexitError otherwise. Within an access,
-    RIP is that of its instruction or of the next one; within a write, general registers may be
-    written, and within a read none, nor RIP, RFLAGS or system registers ever.
-    """
-
-    __slots__ = ("_machine", "_vcpu")
-    _machine: "Machine"
-    _vcpu: Vcpu
-
-    if TYPE_CHECKING:
-        rax: int
-        rbx: int
-        rcx: int
-        rdx: int
-        rsi: int
-        rdi: int
-        rsp: int
-        rbp: int
-        r8: int
-        r9: int
-        r10: int
-        r11: int
-        r12: int
-        r13: int
-        r14: int
-        r15: int
-        rip: int
-        rflags: int
-        cs: Segment
-        ds: Segment
-        es: Segment
-        fs: Segment
-        gs: Segment
-        ss: Segment
-        tr: Segment
-        ldt: Segment
-        gdt: Table
-        idt: Table
-        cr0: int
-        cr2: int
-        cr3: int
-        cr4: int
-        cr8: int
-        efer: int
-
-    def __init__(self, machine: "Machine", vcpu: Vcpu) -> None:
-        object.__setattr__(self, "_machine", machine)
-        object.__setattr__(self, "_vcpu", vcpu)
-
-    def __getattr__(self, name: str) -> int | Segment | Table:
-        if name.startswith("_"):  # copy, pickle and the like ask for these
-            raise AttributeError(name)
-        self._machine._require_still(self._vcpu.index)
-        if name in GENERAL:
-            return self._vcpu.registers()[name]
-        if name in SystemRegisters._fields:
-            value: int | Segment | Table = getattr(self._vcpu.system_registers(), name)
-            return value
-        raise AttributeError(f"there is no register {name!r}")
-
-    def __setattr__(self, name: str, value: int | Segment | Table) -> None:
-        self.update(**{name: value})
-
-    def update(self, **values: int | Segment | Table) -> None:
-        """Write several registers at once: `update(cr0=…, efer=…)`, where none alone is valid.
-
-        Raises AttributeError for a name that is no register, TypeError or ValueError for a value
-        that it cannot have, HostError if the accelerator refuses it.
-        """
-        self._machine._require_still(self._vcpu.index)
-        general: dict[str, int] = {}
-        system: dict[str, int | Segment | Table] = {}
-        for name, value in values.items():
-            if name in GENERAL:
-                general[name] = _number(name, value) & _MASK
-            elif name in SystemRegisters._fields:
-                kind = Segment if name in SEGMENTS else Table if name in TABLES else int
-                if kind is int:
-                    value = _number(name, value) & _MASK
-                elif isinstance(value, Segment | Table) and isinstance(value, kind):
-                    _check_fields(name, value)
-                else:
-                    raise TypeError(f"{name} takes a {kind.__name__}, not {value!r}")
-                system[name] = value
-            else:
-                raise AttributeError(f"there is no register {name!r}")
-        if self._machine.running and (
-            self._machine._within.read or system or general.keys() & {"rip", "rflags"}
-        ):
-            names = ", ".join(values)
-            raise VmexitError(f"{names} cannot be written within this access; stop() first")
-        if system:
-            fields = self._vcpu.system_registers()._asdict()
-            self._vcpu.set_system_registers(SystemRegisters(**(fields | system)))
-        if general:
-            self._vcpu.set_registers(self._vcpu.registers() | general)
-
-    def __repr__(self) -> str:
-        return self._machine.dump(self._vcpu.index)
-
-    def __dir__(self) -> list[str]:
-        return [*GENERAL, *SystemRegisters._fields]
-
-    def as_dict(self) -> dict[str, int | Segment | Table]:
-        """All registers by name."""
-        self._machine._require_still(self._vcpu.index)
-        return {**self._vcpu.registers(), **self._vcpu.system_registers()._asdict()}
-
-
-_MASK = 0xFFFF_FFFF_FFFF_FFFF
-
-
-def _number(name: str, value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} takes a number, not {value!r}")
-    if not -(1 << 63) <= value <= _MASK:
-        raise ValueError(f"{name} has 64 bits; {value:#x} has more")
-    return value
-
-
-# Bits of the fields of a segment and of a table.
-_WIDTHS = {"selector": 16, "base": 64, "type": 4, "dpl": 2}
-
-
-def _check_fields(name: str, value: Segment | Table) -> None:
-    limit = 32 if isinstance(value, Segment) else 16
-    for field, number in value._asdict().items():
-        bits = limit if field == "limit" else _WIDTHS.get(field, 1)
-        if not isinstance(number, int) or not 0 <= number < 1 << bits:
-            raise ValueError(f"{name}: {field} has {bits} bits; {number!r} does not fit")
-
-
-class MachineVcpu:
-    """One vCPU of a machine: its number, and its registers in `regs`."""
-
-    def __init__(self, machine: "Machine", vcpu: Vcpu) -> None:
-        self.index = vcpu.index
-        self.regs = RegisterView(machine, vcpu)
-
-    def __repr__(self) -> str:
-        return f"<vCPU {self.index}>"
+    entry: int
+    mode: str
+    image: range
 
 
 class Machine:
@@ -293,11 +152,16 @@ class Machine:
         self.config = config
         self._entry = config.entry if config.image is not None else None
         self._closed = False
-        self._within = Within()
+        self.within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
         self._parts = parts = builder.build(config, self._request, observer)
-        self._runner = Runner(parts.executors, self._request, parts.running)
+        self._runner = Runner(parts.vm.executors, self._request, parts.running)
+        self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus)
+        self._life = Lifecycle(self._debug, self._request, self._begin_again)
+        self._loads: list[tuple[int, bytes]] = []  # what load_bytes() did, for a reset
+        self._start: _Start | None = None
+        self._background: Background | None = None
         self.vcpus: Sequence[MachineVcpu] = [MachineVcpu(self, vcpu) for vcpu in parts.vcpus]
 
     @property
@@ -352,8 +216,13 @@ class Machine:
 
     @property
     def running(self) -> bool:
-        """Whether a `run()` is under way."""
+        """Whether vCPUs run: a `run()` is under way, and not paused."""
         return self._runner.busy
+
+    @property
+    def state(self) -> RunState:
+        """What it is doing: created, running, paused, shutdown, crashed, closed."""
+        return self._life.state
 
     @property
     def unclaimed(self) -> int:
@@ -385,26 +254,31 @@ class Machine:
         vCPU 0 starts at the first thing loaded: where the machine was told to, else at its first
         byte. `entry` or `mode` say otherwise, then or later. Raises ImageError if it does not fit.
         """
-        self._require_still()
+        self.require_still()
         raw = bytes(data)
         if not raw:
             raise ImageError("there is nothing to load: 0 bytes; give some")
         flat.load(self.memory, raw, at)
-        if self._loaded and entry is None and mode is None:
-            return
-        mode = self.config.mode if mode is None else mode
-        if mode not in flat.MODES:
-            raise ConfigError(f"there is no CPU mode {mode!r}; use real, protected or long")
-        if entry is None:
-            entry = at if self._entry is None or self._loaded else self._entry
-        if not 0 <= entry < PHYSICAL_END:
-            raise ConfigError(f"entry {entry:#x} is no guest physical address; use a valid one")
-        segment = self.config.segment if mode == "real" else None
-        first = flat.start(self.memory, entry, mode, range(at, at + len(raw)), segment)
+        if not (self._loaded and entry is None and mode is None):
+            mode = self.config.mode if mode is None else mode
+            if mode not in flat.MODES:
+                raise ConfigError(f"there is no CPU mode {mode!r}; use real, protected or long")
+            if entry is None:
+                entry = at if self._entry is None or self._loaded else self._entry
+            if not 0 <= entry < PHYSICAL_END:
+                raise ConfigError(f"entry {entry:#x} is no guest physical address; use a valid one")
+            start = _Start(entry, mode, range(at, at + len(raw)))
+            self._go_to(start)
+            self._start = start
+            self._loaded = True
+        self._loads.append((at, raw))
+
+    def _go_to(self, start: "_Start") -> None:
+        segment = self.config.segment if start.mode == "real" else None
+        first = flat.start(self.memory, start.entry, start.mode, start.image, segment)
         vcpu = self._parts.vcpus[0]
         vcpu.set_system_registers(first.system)
         vcpu.set_registers(first.registers)
-        self._loaded = True
 
     def on_pio(
         self,
@@ -419,11 +293,11 @@ class Machine:
         `write` gets an `Access` with the value; `read` gets one, too, and returns what the guest
         reads. Raises ConfigError where another device has the port.
         """
-        self._require_still()
+        self.require_still()
         _check_hooks(read, write)
         if not 0 <= port <= port + count - 1 <= 0xFFFF:
             raise ConfigError(f"ports {port:#x}+{count} are not within 0 to 0xffff")
-        self._parts.pio.attach(port, count, Hook(port, read, write, self._within), overhang=True)
+        self._parts.pio.attach(port, count, Hook(port, read, write, self.within), overhang=True)
 
     def on_mmio(
         self,
@@ -434,7 +308,7 @@ class Machine:
         write: WriteHook | None = None,
     ) -> None:
         """Call back when the guest accesses `[gpa, gpa + size)`, where there is no RAM."""
-        self._require_still()
+        self.require_still()
         _check_hooks(read, write)
         if not 0 <= gpa < gpa + size <= PHYSICAL_END:
             raise ConfigError(
@@ -446,21 +320,143 @@ class Machine:
                     f"MMIO {gpa:#x}..{gpa + size - 1:#x} lies in RAM, which answers first; use an "
                     f"address from {region.end:#x} on, or less memory"
                 )
-        self._parts.mmio.attach(gpa, size, Hook(gpa, read, write, self._within), overhang=True)
+        self._parts.mmio.attach(gpa, size, Hook(gpa, read, write, self.within), overhang=True)
 
     def run(self, timeout: float | None = None) -> Stop:
         """Run the guest until it stops, `stop()` is called, or `timeout` seconds have passed.
 
         Returns why. What a callback raises is raised here; so is KeyboardInterrupt. In every case
         the machine is paused afterwards, at the end of an instruction, and can go on.
+        Other threads may `pause()` and `resume()` it meanwhile, which does not end this.
         """
+        return self._run(timeout, None)
+
+    def step(self, vcpu: int = 0, timeout: float | None = None) -> Stop:
+        """Execute one instruction of `vcpu`, while the others stand still.
+
+        The reason is DEBUG; another one if the guest, `stop()` or the timeout came between.
+        """
+        if not 0 <= vcpu < len(self.vcpus):
+            raise ConfigError(f"there is no vCPU {vcpu}; use 0 to {len(self.vcpus) - 1}")
+        return self._run(timeout, Step(vcpu))
+
+    def _run(self, timeout: float | None, step: Step | None) -> Stop:
         self._require_open()
         if timeout is not None and not timeout >= 0:
             raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
-        stop = self._runner.run(timeout)
-        if stop.crashed:
+        stop = self._life.run(timeout, step)
+        if stop.crashed and not self._closed:
             stop = stop._replace(dump=self.dump(stop.vcpu))
         return stop
+
+    def start(self, timeout: float | None = None) -> None:
+        """Begin a `run()` in a thread of its own; `wait()` has what it returns."""
+        self._require_open()
+        if self._background is not None and self._background.alive:
+            raise VmexitError("this machine was started already; wait() for it, or stop() it first")
+        self._background = Background(lambda: self.run(timeout))
+
+    def wait(self, timeout: float | None = None) -> Stop | None:
+        """What the run that `start()` began has returned, or raised; None if it still goes on."""
+        if self._background is None:
+            raise VmexitError("nothing has started this machine; start() it")
+        return self._background.wait(timeout)
+
+    def pause(self) -> None:
+        """Hold all vCPUs. Returns once none runs, and `run()` waits until somebody resumes it.
+
+        From any thread but that of `run()`. Before a run, it is the next one that begins paused.
+        """
+        self._require_outside()
+        self._life.pause()
+
+    def resume(self, step: int | None = None) -> None:
+        """Let a paused run go on; with `step`, for one instruction of that vCPU.
+
+        Raises VmexitError if no `run()` is under way.
+        """
+        self._require_open()
+        self._life.resume(None if step is None else Step(step))
+
+    def paused(self) -> AbstractContextManager[None]:
+        """`with vm.paused():` no vCPU runs within, and nobody else resumes it."""
+        self._require_outside()
+        return self._life.paused()
+
+    def reset(self) -> None:
+        """As the reset button: devices, vCPUs and memory as at the start, images read again.
+
+        From any thread but that of `run()`; what ran goes on from the beginning. Raises what
+        making a machine raises if an image is not as it was; the machine stays paused then.
+        """
+        self._require_outside()
+        self._life.reset()
+
+    def _begin_again(self) -> None:
+        self._parts.reset()
+        for at, data in self._loads:
+            flat.load(self.memory, data, at)
+        if self._start is not None:
+            self._go_to(self._start)
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down, by ACPI's power button. Raises ConfigError without one."""
+        self._require_open()
+        if self._parts.power_button is None:
+            raise ConfigError("this machine has no power button; use --machine microvm")
+        self._parts.power_button()
+        self._life.subscribers.tell(EventKind.POWERDOWN)
+
+    def inject_nmi(self) -> None:
+        """A non-maskable interrupt for each vCPU, as QEMU's `nmi` does. Raises ConfigError."""
+        self._require_open()
+        if self.config.machine == "bare":
+            raise ConfigError("this machine has no interrupts; use --machine microvm")
+        with self.paused():
+            self._parts.vm.inject_nmi()
+
+    def subscribe(self, function: Subscriber) -> Callable[[], None]:
+        """Have `function` told of each `Event`, in the thread where it happens.
+
+        It must not wait for the machine; what it raises comes out of `run()`. Returns what ends it.
+        """
+        return self._life.subscribers.add(function)
+
+    def decide(self, decision: Decision) -> Callable[[], None]:
+        """Ask `decision(stop)` whether a stop of the guest ends `run()`. Returns what ends that.
+
+        It says `After.END`, `After.HOLD` for a paused machine, or `After.RESET`.
+        """
+        return self._life.decide(decision)
+
+    def add_breakpoint(self, point: Point) -> None:
+        """Stop at `point` from the next run on; each wants its `remove_breakpoint()`.
+
+        Raises HostError if the accelerator cannot, with those that there are already.
+        """
+        self._require_outside()
+        with self._life.paused():
+            self._debug.add(point)
+            try:
+                self._debug.try_out()
+            except BaseException:
+                self._debug.remove(point)
+                raise
+
+    def remove_breakpoint(self, point: Point) -> None:
+        """Undo one `add_breakpoint()`."""
+        with self.paused():
+            self._debug.remove(point)
+
+    @property
+    def breakpoints(self) -> dict[Point, Way | None]:
+        """Breakpoints and watchpoints, and how the last run stopped at each."""
+        return self._debug.points()
+
+    @property
+    def last_stop(self) -> Stop | None:
+        """How the guest has stopped the last time, if it did."""
+        return self._life.last
 
     @property
     def stopping(self) -> bool:
@@ -469,19 +465,19 @@ class Machine:
 
     def stop(self) -> bool:
         """Make the `run()` under way return, from any thread or callback; False without one."""
-        return self._request(Stop(StopReason.STOPPED))
+        return self._life.stop()
 
     def translate(self, gva: int, vcpu: int = 0) -> int | None:
         """The GPA of guest virtual address `gva` by the page tables of `vcpu`; None if unmapped.
 
         From a GPA, `memory.hva(gpa)` leads on to the host virtual address.
         """
-        self._require_still(vcpu)
+        self.require_still(vcpu)
         return translate(self.memory, self._parts.vcpus[vcpu].system_registers(), gva)
 
     def dump(self, vcpu: int = 0) -> str:
         """All registers and the next instruction, as text."""
-        self._require_still(vcpu)
+        self.require_still(vcpu)
         registers = self._parts.vcpus[vcpu].registers()
         system = self._parts.vcpus[vcpu].system_registers()
         return dump(registers, system, next_instruction(self.memory, registers, system)[1])
@@ -489,6 +485,7 @@ class Machine:
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards."""
         if not self._closed:
+            self._life.close()
             self._runner.close()
             self._closed = True
             self._parts.closer.close()
@@ -507,7 +504,12 @@ class Machine:
         if self._closed:
             raise VmexitError("this machine is closed; make a new one")
 
-    def _require_still(self, vcpu: int | None = None) -> None:
+    def _require_outside(self) -> None:
+        self._require_open()
+        if self._runner.in_vcpu_thread():
+            raise VmexitError("a machine cannot be paused from within its own access; stop() it")
+
+    def require_still(self, vcpu: int | None = None) -> None:
         """No vCPU runs, or the caller is within an access: of `vcpu`, if that is given."""
         self._require_open()
         if not self._runner.busy:

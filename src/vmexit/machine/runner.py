@@ -42,6 +42,10 @@ def _close_all() -> None:
             runner.close()
 
 
+def _nothing() -> None:
+    """Nobody waits."""
+
+
 class StopRequest:
     """Asks a run to end. Devices and other threads hold this; the runner listens."""
 
@@ -53,6 +57,23 @@ class StopRequest:
         self.stop: Stop | None = None
         self._error: BaseException | None = None
         self._left = False
+        self._soon: Stop | None = None
+        self._idle: Callable[[], None] = _nothing
+
+    def on_idle(self, function: Callable[[], None]) -> None:
+        """Call `function` when the next run is to fail or to end, and none is under way."""
+        self._idle = function
+
+    def soon(self, stop: Stop) -> None:
+        """End the run that is about to begin, or under way."""
+        with self._lock:
+            self._soon = stop
+            self(stop)
+
+    def forget(self) -> None:
+        """Undo `soon()`."""
+        with self._lock:
+            self._soon = None
 
     def listen(self, executors: Sequence[Executor]) -> None:
         """Kick these from now on."""
@@ -65,6 +86,8 @@ class StopRequest:
             self._running = True
             if self._left:
                 self(Stop(StopReason.STOPPED))
+            elif self._soon is not None:
+                self(self._soon)
 
     def pending(self) -> bool:
         """Whether the run under way is to end: nothing should wait for long."""
@@ -83,13 +106,17 @@ class StopRequest:
         with self._lock:
             if self._error is None:
                 self._error = error
-            self(Stop(StopReason.STOPPED))
+            runs = self(Stop(StopReason.STOPPED))
+        if not runs:
+            self._idle()
 
     def leave(self) -> None:
         """The user wants to leave: the run under way ends, and so does every later one."""
         with self._lock:
             self._left = True
-            self(Stop(StopReason.STOPPED))
+            runs = self(Stop(StopReason.STOPPED))
+        if not runs:
+            self._idle()
 
     def take_error(self) -> BaseException | None:
         """What `fail()` was given."""
@@ -215,8 +242,10 @@ class Runner:
         current = threading.current_thread()
         return next((n for n, t in enumerate(self._threads) if t.thread is current), None)
 
-    def run(self, timeout: float | None) -> Stop:
+    def run(self, timeout: float | None, only: int | None = None) -> Stop:
         """Run until the first vCPU stops, a stop is requested, or `timeout` seconds have passed.
+
+        All vCPUs run, or `only` one; vCPUs that share a thread know that from their accelerator.
 
         Whatever a device raises is raised here, once all vCPUs have stopped. So is what a signal's
         handler raises meanwhile (KeyboardInterrupt, …); the machine can go on after it.
@@ -231,7 +260,8 @@ class Runner:
                 raise VmexitError("this machine is closed; make a new one")
             try:
                 self._running(True)
-                return self._run(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+                timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+                return self._run(timeout, only)
             finally:
                 self._running(False)
         finally:
@@ -239,17 +269,20 @@ class Runner:
             self._request.end()
             self._busy.release()
 
-    def _run(self, timeout: float | None) -> Stop:
+    def _run(self, timeout: float | None, only: int | None) -> Stop:
         if not self._threads:
             self._start_threads()
+        threads = self._threads
+        if only is not None and len(threads) > 1:
+            threads = [threads[only]]
         self._settle()  # in case a run was left twice by exceptions
         self._request.begin()
         self._number += 1
         self._raise_failure()
         try:
-            for thread in self._threads:
+            for thread in threads:
                 thread.go(self._number)
-            return self._wait(timeout)
+            return self._wait(timeout, len(threads))
         finally:
             self._settle()
 
@@ -265,9 +298,9 @@ class Runner:
             self._threads.clear()
             raise HostError(f"cannot start a thread for a vCPU: {error}; free memory") from error
 
-    def _wait(self, timeout: float | None) -> Stop:
+    def _wait(self, timeout: float | None, count: int) -> Stop:
         reports: list[_Report] = []
-        while len(reports) < len(self._threads):
+        while len(reports) < count:
             try:
                 report = self._reports.get(timeout=None if reports else timeout)
             except Empty:
@@ -277,7 +310,7 @@ class Runner:
             if report.run != self._number:
                 continue  # of an earlier run, which an exception has ended
             reports.append(report)
-            if len(reports) < len(self._threads):
+            if len(reports) < count:
                 self._request(Stop(StopReason.STOPPED))  # the first to stop ends it for all
         for report in reports:
             if report.error is not None:

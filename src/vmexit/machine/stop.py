@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import NamedTuple
 
-from vmexit.accel.base import Exit, ExitReason, SystemEvent
+from vmexit.accel.base import Exit, ExitReason, Point, SystemEvent
 from vmexit.core.errors import GuestCrash
 
 
@@ -19,10 +19,12 @@ class StopReason(Enum):
     FAIL_ENTRY = "fail-entry"  # the processor refused the guest's state
     UNKNOWN = "unknown"  # an exit for a hardware reason that has no name
     GUEST_CRASH = "guest-crash"  # the guest itself reports that it crashed
-    DEBUG = "debug"  # a debug exception
+    DEBUG = "debug"  # a breakpoint or watchpoint, or the end of a step
+    UNTIL = "until"  # what run_until() was waiting for has happened
     IRQ_WINDOW = "irq-window"  # the guest can take an interrupt now
     TIMEOUT = "timeout"
     STOPPED = "stopped"  # Machine.stop()
+    PAUSED = "paused"  # Machine.pause(): run() does not return for that
 
 
 _CRASHES = frozenset(
@@ -46,6 +48,8 @@ class Stop(NamedTuple):
     """What the guest wrote to the debug-exit port."""
     dump: str = ""
     """Registers and instruction at a crash."""
+    point: Point | None = None
+    """The breakpoint or watchpoint, for DEBUG; None there means that a step is done."""
 
     @property
     def crashed(self) -> bool:
@@ -92,4 +96,4 @@ _EVENTS = {
 def stop_from_exit(exit: Exit) -> Stop:
     """The `Stop` that an exit which ended the run amounts to."""
     reason = _EVENTS[exit.event] if exit.event is not None else _REASONS[exit.reason]
-    return Stop(reason, exit.vcpu, exit.detail)
+    return Stop(reason, exit.vcpu, exit.detail, point=exit.point)

@@ -10,6 +10,7 @@ from vmexit.abi.kvm import (
     KVM_CHECK_EXTENSION,
     KVM_CREATE_VM,
     KVM_GET_API_VERSION,
+    KVM_GET_MSR_INDEX_LIST,
     KVM_GET_SUPPORTED_CPUID,
     KVM_GET_VCPU_MMAP_SIZE,
 )
@@ -25,6 +26,7 @@ from vmexit.core.memory import GuestMemory
 DEVICE = "/dev/kvm"
 
 _CPUID_ENTRIES = 256
+_MSRS = 1024  # more than any KVM lists
 
 # KVM_GET_SUPPORTED_CPUID asks the processor hundreds of questions (0.5 ms where CPUID itself is
 # virtualized), and the answer is the same for the life of the host's kvm module.
@@ -83,6 +85,15 @@ class System:
             known = bytes(buffer[: head + count * sizeof(kvm_cpuid_entry2)])
             _supported_cpuid[self.path] = known
         return known
+
+    def msr_indices(self) -> list[int]:
+        """The MSRs that belong to a vCPU's state (KVM_GET_MSR_INDEX_LIST, KVM API 4.3)."""
+        from vmexit.accel.kvm.state import unpack_indices
+
+        buffer = bytearray(4 + 4 * _MSRS)
+        buffer[:4] = _MSRS.to_bytes(4, "little")
+        ioctl(self.fd, KVM_GET_MSR_INDEX_LIST, buffer, True)
+        return unpack_indices(buffer)
 
     def create_vm(
         self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1, model: CpuModel = ANY_CPU

@@ -4,7 +4,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from ctypes import sizeof
 from fcntl import ioctl
@@ -34,15 +34,23 @@ from vmexit.abi.kvm import (
     KVM_SET_SREGS,
 )
 from vmexit.abi.kvm_run import kvm_run
+from vmexit.abi.kvm_state import (
+    KVM_GET_XSAVE,
+    KVM_GUESTDBG_SINGLESTEP,
+    KVM_SET_GUEST_DEBUG,
+    KVM_SET_XSAVE,
+    kvm_xsave,
+)
 from vmexit.abi.kvm_structs import (
     kvm_msr_entry,
     kvm_msrs,
     kvm_regs,
     kvm_sregs,
 )
-from vmexit.accel.base import Exit, ExitReason
+from vmexit.accel.base import FXSAVE_SIZE, Exit, ExitReason
 from vmexit.accel.kvm.exits import explain
 from vmexit.accel.kvm.kick import KickTarget
+from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.registers import (
     CONTROL,
     GENERAL,
@@ -93,6 +101,7 @@ _SYSTEM_FORMAT = struct.Struct(
 )
 _APIC_BASE_FORMAT = struct.Struct("=Q")
 _MP_STATE = struct.Struct("=I")  # struct kvm_mp_state
+_GUEST_DEBUG = struct.Struct("=I4x8Q")  # struct kvm_guest_debug
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
 
 _PLAIN_EXITS = {
@@ -122,6 +131,10 @@ class KvmVcpu:
         self._mmio = mmio
         self._observer = observer
         self._kicked = False
+        self.on_debug: Callable[[int, int, int], Exit | None] | None = None
+        """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
+        self._stepping = False
+        self._stepped = False  # over an instruction with an access, which is done or not quite
         self._kick_target = KickTarget(self._set_signal_mask)
         self._routes: dict[int, _Route] = {}
         pio.on_change(self._routes.clear)
@@ -189,13 +202,40 @@ class KvmVcpu:
                 # A kick, or a signal that is none of our business.
                 if self._take_kick():
                     return Exit(ExitReason.INTERRUPTED, vcpu=self.index)
+                stopped = self._debug_exit(reason) if self._stepped else None
+                if stopped is not None:
+                    return stopped
                 continue
             except BaseException:
                 self._complete()
                 raise
             if reason in (KVM_EXIT_INTR, KVM_EXIT_SET_TPR):
                 continue  # CR8 was written, and there is no interrupt controller to tell
+            if reason == KVM_EXIT_DEBUG and self.on_debug is not None:
+                stopped = self._debug_exit(reason)
+                if stopped is None:
+                    continue
+                return stopped
             return self._exit(reason)
+
+    def _debug_exit(self, reason: int) -> Exit | None:
+        """KVM_EXIT_DEBUG, or the end of an access, while the debugger is armed.
+
+        None if the guest can go on.
+        """
+        self._stepped = False
+        if not self._kicked:
+            self._u8[_IMMEDIATE_EXIT] = 0
+        if reason == KVM_EXIT_DEBUG:
+            arch = self.kvm_run().debug.arch
+            seen = arch.exception, arch.pc, arch.dr6
+            del arch
+        else:
+            seen = 1, linear_ip(self.registers(), self.system_registers()), 1 << 14
+        exit = self.on_debug(*seen) if self.on_debug is not None else None
+        if exit is not None and self._observer is not None:
+            self._observer.other(self.index, exit.reason.value, exit.detail)
+        return exit
 
     def _complete(self) -> None:
         """Finish the access whose device has failed, and execute nothing more (KVM API 5, io).
@@ -287,7 +327,9 @@ class KvmVcpu:
             self._u8[start:end] = data
             if observer is not None:
                 observer.io(self.index, False, port, size, count, data)
-        if observer is None and count == 1:
+        if self._stepping:
+            self._end_step()
+        elif observer is None and count == 1:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             route = self._pio.route_write if write else self._pio.route_read
@@ -312,49 +354,56 @@ class KvmVcpu:
             self._u8[_MMIO_DATA:end] = data
             if observer is not None:
                 observer.mmio(self.index, False, gpa, data)
+        if self._stepping:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """Have KVM finish the access and no more: not every KVM counts that as a step."""
+        self._stepped = True
+        self._u8[_IMMEDIATE_EXIT] = 1
 
     def _set_signal_mask(self, blocked: int) -> None:
-        self._set("signal mask", KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, blocked))
+        self.set("signal mask", KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, blocked))
 
     # Registers.
 
     def set_cpuid(self, cpuid: bytes) -> None:
         """KVM_SET_CPUID2 (KVM API 4.20); `cpuid` is a `struct kvm_cpuid2` with its entries."""
         # fcntl takes more than 1 KiB only if it may be written to.
-        self._set("CPUID", KVM_SET_CPUID2, bytearray(cpuid))
+        self.set("CPUID", KVM_SET_CPUID2, bytearray(cpuid))
 
     def get_cpuid(self, buffer: bytearray) -> None:
         """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
-        self._get("CPUID", KVM_GET_CPUID2, buffer)
+        self.get("CPUID", KVM_GET_CPUID2, buffer)
 
     def switch_off_lapic(self) -> None:
         """There is none but in the kernel, and KVM shows one as long as the APIC base says so."""
         buffer = self._sregs()
         _APIC_BASE_FORMAT.pack_into(buffer, kvm_sregs.apic_base.offset, 0)
-        self._set("APIC base", KVM_SET_SREGS, buffer)
+        self.set("APIC base", KVM_SET_SREGS, buffer)
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))
-        self._get("general registers", KVM_GET_REGS, buffer)
+        self.get("general registers", KVM_GET_REGS, buffer)
         return dict(zip(GENERAL, _GENERAL_FORMAT.unpack(buffer), strict=True))
 
     def set_registers(self, registers: Registers) -> None:
         packed = _GENERAL_FORMAT.pack(*[registers[name] for name in GENERAL])
         if self._halted() and registers["rip"] != self.registers()["rip"]:
             # It was told to execute something else, so that the HLT is over.
-            self._set("state", KVM_SET_MP_STATE, _MP_STATE.pack(KVM_MP_STATE_RUNNABLE))
-        self._set("general registers", KVM_SET_REGS, packed)
+            self.set("state", KVM_SET_MP_STATE, _MP_STATE.pack(KVM_MP_STATE_RUNNABLE))
+        self.set("general registers", KVM_SET_REGS, packed)
 
     def _halted(self) -> bool:
         """Whether it waits in HLT, which only KVM's own interrupt controllers have it do."""
         buffer = bytearray(_MP_STATE.size)
-        self._get("state", KVM_GET_MP_STATE, buffer)
+        self.get("state", KVM_GET_MP_STATE, buffer)
         state: int = _MP_STATE.unpack(buffer)[0]
         return state == KVM_MP_STATE_HALTED
 
     def _sregs(self) -> bytearray:
         buffer = bytearray(sizeof(kvm_sregs))
-        self._get("system registers", KVM_GET_SREGS, buffer)
+        self.get("system registers", KVM_GET_SREGS, buffer)
         return buffer
 
     def system_registers(self) -> SystemRegisters:
@@ -376,7 +425,7 @@ class KvmVcpu:
         values += [getattr(system, name) for name in CONTROL]
         _SYSTEM_FORMAT.pack_into(buffer, 0, *values)
         self._u64[_CR8] = system.cr8  # without a LAPIC in the kernel, KVM_RUN takes it from here
-        self._set("system registers", KVM_SET_SREGS, buffer)
+        self.set("system registers", KVM_SET_SREGS, buffer)
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
         entries = dict.fromkeys(indices, 0)
@@ -390,6 +439,34 @@ class KvmVcpu:
             for i, index in enumerate(entries)
         }
 
+    def msrs_that_exist(self, indices: Iterable[int]) -> dict[int, int]:
+        """As `msrs()`, without those that KVM cannot read."""
+        # KVM_GET_MSRS stops at the first of those (KVM API 4.18): go on behind it.
+        todo, values = list(indices), dict[int, int]()
+        head, step = sizeof(kvm_msrs), sizeof(kvm_msr_entry)
+        while todo:
+            buffer = _pack_msrs(dict.fromkeys(todo, 0))
+            done = ioctl(self.fd, KVM_GET_MSRS, buffer, True)
+            for i, index in enumerate(todo[:done]):
+                values[index] = kvm_msr_entry.from_buffer(buffer, head + i * step).data
+            todo = todo[done + 1 :]
+        return values
+
+    def fpu(self) -> bytes:
+        """See `vmexit.accel.base.Vcpu`; the first part of KVM_GET_XSAVE."""
+        buffer = bytearray(sizeof(kvm_xsave))
+        self.get("FPU", KVM_GET_XSAVE, buffer)
+        return bytes(buffer[:FXSAVE_SIZE])
+
+    def set_fpu(self, image: bytes) -> None:
+        """Load what `fpu()` gives."""
+        buffer = bytearray(sizeof(kvm_xsave))
+        self.get("FPU", KVM_GET_XSAVE, buffer)
+        buffer[: len(image)] = image
+        # x87 and SSE are not in their initial state any more (SDM vol. 1, 13.4.2: XSTATE_BV).
+        buffer[FXSAVE_SIZE] |= 3
+        self.set("FPU", KVM_SET_XSAVE, buffer)
+
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
         # KVM_SET_MSRS stops at the first that it refuses (KVM API 4.19): go on behind it.
         todo, refused = list(values.items()), []
@@ -400,13 +477,22 @@ class KvmVcpu:
             todo = todo[done + 1 :]
         return refused
 
-    def _set(self, what: str, request: int, data: bytes | bytearray) -> None:
+    def set_guest_debug(self, control: int, registers: Sequence[int]) -> None:
+        """KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_… flags, eight debug registers. Raises HostError."""
+        self._stepping = bool(control & KVM_GUESTDBG_SINGLESTEP)
+        self._stepped = False
+        self._routes.clear()  # a step sees every access
+        self.set("debug control", KVM_SET_GUEST_DEBUG, _GUEST_DEBUG.pack(control, *registers))
+
+    def set(self, what: str, request: int, data: bytes | bytearray) -> None:
+        """One of KVM's requests that load state. Raises HostError."""
         try:
             ioctl(self.fd, request, data)
         except OSError as error:
             raise self._refusal(what, error) from error
 
-    def _get(self, what: str, request: int, buffer: bytearray) -> None:
+    def get(self, what: str, request: int, buffer: bytearray) -> None:
+        """One that fills in `buffer`. Raises HostError."""
         try:
             ioctl(self.fd, request, buffer, True)
         except OSError as error:

@@ -37,6 +37,7 @@ from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
+    from vmexit.accel.kvm.debug import KvmDebugger
     from vmexit.accel.kvm.irqchip import KvmIrqChip
     from vmexit.accel.kvm.system import System
     from vmexit.arch.x86.cpuid import Table
@@ -61,6 +62,7 @@ class KvmVm:
         self._model = model
         self._cpus = cpus
         self._irqchip: KvmIrqChip | None = None
+        self._debugger: KvmDebugger | None = None
         self._system = system
         self._memory = memory
         self._pio = pio
@@ -238,6 +240,40 @@ class KvmVm:
                         f"this KVM shows {name} to its guests in spite of -{wanted}; "
                         f"leave -{wanted} out, or use --accel soft"
                     )
+
+    def inject_nmi(self) -> None:
+        """KVM_NMI for each vCPU (KVM API 4.64). Raises HostError."""
+        from vmexit.abi.kvm_irq import KVM_NMI
+
+        for vcpu in self._vcpus:
+            vcpu.set("NMI", KVM_NMI, b"")
+
+    def reset_vcpus(self) -> None:
+        """Each vCPU as after power-on: as it is in a VM that was just made. Raises HostError."""
+        from vmexit.accel.kvm.state import StateAccess
+
+        lapic = self._irqchip is not None
+        access = StateAccess(self._system, lapic=lapic)
+        memory = GuestMemory([(0, PAGE_SIZE)])
+        try:
+            with self._system.create_vm(
+                memory, Bus("port"), Bus("MMIO"), self._cpus, self._model
+            ) as new:
+                if lapic:
+                    new.create_irqchip()
+                for vcpu in self._vcpus:
+                    access.load(vcpu, access.save(new.create_vcpu(vcpu.index)))
+        finally:
+            memory.close()
+
+    @property
+    def debugger(self) -> "KvmDebugger":
+        """What stops its vCPUs at points."""
+        if self._debugger is None:
+            from vmexit.accel.kvm.debug import KvmDebugger
+
+            self._debugger = KvmDebugger(self._system, self._memory, self._vcpus)
+        return self._debugger
 
     @property
     def executors(self) -> list[KvmVcpu]:

@@ -11,6 +11,7 @@ import struct
 
 from vmexit.accel.soft.layout import (
     CLASS,
+    CLASS_DEBUG,
     CLASS_ENTER,
     CLASS_INTERRUPT,
     CONTROL_OFFSET,
@@ -37,6 +38,7 @@ from vmexit.accel.soft.layout import (
     OLD_EXCEPTION,
     SEGMENT,
     TABLE,
+    TSC_OFFSET,
     VIRTUAL_INTERRUPT,
 )
 from vmexit.accel.soft.native import Engine, Library
@@ -81,12 +83,15 @@ class CpuState:
         functions = ctypes.c_uint64.from_address(cpu + CLASS).value
         self._entry = ctypes.c_uint64.from_address(functions + CLASS_ENTER)
         self._interrupt = ctypes.c_uint64.from_address(functions + CLASS_INTERRUPT)
+        self._debug = ctypes.c_uint64.from_address(functions + CLASS_DEBUG)
         _prove_request(library, cpu, self._request)
         _prove(self, engine, ids)
         if self._entry.value != library.address("x86_cpu_exec_enter_x86_64"):
             raise _unknown_layout("cpu_exec_enter")
         if self._interrupt.value != library.address("x86_cpu_exec_interrupt_x86_64"):
             raise _unknown_layout("cpu_exec_interrupt")
+        if self._debug.value != library.address("breakpoint_handler_x86_64"):
+            raise _unknown_layout("debug_excp_handler")
         if not library.resume_clears(HALTED):
             raise _unknown_layout("halted")
 
@@ -105,6 +110,11 @@ class CpuState:
     def rip(self, value: int) -> None:
         self.u64[EIP // 8] = value & 0xFFFF_FFFF_FFFF_FFFF
 
+    def set_tsc(self, library: Library, value: int) -> None:
+        """Have the TSC be `value` now; it goes on as the host's does."""
+        host = library.get_tsc(self.base) - self.u64[TSC_OFFSET // 8]
+        self.u64[TSC_OFFSET // 8] = value - host & 0xFFFF_FFFF_FFFF_FFFF
+
     def request(self, interrupts: int) -> None:
         """What the CPU is to take as soon as its flags allow: VIRTUAL_INTERRUPT, NMI, or 0."""
         self._request.value = interrupts
@@ -119,10 +129,11 @@ class CpuState:
         """Whether the engine ended behind a HLT."""
         return bool(self._halted.value)
 
-    def replace(self, entry: int, interrupt: int) -> None:
-        """Have the engine call these in place of cpu_exec_enter() and cpu_exec_interrupt()."""
+    def replace(self, entry: int, interrupt: int, debug: int) -> None:
+        """Have the engine call these in place of QEMU's functions that layout.py names."""
         self._entry.value = entry
         self._interrupt.value = interrupt
+        self._debug.value = debug
 
     def read_general(self) -> Registers:
         """General registers, RIP and RFLAGS; the flags come from the engine, which is lazy."""

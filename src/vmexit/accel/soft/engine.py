@@ -18,6 +18,7 @@ from vmexit.core.memory import GuestMemory, Region
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
+    from vmexit.accel.soft.debug import SoftDebugger
     from vmexit.arch.x86.cpuid import Table
 
 
@@ -105,6 +106,7 @@ class SoftVm:
             library, self._engine, memory, pio, mmio, list(self._holes()), cpus, model
         )
         self._scheduler = Scheduler(self._processor, self._vcpus)
+        self._debugger: SoftDebugger | None = None
 
     def map(self, region: Region) -> None:
         """Let the engine see `region` at its GPA: the same pages, no copy."""
@@ -134,6 +136,27 @@ class SoftVm:
         vcpu = SoftVcpu(self._processor, index, interrupts, observer)
         self._vcpus.append(vcpu)
         return vcpu
+
+    def inject_nmi(self) -> None:
+        """A non-maskable interrupt for each vCPU; none runs."""
+        for vcpu in self._vcpus:
+            vcpu.nmi = True
+
+    def reset_vcpus(self) -> None:
+        """Each vCPU as after power-on."""
+        for vcpu in self._vcpus:
+            vcpu.power_on()
+
+    @property
+    def debugger(self) -> "SoftDebugger":
+        """What stops its vCPUs at points."""
+        if self._debugger is None:
+            from vmexit.accel.soft.debug import SoftDebugger
+
+            self._debugger = SoftDebugger(
+                self._processor, self._scheduler, self._vcpus, self._memory
+            )
+        return self._debugger
 
     @property
     def executors(self) -> list[Executor]:

@@ -29,7 +29,8 @@ VMCB = 0x1580  # where the CPU reads the vector of a virtual interrupt (AMD APM 
 INTERRUPT_REQUEST = 0x1C
 HALTED = 0x8198  # not zero behind a HLT
 CLASS = 0x81B0  # the functions that QEMU has for a CPU of this kind
-CLASS_ENTER, CLASS_INTERRUPT = 0x80, 0x90  # among them: cpu_exec_enter, cpu_exec_interrupt
+# Among them: debug_excp_handler, cpu_exec_enter, cpu_exec_interrupt.
+CLASS_DEBUG, CLASS_ENTER, CLASS_INTERRUPT = 0x78, 0x80, 0x90
 VIRTUAL_INTERRUPT, NMI = 0x100, 0x200  # CPU_INTERRUPT_VIRQ, CPU_INTERRUPT_NMI
 
 # QEMU's register numbers are the processor's: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, …

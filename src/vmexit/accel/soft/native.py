@@ -1,7 +1,7 @@
 """The engine as C sees it: library functions, and the types of callbacks."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from vmexit.core.errors import HostError
@@ -15,6 +15,9 @@ _ENGINE_SIZE = 0x3A00  # a lower limit, in bytes
 
 # Where an engine has the function that finds a MemoryRegion by guest physical address.
 _MEMORY_MAPPING = 0x120
+
+# BP_GDB of QEMU: a breakpoint of the debugger rather than of the guest.
+_BP_GDB = 0x10
 
 # uc_ctl() requests without arguments: the number, and "write" in the two highest bits.
 _CTL_TB_FLUSH = 10 | 1 << 30
@@ -56,7 +59,7 @@ class Engine(Protocol):
     _uch: ctypes.c_void_p
 
     def reg_read(self, reg_id: int) -> int: ...
-    def reg_write(self, reg_id: int, value: int | tuple[int, int, int, int]) -> object: ...
+    def reg_write(self, reg_id: int, value: int | tuple[int, ...]) -> object: ...
     def msr_read(self, msr_id: int) -> int: ...
     def msr_write(self, msr_id: int, value: int) -> None: ...
     def mem_map_ptr(self, address: int, size: int, perms: int, ptr: int) -> None: ...
@@ -88,6 +91,15 @@ class Library:
         self.drop_translations = self.cdll.tb_invalidate_phys_range_x86_64
         self.drop_translations.restype = None
         self.drop_translations.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
+        # Of breakpoints that QEMU's debugger has set.
+        self._break_at = self.cdll.cpu_breakpoint_insert_x86_64
+        self._break_at.argtypes = [
+            ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p,
+        ]  # fmt: skip
+        self._break_nowhere = self.cdll.cpu_breakpoint_remove_all_x86_64
+        self._break_nowhere.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        self._hook_del = self.cdll.uc_hook_del
+        self._hook_del.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         # Variadic in C; the one argument that may follow is an int.
         self._hook_add = self.cdll.uc_hook_add
         self._hook_add.argtypes = [
@@ -158,14 +170,29 @@ class Library:
         begin: int = 1,
         end: int = 0,
         instruction: int = 0,
-    ) -> None:
-        """Have `function` called; begin > end means at every address. Raises HostError."""
+        data: int = 0,
+    ) -> int:
+        """Have `function` called; begin > end means at every address.
+
+        It gets `data` for its last argument. Returns what `unhook` takes. Raises HostError.
+        """
         handle = ctypes.c_size_t()
         error = self._hook_add(
-            engine, ctypes.byref(handle), kind, function, None, begin, end, instruction
+            engine, ctypes.byref(handle), kind, function, data, begin, end, instruction
         )
         if error:
             raise HostError(f"Unicorn refused hook {kind} (error {error}); use --accel kvm")
+        return handle.value
+
+    def unhook(self, engine: int, handle: int) -> None:
+        """Undo `hook()`."""
+        self._hook_del(engine, handle)
+
+    def break_at(self, cpu: int, addresses: Iterable[int]) -> None:
+        """Stop before the instructions at these linear addresses, and nowhere else any more."""
+        self._break_nowhere(cpu, _BP_GDB)
+        for address in addresses:
+            self._break_at(cpu, address & 0xFFFF_FFFF_FFFF_FFFF, _BP_GDB, None)
 
     def check_at_accesses(self, engine: int, wanted: bool) -> None:
         """Whether to translate a test for a stop behind each memory access and instruction, too.

@@ -8,9 +8,10 @@ import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from vmexit.accel.base import Exit, ExitReason
+from vmexit.accel.base import Exit, ExitReason, Point, PointKind
 from vmexit.accel.soft.cpu_state import CpuState
 from vmexit.accel.soft.cpuid import Cpuid
+from vmexit.accel.soft.fpu import Fpu
 from vmexit.accel.soft.host_writes import HostWrites
 from vmexit.accel.soft.layout import (
     CONTROL_OFFSET,
@@ -31,7 +32,6 @@ from vmexit.accel.soft.layout import (
     RSP,
     STAR,
     SYSCALL_LENGTH,
-    TSC_OFFSET,
     VIRTUAL_INTERRUPT,
     VMCB,
 )
@@ -52,9 +52,7 @@ from vmexit.accel.soft.replay import Replay
 from vmexit.accel.soft.stopping import Stopper
 from vmexit.accel.soft.stubs import RAISE, StopWords, Stubs
 from vmexit.accel.soft.vcpu import SoftVcpu
-from vmexit.arch.x86.code import (
-    next_instruction,
-)
+from vmexit.arch.x86.code import linear_ip, next_instruction
 from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.registers import (
     CR0_PE,
@@ -91,6 +89,15 @@ _VECTOR_PAGE = 1 << 52
 _VECTOR_OFFSET = 0x64  # of V_INTR_VECTOR in a VMCB (AMD APM vol. 2, appendix B)
 
 
+_LARGEST_ACCESS = 64  # bytes of one access to memory
+
+
+class _Watch(ctypes.Structure):
+    """What the hook of a watchpoint gets: one more than its place in the list, and its GPA."""
+
+    _fields_ = (("number", ctypes.c_uint64), ("gpa", ctypes.c_uint64))
+
+
 class Processor:
     """The one CPU of an engine; made by `SoftVm`."""
 
@@ -115,7 +122,7 @@ class Processor:
         self._observer: ExitObserver | None = None
         engine.reg_read(x86_const.UC_X86_REG_RAX)  # the engine makes its CPU at the first use
         library.check_at_accesses(self._handle, False)
-        cpu: int = library.get_cpu(self._handle, -1)
+        self._cpu = cpu = library.get_cpu(self._handle, -1)
         prefix = "UC_X86_REG_"
         ids = {
             name.removeprefix(prefix).lower(): getattr(x86_const, name)
@@ -125,9 +132,9 @@ class Processor:
         ids |= {"gdt": ids["gdtr"], "idt": ids["idtr"]}
         self._state = CpuState(library, engine, cpu, ids)
         self._cpuid = Cpuid(library, self._state.base, cpus, model)
+        self._fpu = Fpu(engine)
         # The TSC begins at 0 with reset (SDM vol. 3, 10.1.1); firmware counts on it.
-        host = library.get_tsc(self._state.base)
-        self._state.u64[TSC_OFFSET // 8] = -host & 0xFFFF_FFFF_FFFF_FFFF
+        self._state.set_tsc(library, 0)
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
         self._stopper = Stopper(library, cpu, self._words)
@@ -154,6 +161,10 @@ class Processor:
         )
         self._vcpu: SoftVcpu | None = None  # whose state the CPU has
         self._withheld = 0  # interrupts that were requested, and are not for now
+        self._breakpoints: dict[int, Point] = {}  # by linear address
+        self._watched: list[Point] = []
+        self._watch_hooks: list[int] = []
+        self._watch_data: list[_Watch] = []
         # What must outlive this call: C holds the addresses of these.
         self._callbacks: list[object] = []
         # The first thing that went wrong inside a callback, where no exception can pass.
@@ -179,7 +190,7 @@ class Processor:
             if number == x86_const.UC_X86_INS_SYSCALL:
                 stub = self._stubs.syscall_hook(stub)
             hook(engine, unicorn.UC_HOOK_INSN, stub, instruction=number)
-        self._state.replace(self._stubs.entry, self._stubs.interrupt)
+        self._state.replace(self._stubs.entry, self._stubs.interrupt, self._stubs.breakpoint)
         if cpus > 1:
             hook(engine, unicorn.UC_HOOK_BLOCK, self._stubs.turn_hook)
         hook(engine, unicorn.UC_HOOK_INTR, self._stubs.exception_hook)
@@ -286,11 +297,46 @@ class Processor:
             state.request(
                 (VIRTUAL_INTERRUPT if interrupts.pending() else 0) | (NMI if vcpu.nmi else 0)
             )
+        words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
+        if not self._watch_hooks:
+            return self._execute(vcpu, 0)
+        self._stopper.hold(True)  # the hook of each instruction looks by itself
+        try:
+            return self._execute(vcpu, 0)
+        finally:
+            self._stopper.hold(False)
+
+    def step(self, vcpu: SoftVcpu) -> Exit:
+        """Execute one instruction of `vcpu`, without interrupts; else as `run()`."""
+        self.select(vcpu)
+        self._state.request(0)
+        self._stopper.hold(True)
+        self._translate_for_steps(True)
+        try:
+            exit = self._execute(vcpu, 1)
+        finally:
+            self._translate_for_steps(False)
+            self._stopper.hold(False)
+        if exit is None:
+            exit = Exit(ExitReason.DEBUG, vcpu=vcpu.index)
+            self._tell(exit)
+        return exit
+
+    def _translate_for_steps(self, wanted: bool) -> None:
+        """Whether code is translated such that it can stop before each instruction.
+
+        The limit of one instruction holds for code that is translated with it, and with tests.
+        """
+        self._library.check_at_accesses(self._handle, wanted or bool(self._watch_hooks))
+        self._library.flush_translations(self._handle)
+
+    def _execute(self, vcpu: SoftVcpu, count: int) -> Exit | None:
+        words, state = self._words, self._state
         self._host_writes.drop()
         words[StopWords.DELIVERING] = 0  # a triple fault ends within one
-        words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
+        words[StopWords.HIT] = words[StopWords.WATCHED] = 0
         self._stopper.running(True)
-        error: int = self._library.emu_start(self._handle, state.rip, 0, 0, 0)
+        error: int = self._library.emu_start(self._handle, state.rip, 0, 0, count)
         if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
         self._stopper.running(False)
@@ -300,20 +346,72 @@ class Processor:
         if self._error is not None:
             failure, self._error = self._error, None
             raise failure
+        point = self._stopped_at()
+        if point is not None:
+            exit = Exit(ExitReason.DEBUG, vcpu=self._index, point=point)
+            self._tell(exit)
+            return exit
         if not error and not state.halted and not self._is_double_fault():
             return None
         exit = self._exit(error)
         if exit.reason is ExitReason.HALT:
             # The shadow of an STI before HLT ends with it; the engine leaves it set.
             state.u32[HFLAGS // 4] &= ~HF_INHIBIT_IRQ & 0xFFFF_FFFF
-            if interrupts is not None:
+            if vcpu.interrupts is not None:
                 vcpu.halted = True
                 vcpu.interruptible = bool(state.u32[EFLAGS // 4] & RFLAGS_IF)
                 vcpu.in_nmi = bool(state.u32[HFLAGS2 // 4] & HF2_NMI)
                 return None
+        self._tell(exit)
+        return exit
+
+    def _tell(self, exit: Exit) -> None:
         if self._observer is not None:
             self._observer.other(self._index, exit.reason.value, exit.detail)
-        return exit
+
+    def debug(
+        self,
+        breakpoints: Iterable[Point],
+        watched: Iterable[tuple[Point, list[tuple[int, int]]]],
+    ) -> None:
+        """Stop at these points and no others; a watched one with its ranges of GPAs and sizes."""
+        import unicorn
+
+        library, engine = self._library, self._handle
+        breaks = {point.gva: point for point in breakpoints}
+        if breaks or self._breakpoints:
+            library.break_at(self._cpu, breaks)
+        self._breakpoints = breaks
+        for handle in self._watch_hooks:
+            library.unhook(engine, handle)
+        self._watch_hooks.clear()
+        self._watch_data.clear()
+        self._watched.clear()
+        read, write = unicorn.UC_HOOK_MEM_READ, unicorn.UC_HOOK_MEM_WRITE
+        kinds = {PointKind.READ: read, PointKind.WRITE: write, PointKind.ACCESS: read | write}
+        for point, ranges in watched:
+            self._watched.append(point)
+            for gpa, size in ranges:
+                watch = _Watch(len(self._watched), gpa)
+                self._watch_data.append(watch)
+                begin, end = max(gpa - _LARGEST_ACCESS + 1, 0), gpa + size - 1
+                data = ctypes.addressof(watch)
+                hook = library.hook(
+                    engine, kinds[point.kind], self._stubs.watch_hook,
+                    begin=begin, end=end, data=data,
+                )  # fmt: skip
+                self._watch_hooks.append(hook)
+        if self._watched:
+            hook = library.hook(engine, unicorn.UC_HOOK_CODE, self._stubs.instruction_hook)
+            self._watch_hooks.append(hook)
+        self._translate_for_steps(False)
+
+    def _stopped_at(self) -> Point | None:
+        """The point at which the CPU has stopped."""
+        if self._words[StopWords.HIT]:
+            return self._breakpoints.get(linear_ip(self.registers(), self.system_registers()))
+        number = self._words[StopWords.WATCHED]
+        return self._watched[number - 1] if number else None
 
     def begin(self) -> None:
         """A run begins: the host may have written code since, of which translations are stale."""
@@ -331,9 +429,7 @@ class Processor:
         self._state.request(0)
         self._stopper.hold(True)
         self._replay.repeat()
-        # The limit of one instruction holds for code that is translated with it, and with tests.
-        library.check_at_accesses(engine, True)
-        library.flush_translations(engine)
+        self._translate_for_steps(True)
         error: int = library.emu_start(engine, self._state.rip, 0, 0, 1)
         self._replay.repeated()
         # What is written may be the INS itself, and then nothing consumes the rest.
@@ -342,8 +438,7 @@ class Processor:
                 break
             error = library.emu_start(engine, self._state.rip, 0, 0, 1)
         self._ports.forget_ahead()
-        library.check_at_accesses(engine, False)
-        library.flush_translations(engine)
+        self._translate_for_steps(False)
         self._replay.finished()
         self._stopper.hold(False)
         return error
@@ -496,6 +591,19 @@ class Processor:
         self._state.write_system(system)
         self._library.flush_tlb(self._handle)
 
+    def power_on(self) -> None:
+        """All of the selected vCPU as after power-on, its TSC at 0."""
+        self._ports.forget_ahead()
+        self._library.context_restore(self._handle, self._reset_context)
+        self._library.flush_tlb(self._handle)
+        self._state.set_tsc(self._library, 0)
+
+    def fpu(self) -> bytes:
+        return self._fpu.read()
+
+    def set_fpu(self, image: bytes) -> None:
+        self._fpu.write(image)
+
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
         return {index: self._engine.msr_read(index) for index in indices}
 
@@ -514,4 +622,4 @@ class Processor:
             for context in self._contexts:
                 self._library.context_free(context)
             # The engine has megabytes that should not wait for the garbage collector.
-            del self._engine
+            del self._engine, self._fpu

@@ -24,7 +24,13 @@ class Scheduler:
         self._last = 0
         self._kicked = False
         self._waiting = False
+        self._step: int | None = None
+        self._only: int | None = None
         self._wake: SimpleQueue[None] = SimpleQueue()
+
+    def debug(self, step: int | None, only: int | None) -> None:
+        """For the run to come: vCPU `step` executes one instruction; `only` one vCPU runs."""
+        self._step, self._only = step, only
 
     @property
     def current(self) -> int:
@@ -68,6 +74,9 @@ class Scheduler:
                     if exit is not None:
                         return exit
                     continue
+                if self._step in ready:
+                    self._last = self._step
+                    return processor.step(self._vcpus[self._step])
                 # The first behind the one that had the last turn.
                 index = next((i for i in ready if i > self._last), ready[0])
                 self._last = index
@@ -79,7 +88,12 @@ class Scheduler:
 
     def _ready(self) -> list[int]:
         """The vCPUs that have something to do, by their place in the list."""
-        return [i for i, vcpu in enumerate(self._vcpus) if self._is_ready(vcpu)]
+        only = self._only
+        return [
+            i
+            for i, vcpu in enumerate(self._vcpus)
+            if (only is None or only == i) and self._is_ready(vcpu)
+        ]
 
     def _is_ready(self, vcpu: SoftVcpu) -> bool:
         interrupts = vcpu.interrupts

@@ -59,6 +59,8 @@ class StopWords:
     ERROR = 9  # and its error code
     EXCEPTIONS = 10  # counts exceptions that were delivered
     DELIVERING = 11  # not zero: the accesses are those of a delivery, which nothing may leave
+    HIT = 12  # not zero: the CPU has come to a breakpoint
+    WATCHED = 13  # not zero: memory was accessed that is watched; one more than its number
     # The last ones: vector (u32), error code (u32), RIP (u64).
     RING = 16
     RING_SIZE = 4
@@ -87,6 +89,7 @@ class Stubs:
         self._raise = library.address("raise_exception_err_x86_64")
         self._deliver = library.address("x86_cpu_do_interrupt_x86_64")
         self._enter = library.address("x86_cpu_exec_enter_x86_64")
+        self._breakpoint = library.address("breakpoint_handler_x86_64")
         self._interrupt = library.address("x86_cpu_exec_interrupt_x86_64")
         self._read_flags = library.address("helper_read_eflags_x86_64")
         self._write_flags = library.address("helper_write_eflags_x86_64")
@@ -103,6 +106,9 @@ class Stubs:
         )  # fmt: skip
         self.entry = self._entry()
         self.interrupt = self._interrupt_stub()
+        self.breakpoint = self._breakpoint_stub()
+        self.watch_hook = self._watch_hook()
+        self.instruction_hook = self._instruction_hook()
         self.turn_hook = self._turn_hook()
         self.exception_hook = self._exception_hook()
         self.invalid_hook = self._invalid_hook()
@@ -144,6 +150,54 @@ class Stubs:
             + b"\xc7\x41\x2c\x00\x00\x00\x00"  # mov dword [rcx + 44], 0
             + b"\x48\x83\xc4\x08"  # add rsp, 8
             + b"\xc3"  # ret: al says whether one was delivered
+        )  # fmt: skip
+
+    def _breakpoint_stub(self) -> int:
+        """In place of QEMU's debug_excp_handler(cpu): note that it is the debugger's, and stop.
+
+        The guest's own, by its debug registers, become a #DB in there and do not return.
+        """
+        return self._emit(
+            b"\x48\x83\xec\x08"  # sub rsp, 8
+            + _call(self._breakpoint)  # breakpoint_handler
+            + b"\x48\x83\xc4\x08"  # add rsp, 8
+            + b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            + b"\xc7\x40\x30\x01\x00\x00\x00"  # mov dword [rax + 48], 1: hit
+            + b"\x48\xbf" + _quad(self._engine)  # mov rdi, engine
+            + _jump(self._emu_stop)  # uc_emu_stop
+        )  # fmt: skip
+
+    def _watch_hook(self) -> int:
+        """UC_HOOK_MEM_READ or _WRITE around what is watched: note its number.
+
+        The hook's user data, the sixth argument, points to that and to the first GPA that counts.
+        The address is in rdx, the size in ecx. The first of an instruction is what stops it.
+        """
+        return self._emit(
+            b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            + b"\x48\x01\xca"  # add rdx, rcx
+            + b"\x49\x3b\x51\x08"  # cmp rdx, [r9 + 8]: the first GPA
+            + b"\x76\x0d"  # jbe +13
+            + b"\x83\x78\x34\x00"  # cmp dword [rax + 52], 0: watched
+            + b"\x75\x07"  # jne +7
+            + b"\x45\x8b\x01"  # mov r8d, [r9]
+            + b"\x44\x89\x40\x34"  # mov [rax + 52], r8d
+            + b"\xc3"  # ret
+        )  # fmt: skip
+
+    def _instruction_hook(self) -> int:
+        """UC_HOOK_CODE, before each instruction: stop if memory was accessed that is watched.
+
+        Or if there is any other reason to: this is as exact as the beginning of a block.
+        """
+        return self._emit(
+            b"\x48\xb8" + _quad(self._words_at)  # mov rax, words
+            + b"\x83\x78\x34\x00"  # cmp dword [rax + 52], 0: watched
+            + b"\x75\x07"  # jne +7
+            + b"\x48\x83\x38\x00"  # cmp qword [rax], 0: kick, attention
+            + b"\x75\x01"  # jne +1
+            + b"\xc3"  # ret
+            + _jump(self._emu_stop)  # uc_emu_stop
         )  # fmt: skip
 
     def _turn_hook(self) -> int:

@@ -44,6 +44,22 @@ class SoftVcpu:
         self.set_registers(registers)
         self.halted = self.nmi = False
 
+    def power_on(self) -> None:
+        """The state after power-on: MSRs and FPU, too, which INIT leaves alone."""
+        self._processor.select(self)
+        self._processor.power_on()
+        self.reset()
+        self.interruptible = self.in_nmi = False
+        self.waits_for_sipi = self.interrupts is not None and self.index > 0
+
+    def fpu(self) -> bytes:
+        self._processor.select(self)
+        return self._processor.fpu()
+
+    def set_fpu(self, image: bytes) -> None:
+        self._processor.select(self)
+        self._processor.set_fpu(image)
+
     def registers(self) -> Registers:
         self._processor.select(self)
         return self._processor.registers()

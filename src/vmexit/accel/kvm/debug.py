@@ -1,0 +1,196 @@
+"""Breakpoints, watchpoints and single steps by KVM_SET_GUEST_DEBUG (KVM API 4.87)."""
+
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from vmexit.abi.kvm_caps import KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_SET_GUEST_DEBUG2
+from vmexit.abi.kvm_state import (
+    KVM_GUESTDBG_BLOCKIRQ,
+    KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_INJECT_BP,
+    KVM_GUESTDBG_INJECT_DB,
+    KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP,
+    KVM_GUESTDBG_USE_SW_BP,
+)
+from vmexit.accel.base import Exit, ExitReason, Point, PointKind, Way
+from vmexit.accel.kvm.vcpu import KvmVcpu
+from vmexit.arch.x86.code import linear_ip
+from vmexit.arch.x86.paging import translate
+from vmexit.core.errors import GuestAddressError, HostError
+from vmexit.core.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from vmexit.accel.kvm.system import System
+
+_INT3 = 0xCC
+_BREAKPOINT = 3  # the vector of #BP
+
+# Debug registers (Intel SDM vol. 3, 18.2.3, 18.2.4).
+_SLOTS = 4
+_DR6_STEP = 1 << 14
+_DR7_ALWAYS = 1 << 10
+# A read alone cannot be watched for; whoever asks has to see whether the value has changed.
+_DR7_KIND = {PointKind.EXECUTE: 0, PointKind.WRITE: 1, PointKind.READ: 3, PointKind.ACCESS: 3}
+_DR7_LENGTH = {1: 0, 2: 1, 4: 3, 8: 2}
+
+
+class KvmDebugger:
+    """What stops the vCPUs of one VM. The INT3 are in memory only while the guest runs."""
+
+    def __init__(self, system: "System", memory: GuestMemory, vcpus: Sequence[KvmVcpu]) -> None:
+        self._system = system
+        self._memory = memory
+        self._vcpus = vcpus
+        self._armed = False
+        self._replaced: dict[int, int] = {}  # the bytes that an INT3 stands for, by GPA
+        self._software: dict[int, Point] = {}  # by linear address
+        self._stepped: dict[int, Point] = {}
+        self._slots: list[tuple[int, int, Point]] = []  # address, length
+        self._step: int | None = None
+
+    def arm(
+        self, points: Collection[Point], step: int | None = None, only: int | None = None
+    ) -> dict[Point, Way]:
+        """See `vmexit.accel.base.Debugger`. Raises HostError."""
+        self.disarm()
+        if not self._system.check_extension(KVM_CAP_SET_GUEST_DEBUG):
+            raise HostError("this KVM lacks KVM_CAP_SET_GUEST_DEBUG; use --accel soft")
+        self._armed = True
+        self._step = step
+        skipped = self._rip(self._vcpus[step]) if step is not None else None
+        ways: dict[Point, Way] = {}
+        try:
+            for point in points:
+                if point.kind is not PointKind.EXECUTE:
+                    self._watch(point)
+                    ways[point] = Way.HARDWARE
+            for point in points:
+                if point.kind is PointKind.EXECUTE and point.gva != skipped:
+                    ways[point] = self._break(point)
+            for vcpu in self._vcpus:
+                self._load(vcpu)
+                vcpu.on_debug = partial(self._judge, vcpu)
+        except BaseException:
+            self.disarm()
+            raise
+        return ways
+
+    def _rip(self, vcpu: KvmVcpu) -> int:
+        return linear_ip(vcpu.registers(), vcpu.system_registers())
+
+    def _watch(self, point: Point) -> None:
+        from vmexit.accel.kvm.probe import watches_memory
+
+        if not watches_memory(self._system):
+            raise HostError("this KVM does not watch the memory of ring 0; use --accel soft")
+        for piece in _pieces(point.gva, point.length):
+            if len(self._slots) == _SLOTS:
+                raise HostError(
+                    f"the processor has {_SLOTS} debug registers of 8 bytes, which are too few; "
+                    "watch less at once"
+                )
+            self._slots.append((*piece, point))
+
+    def _break(self, point: Point) -> Way:
+        gpa = self._gpa(point.gva)
+        if gpa is not None and self._has_software():
+            try:
+                byte = self._memory.view(gpa, 1)
+            except GuestAddressError:
+                byte = None
+            if byte is not None:
+                self._replaced.setdefault(gpa, byte[0])
+                byte[0] = _INT3
+                self._software[point.gva] = point
+                return Way.SOFTWARE
+        if len(self._slots) < _SLOTS:
+            self._slots.append((point.gva, 1, point))
+            return Way.HARDWARE
+        self._stepped[point.gva] = point
+        return Way.STEPPING
+
+    def _gpa(self, gva: int) -> int | None:
+        for vcpu in self._vcpus:
+            gpa = translate(self._memory, vcpu.system_registers(), gva)
+            if gpa is not None:
+                return gpa
+        return None
+
+    def _has_software(self) -> bool:
+        from vmexit.accel.kvm.probe import int3_exits
+
+        return int3_exits(self._system)
+
+    def _load(self, vcpu: KvmVcpu, more: int = 0) -> None:
+        """Give KVM what `arm()` wants of this vCPU, and `more`."""
+        control = KVM_GUESTDBG_ENABLE | more
+        registers = [0] * 8
+        if self._software:
+            control |= KVM_GUESTDBG_USE_SW_BP
+        if self._slots:
+            control |= KVM_GUESTDBG_USE_HW_BP
+            registers[7] = _DR7_ALWAYS
+            for number, (address, length, point) in enumerate(self._slots):
+                registers[number] = address
+                kind = _DR7_KIND[point.kind] | _DR7_LENGTH[length] << 2
+                registers[7] |= 2 << 2 * number | kind << 16 + 4 * number
+        if self._stepped or vcpu.index == self._step:
+            control |= KVM_GUESTDBG_SINGLESTEP
+        if vcpu.index == self._step:
+            control |= self._system.check_extension(KVM_CAP_SET_GUEST_DEBUG2) & (
+                KVM_GUESTDBG_BLOCKIRQ
+            )
+        vcpu.set_guest_debug(control, registers)
+
+    def _judge(self, vcpu: KvmVcpu, vector: int, rip: int, dr6: int) -> Exit | None:
+        """What KVM_EXIT_DEBUG on `vcpu` means; None if it was the guest's own and has it now.
+
+        Called on the vCPU's thread.
+        """
+        if vector == _BREAKPOINT:
+            point = self._software.get(rip)
+            if point is None:
+                self._load(vcpu, KVM_GUESTDBG_INJECT_BP)
+                return None
+            return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+        for number, (_, _, point) in enumerate(self._slots):
+            if dr6 >> number & 1:
+                return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+        if dr6 & _DR6_STEP and vcpu.index == self._step:
+            return Exit(ExitReason.DEBUG, vcpu=vcpu.index)
+        if dr6 & _DR6_STEP and self._stepped:
+            point = self._stepped.get(rip)
+            return point and Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+        self._load(vcpu, KVM_GUESTDBG_INJECT_DB)
+        return None
+
+    def disarm(self) -> None:
+        """See `vmexit.accel.base.Debugger`."""
+        if not self._armed:
+            return
+        for gpa, byte in self._replaced.items():
+            view = self._memory.view(gpa, 1)
+            if view[0] == _INT3:  # or the guest has written there since
+                view[0] = byte
+        for vcpu in self._vcpus:
+            vcpu.on_debug = None
+            vcpu.set_guest_debug(0, [0] * 8)
+        self._replaced.clear()
+        self._software.clear()
+        self._stepped.clear()
+        self._slots.clear()
+        self._step = None
+        self._armed = False
+
+
+def _pieces(address: int, length: int) -> Iterator[tuple[int, int]]:
+    """Aligned pieces that a debug register can watch."""
+    while length > 0:
+        size = 8
+        while address % size or size > length:
+            size //= 2
+        yield address, size
+        address += size
+        length -= size

@@ -1,0 +1,113 @@
+"""All that KVM knows of a vCPU, as plain data."""
+
+import struct
+from ctypes import Structure, sizeof
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmexit.abi.kvm import (
+    KVM_GET_MP_STATE,
+    KVM_GET_REGS,
+    KVM_GET_SREGS,
+    KVM_GET_VCPU_EVENTS,
+    KVM_SET_MP_STATE,
+    KVM_SET_REGS,
+    KVM_SET_SREGS,
+    KVM_SET_VCPU_EVENTS,
+)
+from vmexit.abi.kvm_caps import (
+    KVM_CAP_DEBUGREGS,
+    KVM_CAP_MP_STATE,
+    KVM_CAP_USER_MEMORY,
+    KVM_CAP_VCPU_EVENTS,
+    KVM_CAP_XCRS,
+    KVM_CAP_XSAVE,
+)
+from vmexit.abi.kvm_irq import KVM_GET_LAPIC, KVM_SET_LAPIC, kvm_lapic_state
+from vmexit.abi.kvm_state import (
+    KVM_GET_DEBUGREGS,
+    KVM_GET_XCRS,
+    KVM_GET_XSAVE,
+    KVM_SET_DEBUGREGS,
+    KVM_SET_XCRS,
+    KVM_SET_XSAVE,
+    kvm_debugregs,
+    kvm_xcrs,
+    kvm_xsave,
+)
+from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
+
+if TYPE_CHECKING:
+    from vmexit.accel.kvm.system import System
+    from vmexit.accel.kvm.vcpu import KvmVcpu
+
+
+class _Part(NamedTuple):
+    name: str
+    capability: int
+    get: int
+    set: int
+    layout: type[Structure]
+
+
+# In the order in which they are loaded: what a later one means depends on those before it. The
+# MSRs come between the two halves, since the TSC deadline needs the mode of the local APIC's timer.
+_FIRST = (
+    _Part("sregs", KVM_CAP_USER_MEMORY, KVM_GET_SREGS, KVM_SET_SREGS, kvm_sregs),
+    _Part("xcrs", KVM_CAP_XCRS, KVM_GET_XCRS, KVM_SET_XCRS, kvm_xcrs),
+    _Part("xsave", KVM_CAP_XSAVE, KVM_GET_XSAVE, KVM_SET_XSAVE, kvm_xsave),
+)
+_LAPIC = _Part("lapic", KVM_CAP_USER_MEMORY, KVM_GET_LAPIC, KVM_SET_LAPIC, kvm_lapic_state)
+_LAST = (
+    _Part("events", KVM_CAP_VCPU_EVENTS, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, kvm_vcpu_events),
+    _Part("debugregs", KVM_CAP_DEBUGREGS, KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, kvm_debugregs),
+    _Part("mp_state", KVM_CAP_MP_STATE, KVM_GET_MP_STATE, KVM_SET_MP_STATE, kvm_mp_state),
+    _Part("regs", KVM_CAP_USER_MEMORY, KVM_GET_REGS, KVM_SET_REGS, kvm_regs),
+)
+
+
+class VcpuState(NamedTuple):
+    """The kernel's own structures by name, and the MSRs by index."""
+
+    parts: dict[str, bytes]
+    msrs: dict[int, int]
+
+
+class StateAccess:
+    """Saves and loads the state of vCPUs; which parts there are depends on this KVM."""
+
+    def __init__(self, system: "System", *, lapic: bool) -> None:
+        """`lapic`: the local APICs are the kernel's."""
+        self._system = system
+        self._first = self._there(_FIRST) + ([_LAPIC] if lapic else [])
+        self._last = self._there(_LAST)
+
+    def _there(self, parts: tuple[_Part, ...]) -> list[_Part]:
+        return [part for part in parts if self._system.check_extension(part.capability)]
+
+    def save(self, vcpu: "KvmVcpu") -> VcpuState:
+        """The state of `vcpu`, which does not run. Raises HostError."""
+        parts = {}
+        for part in self._first + self._last:
+            buffer = bytearray(sizeof(part.layout))
+            vcpu.get(part.name, part.get, buffer)
+            parts[part.name] = bytes(buffer)
+        return VcpuState(parts, vcpu.msrs_that_exist(self._system.msr_indices()))
+
+    def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
+        """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
+        for part in self._first:
+            vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
+        current = vcpu.msrs_that_exist(state.msrs)
+        refused = vcpu.set_msrs({i: v for i, v in state.msrs.items() if current.get(i) != v})
+        for part in self._last:
+            vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
+        return refused
+
+
+_INDICES = struct.Struct("=I")
+
+
+def unpack_indices(data: bytes | bytearray) -> list[int]:
+    """The MSR numbers in a `struct kvm_msr_list`."""
+    (count,) = _INDICES.unpack_from(data)
+    return list(struct.unpack_from(f"={count}I", data, _INDICES.size))

@@ -1,0 +1,101 @@
+"""Runs that stop at points: breakpoints, watchpoints, and steps of one instruction."""
+
+import threading
+import time
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from vmexit.accel.base import Point, PointKind, Vcpu, Vm, Way
+from vmexit.arch.x86.code import linear_ip
+from vmexit.machine.runner import Runner
+from vmexit.machine.stop import Stop, StopReason
+
+
+class Step(NamedTuple):
+    """One instruction of vCPU `vcpu`; the others run meanwhile unless it is `alone`."""
+
+    vcpu: int
+    alone: bool = True
+
+
+class DebuggedRunner:
+    """Runs the vCPUs, and has them stop at the points that somebody has set."""
+
+    def __init__(self, runner: Runner, vm: Vm, vcpus: Sequence[Vcpu]) -> None:
+        self._runner = runner
+        self._vm = vm  # which makes its debugger at the first use
+        self._vcpus = vcpus
+        self._lock = threading.Lock()
+        self._points: dict[Point, int] = {}  # with how many want it
+        self._ways: dict[Point, Way] = {}
+        self._stopped_at: dict[int, int] = {}  # linear addresses of points, by vCPU
+
+    def add(self, point: Point) -> None:
+        """Stop there in the runs to come. Each `add()` wants its `remove()`."""
+        with self._lock:
+            self._points[point] = self._points.get(point, 0) + 1
+
+    def remove(self, point: Point) -> None:
+        """Undo one `add()`; a point that is not set is none of our business."""
+        with self._lock:
+            count = self._points.get(point, 0)
+            if count > 1:
+                self._points[point] = count - 1
+            else:
+                self._points.pop(point, None)
+
+    def points(self) -> dict[Point, Way | None]:
+        """Those that are set, and how the last run stopped at each; None for a new one."""
+        with self._lock:
+            return {point: self._ways.get(point) for point in self._points}
+
+    def try_out(self) -> dict[Point, Way]:
+        """How each point would be done; raises HostError if all at once cannot be."""
+        with self._lock:
+            points = tuple(self._points)
+        try:
+            return self._vm.debugger.arm(points)
+        finally:
+            self._vm.debugger.disarm()
+
+    def run(self, timeout: float | None, step: Step | None = None) -> Stop:
+        """As `Runner.run()`; DEBUG is the reason at a point, and once a step is done.
+
+        A vCPU that the last run has left at a breakpoint goes on behind it.
+        """
+        with self._lock:
+            points = tuple(self._points)
+        stopped_at, self._stopped_at = self._stopped_at, {}
+        if not points and step is None:
+            return self._runner.run(timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        if step is None:
+            for number, gva in stopped_at.items():
+                if self._rip(number) == gva and Point(gva) in points:
+                    stop = self._run(points, timeout, Step(number))
+                    if stop.reason is not StopReason.DEBUG or stop.point is not None:
+                        return stop
+                    # Not each accelerator stops at a point where the run begins.
+                    if (here := Point(self._rip(number))) in points:
+                        self._stopped_at[number] = here.gva
+                        return stop._replace(point=here)
+        timeout = None if end is None else max(0, end - time.monotonic())
+        return self._run(points, timeout, step)
+
+    def _run(self, points: Collection[Point], timeout: float | None, step: Step | None) -> Stop:
+        number = None if step is None else step.vcpu
+        only = number if step is not None and step.alone else None
+        ways = self._vm.debugger.arm(points, number, only)
+        with self._lock:
+            self._ways |= ways
+        try:
+            stop = self._runner.run(timeout, only)
+        finally:
+            self._vm.debugger.disarm()
+        if stop.point is not None and stop.point.kind is PointKind.EXECUTE:
+            self._stopped_at[stop.vcpu] = stop.point.gva
+        return stop
+
+    def _rip(self, number: int) -> int:
+        vcpu = self._vcpus[number]
+        return linear_ip(vcpu.registers(), vcpu.system_registers())

@@ -1,0 +1,69 @@
+"""What happens to a machine, and who is told."""
+
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+from vmexit.machine.stop import Stop
+
+
+class RunState(Enum):
+    """What a machine is doing."""
+
+    CREATED = "created"  # nothing has run yet
+    RUNNING = "running"
+    PAUSED = "paused"  # no vCPU runs, and all could go on
+    SHUTDOWN = "shutdown"  # the guest has ended: halted, switched off, reset, its debug-exit port
+    CRASHED = "crashed"
+    CLOSED = "closed"
+
+
+class EventKind(Enum):
+    """What happened."""
+
+    RESUMED = "resumed"
+    PAUSED = "paused"
+    DEBUG = "debug"  # paused at a breakpoint or watchpoint, or after a step
+    RESET = "reset"
+    POWERDOWN = "powerdown"  # the power button was pressed
+    SHUTDOWN = "shutdown"
+    CRASHED = "crashed"
+
+
+class Event(NamedTuple):
+    """One event; `time` is in seconds since 1970, `stop` how the guest stopped, if it did."""
+
+    kind: EventKind
+    time: float
+    stop: Stop | None = None
+
+
+Subscriber = Callable[[Event], object]
+
+
+class Subscribers:
+    """Tells each event to all who want to know, in the thread where it happens."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._functions: tuple[Subscriber, ...] = ()
+
+    def add(self, function: Subscriber) -> Callable[[], None]:
+        """From now on `function` is told; returns what ends that."""
+        with self._lock:
+            self._functions += (function,)
+
+        def end() -> None:
+            with self._lock:
+                self._functions = tuple(f for f in self._functions if f is not function)
+
+        return end
+
+    def tell(self, kind: EventKind, stop: Stop | None = None) -> None:
+        """Raises whatever a subscriber raises."""
+        if self._functions:
+            event = Event(kind, time.time(), stop)
+            for function in self._functions:
+                function(event)

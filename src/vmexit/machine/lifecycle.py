@@ -1,0 +1,239 @@
+"""One run of a machine from its beginning to its end, paused and resumed by anyone meanwhile."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+from vmexit.core.errors import VmexitError
+from vmexit.machine.debug import DebuggedRunner, Step
+from vmexit.machine.events import EventKind, RunState, Subscribers
+from vmexit.machine.runner import StopRequest
+from vmexit.machine.stop import Stop, StopReason
+
+# How soon a pause that a run has missed, which was just beginning, is asked for again.
+_AGAIN = 0.02
+
+
+class After(Enum):
+    """What is to happen after the guest has stopped."""
+
+    END = "end"  # run() returns
+    HOLD = "hold"  # it is paused
+    RESET = "reset"  # and it begins again
+
+
+# Asked about each stop of the guest. The first that does not want the end has it.
+Decision = Callable[[Stop], After]
+
+
+class Lifecycle:
+    """Runs a machine in the thread of whoever calls `run()`; everything else from any thread.
+
+    Its vCPUs run while the state is RUNNING. While they are held in PAUSED, `run()` waits.
+    """
+
+    def __init__(
+        self, runner: DebuggedRunner, request: StopRequest, reset: Callable[[], None]
+    ) -> None:
+        """`reset` puts the guest back to its beginning, while no vCPU runs."""
+        self._runner = runner
+        self._reset = reset
+        self._request = request
+        self.subscribers = Subscribers()
+        self.control = threading.RLock()
+        """Held by whoever changes what the machine does, or wants it to stay as it is."""
+        self._changed = threading.Condition()
+        self._state = RunState.CREATED
+        self._held = False
+        self._step: Step | None = None
+        self._active = 0  # the thread in run()
+        self._woken = False
+        self._ending: Stop | None = None  # asked for while it was held
+        self._last: Stop | None = None
+        self._decisions: list[Decision] = []
+        request.on_idle(self._wake)
+
+    @property
+    def state(self) -> RunState:
+        """What the machine is doing."""
+        return self._state
+
+    @property
+    def active(self) -> bool:
+        """Whether a `run()` is under way, held or not."""
+        return self._active != 0
+
+    @property
+    def last(self) -> Stop | None:
+        """How the guest has stopped the last time, if it did."""
+        return self._last
+
+    def decide(self, decision: Decision) -> Callable[[], None]:
+        """Ask `decision` about each stop of the guest; returns what ends that."""
+        with self._changed:
+            self._decisions.append(decision)
+
+        def end() -> None:
+            with self._changed:
+                if decision in self._decisions:
+                    self._decisions.remove(decision)
+
+        return end
+
+    # The thread of run().
+
+    def run(self, timeout: float | None, step: Step | None = None) -> Stop:
+        """See `Machine.run()`."""
+        with self._changed:
+            if self._active:
+                raise VmexitError("this machine runs already; stop() it first")
+            self._active = threading.get_ident()
+            self._ending = None
+            self._request.forget()
+            self._step = step
+        end = None if timeout is None else time.monotonic() + timeout
+        try:
+            while True:
+                left = None if end is None else max(0.0, end - time.monotonic())
+                stop = self._wait(left) or self._run(end)
+                if stop is not None:
+                    return stop
+        finally:
+            with self._changed:
+                self._active = 0
+                self._held = False
+                if self._state is RunState.RUNNING:  # an exception
+                    self._state = RunState.PAUSED
+                self._changed.notify_all()
+
+    def _wait(self, timeout: float | None) -> Stop | None:
+        """Wait until it may run, and say that it does; how it ends, if it may not."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while self._held and self._ending is None and not self._woken:
+                if self._state is RunState.RUNNING:  # resumed and paused again, before we saw it
+                    self._state = RunState.PAUSED
+                    self._changed.notify_all()
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    return Stop(StopReason.TIMEOUT)
+                self._changed.wait(left)
+            self._woken = False
+            if self._ending is None:
+                self._state = RunState.RUNNING
+            return self._ending
+
+    def _run(self, end: float | None) -> Stop | None:
+        """Run until the vCPUs stop; None if that was not the end."""
+        with self._changed:
+            step, self._step = self._step, None
+        self.subscribers.tell(EventKind.RESUMED)
+        left = None if end is None else max(0.0, end - time.monotonic())
+        stop = self._runner.run(left, step)
+        if stop.reason is StopReason.PAUSED:
+            self._become(RunState.PAUSED, EventKind.PAUSED)
+            return None
+        if stop.reason in (StopReason.STOPPED, StopReason.TIMEOUT):
+            self._become(RunState.PAUSED, EventKind.PAUSED)
+            return stop
+        self._last = stop
+        after = next(
+            (a for decide in tuple(self._decisions) if (a := decide(stop)) is not After.END),
+            After.END,
+        )
+        if after is After.RESET:
+            self._reset()
+            self._last = None
+            self.subscribers.tell(EventKind.RESET)
+            return None
+        if after is After.HOLD:
+            with self._changed:
+                self._held = True
+        if stop.reason in (StopReason.DEBUG, StopReason.UNTIL):
+            self._become(RunState.PAUSED, EventKind.DEBUG, stop)
+        elif stop.crashed:
+            self._become(RunState.CRASHED, EventKind.CRASHED, stop)
+        else:
+            self._become(RunState.SHUTDOWN, EventKind.SHUTDOWN, stop)
+        return stop if after is After.END else None
+
+    def _become(self, state: RunState, kind: EventKind, stop: Stop | None = None) -> None:
+        with self._changed:
+            self._state = state
+            self._changed.notify_all()
+        self.subscribers.tell(kind, stop)
+
+    def _wake(self) -> None:
+        """Something ends the next run before it begins: a held one has to see that."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    # Any thread.
+
+    def pause(self) -> None:
+        """Returns once no vCPU runs; a run that is still to come begins paused."""
+        self._require_other_thread()
+        with self.control, self._changed:
+            self._held = True
+            while self._state is RunState.RUNNING:
+                # Again and again: a run may just begin, and not listen yet.
+                self._request(Stop(StopReason.PAUSED))
+                self._changed.wait(_AGAIN)
+
+    def resume(self, step: Step | None = None) -> None:
+        """Let a held run go on, or only a step of it. Raises VmexitError if there is none."""
+        with self.control, self._changed:
+            if self._state is RunState.RUNNING:
+                return
+            if not self._active:
+                raise VmexitError("no run of this machine is under way; run() or start() it")
+            self._held = False
+            self._step = step
+            self._state = RunState.RUNNING
+            self._changed.notify_all()
+
+    def stop(self) -> bool:
+        """Make `run()` return; False if there is none."""
+        stop = Stop(StopReason.STOPPED)
+        if self._request(stop):
+            return True
+        with self._changed:
+            if not self._active:
+                return False
+            self._ending = stop
+            self._request.soon(stop)
+            self._changed.notify_all()
+            return True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No vCPU runs within, and nobody resumes it; it goes on behind if it ran before."""
+        with self.control:
+            ran = self._state is RunState.RUNNING
+            if ran:
+                self.pause()
+            try:
+                yield
+            finally:
+                if ran and self._active and self._ending is None:
+                    self.resume()
+
+    def reset(self) -> None:
+        """Put the guest back to its beginning; it runs on from there if it ran before."""
+        self._require_other_thread()
+        with self.paused():
+            self._reset()
+            self._last = None
+            self._become(RunState.PAUSED, EventKind.RESET)
+
+    def close(self) -> None:
+        """The machine is closed."""
+        self.stop()
+        self._state = RunState.CLOSED
+
+    def _require_other_thread(self) -> None:
+        if self._active == threading.get_ident() and self._state is RunState.RUNNING:
+            raise VmexitError("a machine cannot be paused from within its own run(); stop() it")

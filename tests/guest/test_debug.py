@@ -1,0 +1,141 @@
+"""Breakpoints, watchpoints and steps, on both accelerators."""
+
+import pytest
+
+from vmexit import HostError, Machine, Point, PointKind, StopReason, Way
+
+TIMEOUT = 30
+
+# 16-bit: xor ax, ax; 2: inc ax; 3: mov [0x3000], ax; 6: mov bx, [0x3000]; a: out 0x10, al;
+# c: cmp ax, 1000; f: jb 2; 11: hlt
+COUNTER = bytes.fromhex("31c0 40 a30030 8b1e0030 e610 3de803 72f1 f4")
+START = 0x1000
+
+
+@pytest.fixture
+def vm(accel):
+    with Machine(memory="1M", accel=accel) as machine:
+        machine.load_bytes(COUNTER, at=START)
+        machine.on_pio(0x10, write=lambda access: None)
+        yield machine
+
+
+def rip(vm):
+    registers = vm.vcpus[0].regs
+    return registers.cs.base + registers.rip
+
+
+def test_a_breakpoint_stops_before_the_instruction_each_time(vm):
+    vm.add_breakpoint(Point(START + 6))
+    for n in range(1, 4):
+        stop = vm.run(TIMEOUT)
+        assert (stop.reason, stop.point) == (StopReason.DEBUG, Point(START + 6))
+        assert (rip(vm), vm.vcpus[0].regs.rax, vm.memory.read_u16(0x3000)) == (START + 6, n, n)
+        assert vm.vcpus[0].regs.rbx == n - 1
+    vm.remove_breakpoint(Point(START + 6))
+    assert vm.run(TIMEOUT).reason is StopReason.HALT
+    assert vm.vcpus[0].regs.rbx == 1000
+
+
+def test_more_breakpoints_than_the_processor_has(vm):
+    """Where INT3 is of no use, four are debug registers, and the rest is looked for by stepping."""
+    places = (2, 3, 6, 0xA, 0xC, 0xF)
+    for place in places:
+        vm.add_breakpoint(Point(START + place))
+    for place in places * 2:
+        assert vm.run(TIMEOUT).point == Point(START + place)
+        assert rip(vm) == START + place
+    ways = set(vm.breakpoints.values())
+    kvm = {Way.HARDWARE, Way.STEPPING}, {Way.SOFTWARE}
+    assert ways in ([{Way.ENGINE}] if vm.accel == "soft" else kvm)
+    assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+
+
+def test_steps_stop_behind_each_instruction_once(vm):
+    seen = []
+    for _ in range(8):
+        stop = vm.step(timeout=TIMEOUT)
+        assert (stop.reason, stop.point) == (StopReason.DEBUG, None)
+        seen.append(rip(vm) - START)
+    assert seen == [2, 3, 6, 0xA, 0xC, 0xF, 2, 3]
+
+
+def test_a_step_with_an_access_makes_it_once(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        # mov al, 7; out 0x10, al; in al, 0x11; mov dx, 0x12; mov cx, 3; rep outsb; hlt
+        vm.load_bytes(bytes.fromhex("b007 e610 e411 ba1200 b90300 f36e f4"), at=START)
+        seen = []
+        vm.on_pio(0x10, write=lambda access: seen.append(access.value))
+        vm.on_pio(0x11, read=lambda access: seen.append("in") or 0x55)
+        vm.on_pio(0x12, write=lambda access: seen.append("outs"))
+        for place in (2, 4, 6, 9, 0xC):
+            assert vm.step(timeout=TIMEOUT).reason is StopReason.DEBUG
+            assert rip(vm) == START + place
+        assert seen == [7, "in"]
+        assert vm.vcpus[0].regs.rax == 0x55
+        while rip(vm) == START + 0xC:
+            vm.step(timeout=TIMEOUT)
+        assert seen == [7, "in", "outs", "outs", "outs"]
+
+
+def test_watchpoints_stop_behind_the_access(vm):
+    """Not on each KVM: one that emulates ring 0 knows no data breakpoints, and says so."""
+    write = Point(0x3000, PointKind.WRITE, 2)
+    try:
+        vm.add_breakpoint(write)
+    except HostError as error:
+        assert vm.accel == "kvm" and "does not watch" in str(error)
+        assert not vm.breakpoints
+        pytest.skip(str(error))
+    for n in (1, 2):
+        stop = vm.run(TIMEOUT)
+        assert (stop.reason, stop.point, rip(vm)) == (StopReason.DEBUG, write, START + 6)
+        assert vm.memory.read_u16(0x3000) == n
+    vm.remove_breakpoint(write)
+    access = Point(0x3001, PointKind.ACCESS)  # the second byte of both
+    vm.add_breakpoint(access)
+    assert (vm.run(TIMEOUT).point, rip(vm)) == (access, START + 0xA)
+    assert (vm.run(TIMEOUT).point, rip(vm)) == (access, START + 6)
+    vm.remove_breakpoint(access)
+    for beside in (Point(0x2FFF, PointKind.ACCESS), Point(0x3002, PointKind.ACCESS, 8)):
+        vm.add_breakpoint(beside)
+    assert vm.run(TIMEOUT).reason is StopReason.HALT
+
+
+def test_a_breakpoint_where_nothing_is_mapped_waits(accel):
+    """It is a linear address, and need not have memory behind it when it is set."""
+    with Machine(memory="2M", accel=accel) as vm:
+        vm.load_bytes(COUNTER, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        vm.add_breakpoint(Point(0xFFFF_FFFF_8100_0000))
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+
+
+def test_two_want_the_same_point(vm):
+    for _ in range(2):
+        vm.add_breakpoint(Point(START + 2))
+    vm.remove_breakpoint(Point(START + 2))
+    assert vm.run(TIMEOUT).point == Point(START + 2)
+    vm.remove_breakpoint(Point(START + 2))
+    assert vm.run(TIMEOUT).reason is StopReason.HALT
+
+
+def test_the_guests_own_breakpoints_are_its_own(soft_only):
+    """Its INT3 and debug registers work beside ours, and ours beside its."""
+    with Machine(memory="1M", accel=soft_only) as vm:
+        # The vector of INT3 leads to 0x2000: mov cx, 1; iret.
+        vm.memory.write(3 * 4, bytes.fromhex("00200000"))
+        vm.memory.write(0x2000, bytes.fromhex("b90100 cf"))
+        # int3; nop; hlt, below a stack
+        vm.load_bytes(bytes.fromhex("bc0080 cc 90 f4"), at=START)
+        vm.add_breakpoint(Point(START + 4))
+        assert vm.run(TIMEOUT).point == Point(START + 4)
+        assert vm.vcpus[0].regs.rcx == 1
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+
+
+@pytest.fixture
+def soft_only(accel):
+    if accel != "soft":
+        pytest.skip("in the KVM lab Linux's own INT3 are in its way: tests/lab")
+    return accel

@@ -1,0 +1,207 @@
+"""Pausing, resuming, resetting and stopping a machine that runs, from any thread."""
+
+import random
+import threading
+import time
+
+import pytest
+
+from vmexit import After, EventKind, Machine, RunState, StopReason, VmexitError
+
+TIMEOUT = 60
+START = 0x1000
+# 0: inc dword [0x3000]; out 0x10, al; jmp 0
+SPIN = bytes.fromhex("66ff060030 e610 ebf7")
+# mov al, 1; out 0x10, al; hlt
+HALTS = bytes.fromhex("b001 e610 f4")
+
+
+@pytest.fixture
+def spinning(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        vm.start(TIMEOUT)
+        yield vm
+        vm.stop()
+        vm.wait()
+
+
+def moves(vm) -> bool:
+    """Whether the guest does something."""
+    before = vm.memory.read_u32(0x3000)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        if vm.memory.read_u32(0x3000) != before:
+            return True
+    return False
+
+
+def stands(vm) -> bool:
+    before = vm.memory.read_u32(0x3000)
+    threading.Event().wait(0.02)
+    return vm.memory.read_u32(0x3000) == before
+
+
+def test_pause_is_complete_and_resume_goes_on(spinning):
+    vm = spinning
+    for _ in range(20):
+        vm.pause()
+        assert vm.state is RunState.PAUSED and not vm.running
+        assert stands(vm)
+        assert START <= vm.vcpus[0].regs.cs.base + vm.vcpus[0].regs.rip < START + len(SPIN)
+        assert vm.wait(0) is None  # run() has not returned
+        vm.resume()
+        assert moves(vm)
+
+
+def test_a_run_may_begin_paused(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        vm.pause()
+        vm.start(TIMEOUT)
+        assert stands(vm) and vm.memory.read_u32(0x3000) == 0
+        vm.resume()
+        assert moves(vm)
+        assert vm.stop()
+        assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+
+
+def test_stop_and_timeout_end_a_paused_run(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        vm.start(TIMEOUT)
+        vm.pause()
+        assert vm.stop()
+        assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+        vm.pause()
+        assert vm.run(0.05).reason is StopReason.TIMEOUT
+        assert vm.run(0.05).reason is StopReason.TIMEOUT
+        assert moves_in_run(vm)
+
+
+def moves_in_run(vm) -> bool:
+    before = vm.memory.read_u32(0x3000)
+    vm.run(0.1)
+    return vm.memory.read_u32(0x3000) != before
+
+
+def test_reset_begins_again(spinning):
+    vm = spinning
+    assert moves(vm)
+    vm.pause()
+    vm.memory.write_u32(0x3000, 0xFFFF_0000)
+    vm.memory.write(START, b"\xf4")
+    vm.reset()
+    registers = vm.vcpus[0].regs
+    assert (registers.rip, registers.cs.base) == (0, START)
+    assert vm.memory.read_u32(0x3000) == 0
+    assert stands(vm)
+    vm.resume()
+    assert moves(vm)
+    vm.memory.write_u32(0x3000, 0xFFFF_0000)
+    vm.reset()
+    assert vm.state is RunState.RUNNING
+    assert moves(vm)
+    assert vm.memory.read_u32(0x3000) < 0xFFFF_0000
+
+
+def test_a_reset_after_the_end(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        seen = []
+        vm.on_pio(0x10, write=lambda access: seen.append(access.value))
+        for _ in range(3):
+            assert vm.run(TIMEOUT).reason is StopReason.HALT
+            assert vm.state is RunState.SHUTDOWN
+            vm.reset()
+            assert vm.state is RunState.PAUSED
+        assert seen == [1, 1, 1]
+
+
+def test_events_tell_what_happens(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        seen = []
+        end = vm.subscribe(lambda event: seen.append(event.kind))
+        vm.pause()
+        vm.start(TIMEOUT)
+        vm.reset()
+        vm.resume()
+        assert vm.wait(TIMEOUT).reason is StopReason.HALT
+        assert seen == [EventKind.RESET, EventKind.RESUMED, EventKind.SHUTDOWN]
+        end()
+        vm.reset()
+        assert len(seen) == 3
+
+
+def test_decisions_hold_or_reset_what_would_end(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        answers = [After.RESET, After.RESET, After.HOLD]
+        vm.decide(lambda stop: answers.pop(0))
+        held = threading.Event()
+        vm.subscribe(lambda event: event.kind is EventKind.SHUTDOWN and held.set())
+        vm.start(TIMEOUT)
+        assert held.wait(TIMEOUT)
+        assert vm.state is RunState.SHUTDOWN
+        assert not answers
+        assert vm.wait(0) is None
+        answers.append(After.END)
+        vm.reset()
+        vm.resume()
+        assert vm.wait(TIMEOUT).reason is StopReason.HALT
+
+
+def test_what_cannot_be_says_so(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        with pytest.raises(VmexitError, match="no run of this machine is under way"):
+            vm.resume()
+        with pytest.raises(VmexitError, match="nothing has started"):
+            vm.wait()
+        errors = []
+
+        def within(access):
+            for refused in (vm.pause, vm.reset):
+                try:
+                    refused()
+                except VmexitError as error:
+                    errors.append(str(error))
+
+        vm.load_bytes(HALTS, at=START)
+        vm.on_pio(0x10, write=within)
+        vm.run(TIMEOUT)
+        assert len(errors) == 2 and all("from within" in error for error in errors)
+
+
+def test_anybody_at_any_time(spinning):
+    """Three threads, random commands; it is of use afterwards."""
+    vm = spinning
+    errors = []
+
+    def play(seed):
+        dice = random.Random(seed)
+        try:
+            for _ in range(100):
+                match dice.randrange(5):
+                    case 0:
+                        vm.pause()
+                    case 1 | 2:
+                        vm.resume()
+                    case 3:
+                        with vm.paused():
+                            assert not vm.running
+                            vm.vcpus[0].regs.as_dict()
+                    case 4:
+                        vm.reset()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=play, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    vm.resume()
+    assert moves(vm)
