@@ -4,10 +4,10 @@ import socket
 import threading
 from collections.abc import Callable
 
-from vmexit.backends.unix_socket import SocketFile
 from vmexit.backends.wait import Ending, Slow, never, reason
 from vmexit.core.errors import ConfigError, shown
 from vmexit.core.loop import EventLoop
+from vmexit.core.unix_socket import SocketFile
 
 _PAUSE = 100 * 10**6  # ns before an accept() is tried again that this process cannot do
 

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from vmexit.backends.unix_socket import SocketFile
 from vmexit.backends.wait import ready, reason
 from vmexit.core.errors import ConfigError, shown
 from vmexit.core.loop import EventLoop, LoopTimer
+from vmexit.core.unix_socket import SocketFile
 
 _BACKLOG = 128
 _MOST_WAITING = 64  # clients that are not the guest's yet

@@ -1,0 +1,1 @@
+"""Protocols by which other programs look into a machine and steer it, over sockets."""

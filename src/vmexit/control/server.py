@@ -1,0 +1,192 @@
+"""Sockets that other programs connect to, or that we connect to them by."""
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from vmexit.core.errors import ConfigError, quoted, shown
+from vmexit.core.threads import block_signals
+from vmexit.core.unix_socket import SocketFile
+
+# A client that does not read for so long, in seconds, is cut off.
+_PATIENCE = 10
+
+
+class Address(NamedTuple):
+    """`unix:PATH` or `tcp:HOST:PORT`; `listens`, or else connects to one who does."""
+
+    path: str
+    host: str
+    port: int
+    listens: bool
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> "Address":
+        """From what the user gave to `option`: `WHERE[,server=off]`. Raises ConfigError."""
+        where, *settings = text.split(",")
+        listens = True
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            if name == "server" and value in ("on", "off"):
+                listens = value == "on"
+            elif (name, value) != ("wait", "off"):  # as in QEMU, where it has to be said
+                raise ConfigError(
+                    f"{option}: there is no {quoted(setting)}; use {option} WHERE,server=off to "
+                    "connect to WHERE in place of listening there"
+                )
+        kind, _, rest = where.partition(":")
+        if kind == "unix" and rest:
+            return cls(rest, "", 0, listens)
+        host, _, port = rest.rpartition(":")
+        if kind == "tcp" and port.isdecimal() and int(port) < 1 << 16:
+            return cls("", host.strip("[]") or "127.0.0.1", int(port), listens)
+        raise ConfigError(
+            f"{option} {quoted(where)} is no address; use unix:PATH or tcp:127.0.0.1:PORT"
+        )
+
+    def __str__(self) -> str:
+        return f"unix:{shown(self.path)}" if self.path else f"tcp:{shown(self.host)}:{self.port}"
+
+
+class Server:
+    """Serves up to `most` clients at once, each in a thread of its own.
+
+    `serve(client)` gets a blocking socket, which is closed once it returns. One more client than
+    there may be goes to `refuse`, and is closed.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        serve: Callable[[socket.socket], None],
+        name: str,
+        *,
+        most: int = 16,
+        refuse: Callable[[socket.socket], None] = lambda client: None,
+    ) -> None:
+        """Listen, or connect. Raises ConfigError if that cannot be."""
+        self._serve = serve
+        self._refuse = refuse
+        self._name = name
+        self._most = most
+        self._lock = threading.Lock()
+        self._clients: dict[socket.socket, threading.Thread] = {}
+        self._closing = False
+        self._listener: socket.socket | None = None
+        self._file: SocketFile | None = None
+        self.where = str(address)
+        try:
+            family, place = _resolve(address)
+            end = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                self._open(end, address, place)
+            except BaseException:
+                end.close()
+                raise
+        except (OSError, OverflowError, ValueError) as error:
+            verb = "listen at" if address.listens else "connect to"
+            why = (error.strerror if isinstance(error, OSError) else None) or error
+            raise ConfigError(f"cannot {verb} {self.where}: {why}; use another address") from error
+
+    def _open(self, end: socket.socket, address: Address, place: "_Place") -> None:
+        if not address.listens:
+            end.connect(place)
+            self._begin(end)
+            return
+        if address.path:
+            self._file = SocketFile(end, address.path)
+        else:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            end.bind(place)
+            host, port = end.getsockname()[:2]
+            self.where = f"tcp:{host}:{port}"
+        end.listen(4)
+        self._listener = end
+        self._thread = self._new_thread(self._accept, end)
+        self._thread.start()
+
+    def _new_thread(
+        self, function: Callable[[socket.socket], None], end: socket.socket
+    ) -> threading.Thread:
+        def main() -> None:
+            block_signals()
+            function(end)
+
+        return threading.Thread(target=main, name=f"vmexit-{self._name}", daemon=True)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                if self._closing or listener.fileno() < 0:
+                    return
+                # No more descriptors, perhaps: wait until a client goes.
+                self._wait_for_one_to_go()
+                continue
+            self._begin(client)
+
+    def _wait_for_one_to_go(self) -> None:
+        with self._lock:
+            threads = list(self._clients.values())
+        for thread in threads[:1]:
+            thread.join(1)
+
+    def _begin(self, client: socket.socket) -> None:
+        client.settimeout(None)
+        _cut_off_after(client, _PATIENCE)
+        with self._lock:
+            full = len(self._clients) >= self._most
+            if not full and not self._closing:
+                thread = self._new_thread(self._run, client)
+                self._clients[client] = thread
+                thread.start()
+                return
+        with client, suppress(OSError):
+            self._refuse(client)
+
+    def _run(self, client: socket.socket) -> None:
+        try:
+            self._serve(client)
+        except OSError:
+            return  # it has gone
+        finally:
+            with self._lock:
+                self._clients.pop(client, None)
+            client.close()
+
+    def close(self) -> None:
+        """Cut all clients off and wait for their threads; a Unix socket's path is removed."""
+        with self._lock:
+            self._closing = True
+            clients = dict(self._clients)
+        if self._listener is not None:
+            with suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # which ends accept()
+            self._thread.join()
+            self._listener.close()
+            if self._file is not None:
+                self._file.remove()
+        for client, thread in clients.items():
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+            if thread is not threading.current_thread():
+                thread.join()
+
+
+_Place = str | tuple[str | int | bytes, ...]
+
+
+def _resolve(address: Address) -> tuple[socket.AddressFamily, _Place]:
+    if address.path:
+        return socket.AF_UNIX, address.path
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+    return found[0], found[4]
+
+
+def _cut_off_after(client: socket.socket, seconds: int) -> None:
+    """Have sending fail if the other end does not read for so long."""
+    value = seconds.to_bytes(8, "little") + bytes(8)  # struct timeval
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
