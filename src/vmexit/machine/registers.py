@@ -2,9 +2,12 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from vmexit.accel.base import Vcpu
+from vmexit.accel.base import FXSAVE_SIZE, Vcpu
+from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.registers import (
+    CR0_PE,
     GENERAL,
+    RFLAGS_VM,
     SEGMENTS,
     TABLES,
     Segment,
@@ -129,6 +132,17 @@ class RegisterView:
         if general:
             self._vcpu.set_registers(self._vcpu.registers() | general)
 
+    @property
+    def linear_ip(self) -> int:
+        """Where the next instruction is, with the base of CS, which 64-bit mode has not."""
+        self._owner.require_still(self._vcpu.index)
+        return linear_ip(self._vcpu.registers(), self._vcpu.system_registers())
+
+    @property
+    def real_mode(self) -> bool:
+        """Whether a selector is a base, as in real and virtual-8086 mode."""
+        return not self.cr0 & CR0_PE or bool(self.rflags & RFLAGS_VM)
+
     def __repr__(self) -> str:
         return self._owner.dump(self._vcpu.index)
 
@@ -165,11 +179,28 @@ def _check_fields(name: str, value: Segment | Table) -> None:
 
 
 class MachineVcpu:
-    """One vCPU of a machine: its number, and its registers in `regs`."""
+    """One vCPU of a machine: its number, its registers in `regs`, and x87 and SSE in `fpu`."""
 
     def __init__(self, owner: "Owner", vcpu: Vcpu) -> None:
         self.index = vcpu.index
+        self._owner = owner
+        self._vcpu = vcpu
         self.regs = RegisterView(owner, vcpu)
 
     def __repr__(self) -> str:
         return f"<vCPU {self.index}>"
+
+    @property
+    def fpu(self) -> bytes:
+        """x87 and SSE as FXSAVE stores them in 64-bit mode: 512 bytes (Intel SDM vol. 1, 10.5.1)."""
+        self._owner.require_still(self.index)
+        return self._vcpu.fpu()
+
+    @fpu.setter
+    def fpu(self, image: bytes) -> None:
+        if len(image) != FXSAVE_SIZE:
+            raise ValueError(f"an FXSAVE image has {FXSAVE_SIZE} bytes; this has {len(image)}")
+        self._owner.require_still(self.index)
+        if self._owner.running:
+            raise VmexitError("the FPU cannot be written within an access; stop() first")
+        self._vcpu.set_fpu(image)
