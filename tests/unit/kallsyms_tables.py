@@ -3,6 +3,8 @@
 import struct
 from collections.abc import Sequence
 
+from vmexit.boot import kallsyms
+from vmexit.boot.elf import ElfKernel, ElfSegment
 from vmexit.core.symbols import Symbol
 
 BASE = 0xFFFF_FFFF_8100_0000
@@ -37,12 +39,15 @@ def tables(
     sequences: bool = False,
     marker: int = 4,
     word: int = 8,
+    alignment: int | None = None,
+    place_relative: bool = False,
     before: bytes = b"\x90" * 64,
 ) -> bytes:
     """The tables, behind `before` and with more behind them."""
+    alignment = alignment or word
 
     def padded(data: bytes) -> bytes:
-        return data + bytes(-len(data) % word)
+        return data + bytes(-len(data) % alignment)
 
     def unsigned_long(value: int) -> bytes:
         return value.to_bytes(word, "little")
@@ -69,9 +74,14 @@ def tables(
         token_table += meaning(byte) + b"\0"
     order = sorted(range(len(symbols)), key=lambda n: symbols[n].name)
     seqs = b"".join(n.to_bytes(3, "big") for n in order) if sequences else b""
-    counted = unsigned_long(len(symbols))
+    counted = len(symbols).to_bytes(alignment, "little")
     middle = [counted, names, markers]
     tokens = [token_table, token_index]
+    if place_relative:
+        place = BASE + len(b"".join(map(padded, [before, *middle, *tokens])))
+        addresses = b"".join(
+            struct.pack("<i", s.address - place - 4 * n) for n, s in enumerate(symbols)
+        )
     if since_6_4:
         parts = [*middle, *tokens, addresses, seqs]
     else:
@@ -86,3 +96,9 @@ def some_symbols(count: int, base: int = BASE, percpu: int = 20) -> list[Symbol]
         name = ("sys_read", "__init", "do_start", "plain.cold")[n % 4] + str(n)
         symbols.append(Symbol(base + n // 3 * 48, name, "TtDb"[n % 4]))
     return symbols
+
+
+def decode_kernel(data: bytes, bits: int = 64) -> list[Symbol]:
+    """What `kallsyms.decode()` makes of a kernel whose file is all one segment at BASE."""
+    segment = ElfSegment(0, BASE, 0x100_0000, len(data), len(data))
+    return kallsyms.decode(data, ElfKernel(bits, 0, (segment,), None))

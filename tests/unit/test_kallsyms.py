@@ -3,9 +3,8 @@
 import random
 
 import pytest
-from kallsyms_tables import BASE, some_symbols, tables
+from kallsyms_tables import BASE, decode_kernel, some_symbols, tables
 
-from vmexit.boot import kallsyms
 from vmexit.core.errors import ImageError
 from vmexit.core.symbols import Symbol
 
@@ -18,6 +17,13 @@ LAYOUTS = {
     "6.4": {"since_6_4": True, "sequences": True},
     "6.10 with whole addresses": {"since_6_4": True, "relative": False, "sequences": True},
     "6.15": {"since_6_4": True, "sequences": True, "absolute_percpu": False},
+    "7.3": {
+        "since_6_4": True,
+        "sequences": True,
+        "absolute_percpu": False,
+        "alignment": 4,
+        "place_relative": True,
+    },
 }
 
 
@@ -27,13 +33,13 @@ def test_each_layout_gives_back_what_was_put_in(layout, count) -> None:
     options = LAYOUTS[layout]
     percpu = 20 if options.get("absolute_percpu", True) else 0
     symbols = some_symbols(count, percpu=percpu)
-    assert kallsyms.decode(tables(symbols, **options)) == symbols
+    assert decode_kernel(tables(symbols, **options)) == symbols
 
 
 @pytest.mark.parametrize("layout", ["4.20", "6.2", "6.4"])
 def test_a_32_bit_kernel(layout) -> None:
     symbols = some_symbols(1500, base=0xC100_0000)
-    assert kallsyms.decode(tables(symbols, word=4, **LAYOUTS[layout]), word=4) == symbols
+    assert decode_kernel(tables(symbols, word=4, **LAYOUTS[layout]), bits=32) == symbols
 
 
 def test_names_of_more_than_127_bytes() -> None:
@@ -41,13 +47,13 @@ def test_names_of_more_than_127_bytes() -> None:
     symbols.append(Symbol(BASE + 0x10_0000, "rust_" + "q" * 400, "T"))
     symbols.append(Symbol(BASE + 0x10_0010, "z" * 126, "T"))  # with its kind just 127
     symbols.append(Symbol(BASE + 0x10_0020, "z" * 127, "T"))
-    assert kallsyms.decode(tables(symbols, since_6_4=True)) == symbols
+    assert decode_kernel(tables(symbols, since_6_4=True)) == symbols
 
 
 def test_other_things_before_the_tables_that_look_like_their_beginning() -> None:
     symbols = some_symbols(1000)
     digits = b"".join(b"%d\0" % n for n in range(10))
-    assert kallsyms.decode(tables(symbols, before=digits * 3 + bytes(4096))) == symbols
+    assert decode_kernel(tables(symbols, before=digits * 3 + bytes(4096))) == symbols
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,7 @@ def test_other_things_before_the_tables_that_look_like_their_beginning() -> None
 )
 def test_a_kernel_without_symbols_is_refused_with_what_to_do(data) -> None:
     with pytest.raises(ImageError, match=r"carries no symbols.*; use its System\.map"):
-        kallsyms.decode(data)
+        decode_kernel(data)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,7 +79,7 @@ def test_a_file_that_ends_early_is_refused(layout) -> None:
     data = tables(some_symbols(600, percpu=percpu), **options)
     for end in range(0, len(data) - 4096, 997):
         with pytest.raises(ImageError):
-            kallsyms.decode(data[:end])
+            decode_kernel(data[:end])
 
 
 @pytest.mark.parametrize("layout", ["4.19", "6.2", "6.4"])
@@ -89,7 +95,7 @@ def test_damage_gives_symbols_or_an_error_and_nothing_else(layout) -> None:
                 (bytes(size), b"\xff" * size, random_.randbytes(size))
             )
         try:
-            symbols = kallsyms.decode(bytes(data))
+            symbols = decode_kernel(bytes(data))
         except ImageError:
             continue
         assert all(0 <= s.address < 1 << 64 and len(s.name) <= 4 * 512 for s in symbols)

@@ -61,6 +61,13 @@ class ElfKernel(NamedTuple):
         """From the first to the last GPA of all segments."""
         return range(min(s.paddr for s in self.segments), max(s.end for s in self.segments))
 
+    def virtual_address(self, offset: int) -> int | None:
+        """Where the byte at `offset` of the file is in memory; None if it is not loaded."""
+        for segment in self.segments:
+            if segment.offset <= offset < segment.offset + segment.filesz:
+                return segment.vaddr + offset - segment.offset
+        return None
+
     def physical_entry(self) -> int:
         """`entry` as a physical address. ImageError if it is in no segment.
 

@@ -1,14 +1,16 @@
 """The symbols that a Linux kernel carries for itself (CONFIG_KALLSYMS), from its vmlinux.
 
 A stripped vmlinux does not say where they are, but their shape tells: scripts/kallsyms.c writes
-tables one behind the other, each aligned to a word. Up to Linux 6.3 these are
+tables one behind the other. Up to Linux 6.3 these are
 
     offsets, relative_base | addresses; num_syms, names, markers, seqs_of_names (from 6.2 on),
     token_table, token_index
 
-and from 6.4 on num_syms comes first, and what stands before it here follows token_index. Names
-are made of tokens; `token_table` has what each of the 256 bytes means, and begins nearly always
-with bytes that mean themselves, of which the ten digits are easy to find.
+and from 6.4 on num_syms comes first, and what stands before it here follows token_index. In 7.3
+there is no relative_base: an offset counts from the place where it stands itself. Each table was
+aligned to a word, and in 7.3 is to 4 bytes. Names are made of tokens; `token_table` has what each
+of the 256 bytes means. Those that are needed for themselves mean that, and of them the ten digits
+are easy to find.
 """
 
 import struct
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
+from vmexit.boot.elf import ElfKernel
 from vmexit.core.errors import ImageError
 from vmexit.core.symbols import Symbol
 
@@ -49,23 +52,24 @@ class _Names(NamedTuple):
     count_at: int
 
 
-def decode(vmlinux: bytes | memoryview, word: int = 8) -> list[Symbol]:
-    """The symbols of an unpacked kernel whose `unsigned long` has `word` bytes, in its own order.
+def decode(vmlinux: bytes, kernel: ElfKernel) -> list[Symbol]:
+    """The symbols of an unpacked kernel, whose headers `kernel` has, in the kernel's own order.
 
     For Linux 4.19 and later. Raises ImageError if it has no such tables, as one that is built
     without CONFIG_KALLSYMS, or if they are damaged.
     """
-    data = bytes(vmlinux)
-    for tokens in _find_tokens(data, word):
-        names = _find_names(data, tokens, word)
-        if names is None:
-            continue
-        addresses = _find_addresses(data, tokens, names, word)
-        if addresses is not None:
-            return [
-                Symbol(address, name[1:].decode("utf-8", "backslashreplace"), chr(name[0]))
-                for address, name in zip(addresses, names.names, strict=True)
-            ]
+    word = kernel.bits // 8
+    for alignment in sorted({word, 4}, reverse=True):
+        for tokens in _find_tokens(vmlinux, alignment):
+            names = _find_names(vmlinux, tokens, alignment, word)
+            if names is None:
+                continue
+            addresses = _find_addresses(vmlinux, kernel, tokens, names, alignment)
+            if addresses is not None:
+                return [
+                    Symbol(address, name[1:].decode("utf-8", "backslashreplace"), chr(name[0]))
+                    for address, name in zip(addresses, names.names, strict=True)
+                ]
     raise ImageError(
         "the kernel carries no symbols that could be read (kallsyms); use its System.map, or a "
         "vmlinux with a symbol table"
@@ -76,7 +80,7 @@ def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def _find_tokens(data: bytes, word: int) -> Iterator[_Tokens]:
+def _find_tokens(data: bytes, alignment: int) -> Iterator[_Tokens]:
     at = -1
     for _ in range(_MAX_TABLES):
         at = data.find(_DIGITS, at + 1)
@@ -87,7 +91,7 @@ def _find_tokens(data: bytes, word: int) -> Iterator[_Tokens]:
         if len(rest) < _TOKENS - ord("0"):
             continue
         end = at + sum(map(len, rest)) + len(rest)
-        index_at = _aligned(end, word)
+        index_at = _aligned(end, alignment)
         raw = data[index_at : index_at + 2 * _TOKENS]
         if len(raw) < 2 * _TOKENS:
             continue
@@ -102,7 +106,7 @@ def _find_tokens(data: bytes, word: int) -> Iterator[_Tokens]:
         yield _Tokens(meanings, range(start, index_at + 2 * _TOKENS))
 
 
-def _find_names(data: bytes, tokens: _Tokens, word: int) -> _Names | None:
+def _find_names(data: bytes, tokens: _Tokens, alignment: int, word: int) -> _Names | None:
     """The names before `tokens`: found by the markers, which say where each 256th name is."""
     end = tokens.place.start
     # A marker is an int, up to Linux 4.19 an unsigned long.
@@ -110,10 +114,10 @@ def _find_names(data: bytes, tokens: _Tokens, word: int) -> _Names | None:
     for at, markers in chain.from_iterable(candidates):
         # The words behind the markers may look like more of them.
         for known in range(len(markers), max(len(markers) - 3, 0), -1):
-            counts = _find_counts(data, at - markers[known - 1], known, word)
+            counts = _find_counts(data, at - markers[known - 1], known, alignment)
             for count_at, count in islice(counts, _MAX_TABLES):
-                stop, names = _unpack(data, count_at + word, count, markers, tokens)
-                if _aligned(stop, word) == at:
+                stop, names = _unpack(data, count_at + alignment, count, markers, tokens)
+                if _aligned(stop, alignment) == at:
                     return _Names(names, count_at)
     return None
 
@@ -137,11 +141,14 @@ def _find_markers(data: bytes, end: int, size: int) -> Iterator[tuple[int, Seque
             yield start + 4 * index, markers
 
 
-def _find_counts(data: bytes, last: int, markers: int, word: int) -> Iterator[tuple[int, int]]:
-    """Where num_syms may be, and its value, if the last marked name is `last` bytes behind it."""
+def _find_counts(data: bytes, last: int, markers: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where num_syms may be, and its value, if the last marked name is `last` bytes behind it.
+
+    With what fills it up it has `size` bytes.
+    """
     most = _NAMES_PER_MARKER * markers
-    for at in range(last // word * word - word, max(last - _MAX_STEP - 2 * word, -1), -word):
-        count = int.from_bytes(data[at : at + word], "little")
+    for at in range(last // size * size - size, max(last - _MAX_STEP - 2 * size, -1), -size):
+        count = int.from_bytes(data[at : at + size], "little")
         if most - _NAMES_PER_MARKER < count <= most:
             yield at, count
 
@@ -176,34 +183,40 @@ def _unpack(
     return (at if len(names) == count else -1), names
 
 
-def _find_addresses(data: bytes, tokens: _Tokens, names: _Names, word: int) -> Sequence[int] | None:
+def _find_addresses(
+    data: bytes, kernel: ElfKernel, tokens: _Tokens, names: _Names, alignment: int
+) -> Sequence[int] | None:
     """The addresses of the symbols; None if they are at no place where they may be."""
+    word = kernel.bits // 8
     count = len(names.names)
-    size = _aligned(4 * count, word)
-    behind = _aligned(tokens.place.stop, word)
+    size = _aligned(4 * count, alignment)
+    behind = _aligned(tokens.place.stop, alignment)
     before = names.count_at - word - size
-    for at, base_at in ((behind, behind + size), (before, before + size)):
-        addresses = _relative(data, at, base_at, count, word)
-        if addresses is not None:
+    for at in (behind, before):
+        base = int.from_bytes(data[max(at + size, 0) : max(at + size + word, 0)], "little")
+        offsets = _array("i", data, at, count)
+        if offsets is not None and base:
+            addresses = _from_base(offsets, base)
+            if _plausible(addresses, word):
+                return addresses
+    offsets = _array("i", data, behind, count)
+    place = kernel.virtual_address(behind)
+    if offsets is not None and place is not None:
+        addresses = [place + 4 * n + offset for n, offset in enumerate(offsets)]
+        if _plausible(addresses, word):
             return addresses
     for at in (behind, names.count_at - word * count):
-        addresses = _array("Q" if word == 8 else "I", data, at, count)
-        if addresses is not None and _plausible(addresses):
-            return addresses
+        values = _array("Q" if word == 8 else "I", data, at, count)
+        if values is not None and _plausible(values, word):
+            return values
     return None
 
 
-def _relative(data: bytes, at: int, base_at: int, count: int, word: int) -> Sequence[int] | None:
-    """CONFIG_KALLSYMS_BASE_RELATIVE: offsets of 4 bytes from a base."""
-    offsets = _array("i", data, at, count)
-    base = int.from_bytes(data[base_at : base_at + word], "little")
-    if offsets is None or not base:
-        return None
+def _from_base(offsets: Sequence[int], base: int) -> Sequence[int]:
+    """CONFIG_KALLSYMS_BASE_RELATIVE."""
     if min(offsets) < 0:  # CONFIG_KALLSYMS_ABSOLUTE_PERCPU: what is not negative is no offset
-        addresses = [value if value >= 0 else base - 1 - value for value in offsets]
-    else:
-        addresses = [base + value for value in offsets]
-    return addresses if addresses[-1] >> 8 * word == 0 and _plausible(addresses) else None
+        return [offset if offset >= 0 else base - 1 - offset for offset in offsets]
+    return [base + offset for offset in offsets]
 
 
 def _array(code: str, data: bytes, at: int, count: int) -> "array[int] | None":
@@ -215,8 +228,9 @@ def _array(code: str, data: bytes, at: int, count: int) -> "array[int] | None":
     return values
 
 
-def _plausible(addresses: Sequence[int]) -> bool:
-    """They are sorted, and not all the same, as zeros are."""
-    if addresses[0] == addresses[-1]:
+def _plausible(addresses: Sequence[int], word: int) -> bool:
+    """They are sorted, have a word at most, and are not all the same, as zeros are."""
+    first, last = addresses[0], addresses[-1]
+    if not 0 <= first < last < 1 << 8 * word:
         return False
     return all(a <= b for a, b in pairwise(addresses))
