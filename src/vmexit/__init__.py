@@ -14,7 +14,9 @@ if TYPE_CHECKING:
         VmexitError,
     )
     from vmexit.core.memory import GuestMemory
+    from vmexit.core.symbols import Symbol, SymbolTable
     from vmexit.core.trace import ExitObserver, ExitStats, JsonTrace, Tee, TextLog
+    from vmexit.machine.backtrace import Frame
     from vmexit.machine.config import MachineConfig
     from vmexit.machine.hooks import Access
     from vmexit.machine.machine import Machine
@@ -35,7 +37,9 @@ _HOMES = {
         "VmexitError",
     ),
     "vmexit.core.memory": ("GuestMemory",),
+    "vmexit.core.symbols": ("Symbol", "SymbolTable"),
     "vmexit.core.trace": ("ExitObserver", "ExitStats", "JsonTrace", "Tee", "TextLog"),
+    "vmexit.machine.backtrace": ("Frame",),
     "vmexit.machine.config": ("MachineConfig",),
     "vmexit.machine.hooks": ("Access",),
     "vmexit.machine.machine": ("Machine",),
@@ -48,6 +52,7 @@ __all__ = [
     "ConfigError",
     "ExitObserver",
     "ExitStats",
+    "Frame",
     "GuestAddressError",
     "GuestCrash",
     "GuestMemory",
@@ -59,6 +64,8 @@ __all__ = [
     "Segment",
     "Stop",
     "StopReason",
+    "Symbol",
+    "SymbolTable",
     "Table",
     "Tee",
     "TextLog",

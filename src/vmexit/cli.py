@@ -140,6 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
             balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
             vsock=arguments.vsock,
             consoles=tuple(arguments.console),
+            symbols=arguments.symbols,
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))
@@ -355,10 +356,33 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _symbols(arguments: argparse.Namespace) -> int:
+    from vmexit.boot.symbols import load_symbols, system_map, with_symbols
+
+    if arguments.output is None:
+        _print(system_map(load_symbols(arguments.kernel)))
+        return 0
+    if _same(arguments.kernel, arguments.output):
+        raise ConfigError(f"--output {shown(arguments.output)} is the kernel; use another file")
+    _write(arguments.output, with_symbols(arguments.kernel))
+    return 0
+
+
+def _write(path: str, data: bytes) -> None:
+    """Make the file at `path`. Raises HostError if it cannot be written."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        why = error.strerror if isinstance(error, OSError) else error
+        raise HostError(f"cannot write {shown(path)}: {why}; use another path") from error
+
+
 _COMMANDS = {
     "": _version_or_help,
     "run": _run,
     "doctor": _doctor,
     "inspect": _inspect,
     "fetch": _fetch,
+    "symbols": _symbols,
 }

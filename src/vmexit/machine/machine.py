@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmexit.accel.base import Vcpu
-from vmexit.arch.x86.code import dump, next_instruction
 from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS, PHYSICAL_END
 from vmexit.arch.x86.paging import translate
 from vmexit.arch.x86.registers import (
@@ -20,8 +19,10 @@ from vmexit.boot import flat
 from vmexit.boot.image import read_image
 from vmexit.core.errors import ConfigError, ImageError, VmexitError
 from vmexit.core.memory import GuestMemory
+from vmexit.core.symbols import SymbolTable
 from vmexit.core.trace import ExitObserver
-from vmexit.machine import builder
+from vmexit.machine import builder, report
+from vmexit.machine.backtrace import Frame, backtrace
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import (
     DEFAULT_DEBUG_EXIT,
@@ -224,6 +225,7 @@ class Machine:
         balloon: int | str | None = None,
         vsock: str | None = None,
         consoles: tuple[str, ...] | list[str] = (),
+        symbols: str | os.PathLike[str] | None = None,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -247,6 +249,7 @@ class Machine:
         `consoles` are virtio consoles and, with a name, plain ports: `WHERE[,name=NAME]`, WHERE as
         for `serial`.
         `shares` are folders that the guest mounts by 9P, `TAG=PATH[,readonly=on]`.
+        `symbols` is a file with names for addresses: see the property.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -278,6 +281,7 @@ class Machine:
             balloon=None if balloon is None else parse_size(balloon),
             vsock=vsock,
             consoles=_tuple(consoles),
+            symbols=symbols,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for
@@ -293,6 +297,7 @@ class Machine:
         self.config = config
         self._entry = config.entry if config.image is not None else None
         self._closed = False
+        self._symbols: SymbolTable | None = None
         self._within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
@@ -479,12 +484,35 @@ class Machine:
         self._require_still(vcpu)
         return translate(self.memory, self._parts.vcpus[vcpu].system_registers(), gva)
 
-    def dump(self, vcpu: int = 0) -> str:
-        """All registers and the next instruction, as text."""
+    @property
+    def symbols(self) -> SymbolTable:
+        """Names for addresses, read at the first use: `vm.symbols.address("start_kernel")`.
+
+        From the file `symbols` that the machine was made with: an ELF file, a System.map, or a
+        Linux kernel, which carries its own. Without one, from the kernel's symbol table if it is an
+        ELF file that has one; else empty. Raises ImageError if the file has none.
+        """
+        if self._symbols is None:
+            self._symbols = report.read_symbols(self.config)
+        return self._symbols
+
+    def backtrace(self, vcpu: int = 0, limit: int = 32) -> list[Frame]:
+        """Where `vcpu` is and through which calls it came there, the innermost first.
+
+        By the guest's frame pointers; where there are none, by what on the stack looks like a
+        return address, if there are symbols. Raises ImageError for a bad file of symbols.
+        """
         self._require_still(vcpu)
         registers = self._parts.vcpus[vcpu].registers()
         system = self._parts.vcpus[vcpu].system_registers()
-        return dump(registers, system, next_instruction(self.memory, registers, system)[1])
+        return backtrace(self.memory, registers, system, self.symbols, limit)
+
+    def dump(self, vcpu: int = 0) -> str:
+        """All registers, the next instruction and the calls that led there, as text."""
+        self._require_still(vcpu)
+        registers = self._parts.vcpus[vcpu].registers()
+        system = self._parts.vcpus[vcpu].system_registers()
+        return report.describe(self.memory, registers, system, lambda: self.symbols)
 
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards."""
