@@ -71,3 +71,20 @@ def test_gdb_takes_the_kernel_with_its_symbols(source, tmp_path) -> None:
     assert '"Linux version ' in gdb.stdout
     assert gdb.stderr == ""
     assert len(own_symbols(output)) == len(load_symbols(source("cloud-amd64")))
+
+
+def test_the_report_of_a_kernel_that_ends_by_a_triple_fault_says_why() -> None:
+    kernel = debian_kernel("cloud-amd64")
+    # Without a root file system it panics, and then resets itself by reboot=t: a triple fault.
+    done = vmexit(
+        "run", "--accel", "soft", "--kernel", kernel, "--symbols", kernel,
+        "--append", "console=ttyS0 quiet panic=-1 reboot=t", "-m", "256M",
+    )  # fmt: skip
+    assert done.status == 3 and "Kernel panic - not syncing: VFS" in done.out
+    assert re.search(r"rip=\w+ rflags=\w+  native_machine_emergency_restart\+0x\w+: ", done.err)
+    trace = done.err.partition("\nbacktrace:\n")[2]
+    assert re.search(r"^  0xffffffff8\w{7} \? panic\+0x\w+$", trace, re.MULTILINE)
+    # The kernel has told who called panic() itself.
+    told = re.findall(r"\]  (\w+\+0x\w+)/", done.out.partition("<TASK>")[2])
+    callers = told[[name.partition("+")[0] for name in told].index("panic") + 1 :]
+    assert len(callers) > 3 and re.findall(r" (\w+\+0x\w+)$", trace, re.MULTILINE)[2:] == callers

@@ -121,6 +121,38 @@ def test_names_and_guesses(memory) -> None:
     assert addresses(memory) == [0x1000]  # without names there is no telling
 
 
+def guesses(memory: GuestMemory, **registers: int) -> list[tuple[int, bool]]:
+    frames = backtrace(memory, general(0x1000) | registers, LONG, SYMBOLS)
+    return [(frame.address, frame.guess) for frame in frames[1:]]
+
+
+@pytest.mark.parametrize("end", [0, 0x4_0200 + 1])
+def test_a_chain_that_holds_leaves_no_room_for_guesses(memory, end) -> None:
+    words(memory, 0x4_0000, back(7), back(8))  # left over
+    words(memory, 0x4_0080, end, back(1))
+    assert guesses(memory, rsp=0x4_0000, rbp=0x4_0080) == [(back(1), False)]
+
+
+def test_a_chain_that_does_not_end_as_one_should_is_filled_up(memory) -> None:
+    words(memory, 0x4_0000, back(7), 5)
+    words(memory, 0x4_0080, 0x4_0100, back(1))
+    words(memory, 0x4_0100, 6, 7, back(2))
+    expected = [(back(7), True), (back(1), False), (back(2), True)]
+    assert guesses(memory, rsp=0x4_0000, rbp=0x4_0080) == expected
+
+
+def test_a_chain_in_which_calls_are_missing_is_filled_up(memory) -> None:
+    words(memory, 0x4_0000, back(7), 5)
+    words(memory, 0x4_0080, 0, back(16))  # a call of `second`, but RIP is in `first`
+    assert guesses(memory, rsp=0x4_0000, rbp=0x4_0080) == [(back(7), True), (back(16), False)]
+
+
+def test_frames_on_another_stack_come_last(memory) -> None:
+    words(memory, 0x4_0000, back(7))
+    words(memory, 0x5_0080, 8, back(1))
+    assert guesses(memory, rsp=0x4_0000, rbp=0x5_0080) == [(back(7), True), (back(1), False)]
+
+
 def test_guesses_end_with_the_stack(memory) -> None:
     words(memory, 0x4_3FF8, back(1), back(2))
     assert addresses(memory, rsp=0x4_1000, symbols=SYMBOLS) == [0x1000, back(1)]

@@ -1,8 +1,9 @@
 """How a vCPU came to where it is: the calls that have not returned, by its stack.
 
-The chain of frame pointers in RBP, where there is one (System V ABI for x86-64, 3.2.2). Code that
-is built without, as Debian's kernels with their ORC tables, leaves return addresses on the stack
-which nothing links: what looks like one is then a guess, as what Linux marks with `?` in its own.
+The chain of frame pointers in RBP, where there is one (System V ABI for x86-64, 3.2.2). Most code
+is built without: Debian's kernels have ORC tables instead, and few of their functions a frame. So
+where the chain does not hold, what on the stack looks like a return address is told, too, as a
+guess: what Linux marks with `?` in its own backtraces.
 """
 
 import struct
@@ -35,6 +36,13 @@ class Frame(NamedTuple):
         return f"{self.address:#018x} {'? ' if self.guess else ''}{self.name}"
 
 
+class _Call(NamedTuple):
+    """A return address, and where on the stack it is: an offset in the stack segment."""
+
+    slot: int
+    address: int
+
+
 def backtrace(
     memory: GuestMemory,
     registers: Registers,
@@ -45,19 +53,25 @@ def backtrace(
     """RIP, then return addresses, the innermost first: `limit` frames at most.
 
     The chain ends where a frame is not mapped, is not above the one before, or where what should
-    be a return address does not follow a call. In 16-bit code there is only RIP.
+    be a return address does not follow a call. In 16-bit code there is only RIP. There are guesses
+    only with symbols, and if the chain leaves something out or does not end as one should.
     """
     stack = _Stack(memory, registers, system, symbols)
     here = linear_ip(registers, system)
     frames = [Frame(here, symbols.describe(here))]
-    if stack.bits != 16:
-        chain = list(islice(stack.chain(), max(limit, 0)))
-        if chain or not symbols:
-            frames += [Frame(a, _name(symbols, a)) for a in [*stack.caller_of_nothing(), *chain]]
-        else:
-            guesses = islice(stack.guesses(), max(limit, 0))
-            frames += [Frame(a, _name(symbols, a), guess=True) for a in guesses]
-    return frames[: max(limit, 0)]
+    if stack.bits == 16 or limit <= 1:
+        return frames[: max(limit, 0)]
+    chain, complete = stack.chain(limit)
+    calls = [*stack.caller_of_nothing(), *chain]
+    if complete and stack.agree(calls):
+        found = [(call, False) for call in calls]
+    else:
+        sure = set(chain)
+        guesses = list(islice(stack.returns(), limit)) if symbols else []
+        found = [(call, call not in sure) for call in guesses]
+        found += [(call, False) for call in calls if call not in guesses]
+    frames += [Frame(call.address, _name(symbols, call.address), guess) for call, guess in found]
+    return frames[:limit]
 
 
 def _name(symbols: SymbolTable, address: int) -> str:
@@ -89,37 +103,59 @@ class _Stack:
         here = symbols.nearest(self._here)
         self._known = here is not None and here.is_code
 
-    def caller_of_nothing(self) -> list[int]:
+    def caller_of_nothing(self) -> list[_Call]:
         """Where RIP is not mapped, somebody has called nothing, and is on top of the stack."""
         if read_linear(self._memory, self._system, self._here, 1):
             return []
-        top = map(self._linear, self._words(self._registers["rsp"] & self._mask, 1))
-        return [address for address in top if self._is_return(address, known=False)]
+        top = self._registers["rsp"] & self._mask
+        calls = [_Call(top, self._linear(word)) for word in self._words(top, 1)]
+        return [call for call in calls if self._is_return(call.address, known=False)]
 
-    def chain(self) -> Iterator[int]:
-        """The return addresses by the frame pointers from RBP on."""
-        frame = self._registers["rbp"] & self._mask
-        while frame and not frame % self._word:
+    def chain(self, limit: int) -> tuple[list[_Call], bool]:
+        """Up to `limit` calls by the frame pointers from RBP on, and whether those are all.
+
+        The last frame pointer is 0, or odd: so Linux marks saved registers (ENCODE_FRAME_POINTER).
+        """
+        calls: list[_Call] = []
+        frame, below = self._registers["rbp"] & self._mask, 0
+        while len(calls) < limit and frame > below and not frame % self._word:
             words = self._words(frame, 2)
             if len(words) < 2:
-                return
-            below, address = words[0], self._linear(words[1])
+                break
+            address = self._linear(words[1])
             if not self._is_return(address, known=self._known):
-                return
-            yield address
-            if below <= frame:
-                return
-            frame = below
+                break
+            calls.append(_Call(frame + self._word, address))
+            frame, below = words[0], frame
+        complete = len(calls) == limit or not frame or frame % 2 == 1
+        return calls, bool(calls) and complete
 
-    def guesses(self) -> Iterator[int]:
+    def agree(self, calls: list[_Call]) -> bool:
+        """Whether each direct call is to the function that the frame below it is in.
+
+        If not, functions that have no frame are missing between.
+        """
+        inner = self._symbols.nearest(self._here)
+        for call in calls:
+            code = read_linear(self._memory, self._system, call.address - 5, 5)
+            if inner is not None and code[:1] == b"\xe8":
+                target = self._symbols.nearest(
+                    call.address + int.from_bytes(code[1:], "little", signed=True) & self._mask
+                )
+                if target is None or target.address != inner.address:
+                    return False
+            inner = self._symbols.nearest(call.address - 1)
+        return True
+
+    def returns(self) -> Iterator[_Call]:
         """Whatever on the stack is an address in known code behind a call."""
         top = self._registers["rsp"] & self._mask
         top += -top % self._word
         count = (_STACK - top % _STACK) // self._word
-        for value in self._words(top, count):
+        for number, value in enumerate(self._words(top, count)):
             address = self._linear(value)
             if self._is_return(address, known=True):
-                yield address
+                yield _Call(top + number * self._word, address)
 
     @property
     def _mask(self) -> int:
