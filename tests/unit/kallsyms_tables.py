@@ -41,9 +41,13 @@ def tables(
     word: int = 8,
     alignment: int | None = None,
     place_relative: bool = False,
+    decoys: int = 0,
     before: bytes = b"\x90" * 64,
 ) -> bytes:
-    """The tables, behind `before` and with more behind them."""
+    """The tables, behind `before` and with more behind them.
+
+    `decoys` are so many words behind the markers that could be markers, too.
+    """
     alignment = alignment or word
 
     def padded(data: bytes) -> bytes:
@@ -74,6 +78,8 @@ def tables(
         token_table += meaning(byte) + b"\0"
     order = sorted(range(len(symbols)), key=lambda n: symbols[n].name)
     seqs = b"".join(n.to_bytes(3, "big") for n in order) if sequences else b""
+    for number in range(decoys):
+        seqs += struct.pack("<I", len(names) + 1000 * (number + 1))
     counted = len(symbols).to_bytes(alignment, "little")
     middle = [counted, names, markers]
     tokens = [token_table, token_index]

@@ -50,6 +50,12 @@ def test_names_of_more_than_127_bytes() -> None:
     assert decode_kernel(tables(symbols, since_6_4=True)) == symbols
 
 
+@pytest.mark.parametrize("decoys", [1, 2])
+def test_words_behind_the_markers_that_look_like_more_of_them(decoys) -> None:
+    symbols = some_symbols(1000)  # 4 markers, so that nothing is between
+    assert decode_kernel(tables(symbols, decoys=decoys)) == symbols
+
+
 def test_other_things_before_the_tables_that_look_like_their_beginning() -> None:
     symbols = some_symbols(1000)
     digits = b"".join(b"%d\0" % n for n in range(10))
