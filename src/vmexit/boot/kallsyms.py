@@ -33,7 +33,8 @@ _MAX_MARKERS = _MAX_SYMBOLS // _NAMES_PER_MARKER
 _MAX_NAME = 512
 _MAX_TEXT = 64 << 20
 _MAX_TOKENS = 1 << 16
-_MAX_TABLES = 8  # so many things that look like a table are looked into
+# So many things that look like a table are looked into, and so many like names are unpacked.
+_MAX_TABLES, _MAX_WALKS = 8, 4
 # How many bytes lie between two markers: a name has a byte or two for its length, then its own.
 _MIN_STEP, _MAX_STEP = _NAMES_PER_MARKER * 2, _NAMES_PER_MARKER * (_MAX_NAME + 2)
 
@@ -60,7 +61,7 @@ def decode(vmlinux: bytes, kernel: ElfKernel) -> list[Symbol]:
     """
     word = kernel.bits // 8
     for alignment in sorted({word, 4}, reverse=True):
-        for tokens in _find_tokens(vmlinux, alignment):
+        for tokens in islice(_find_tokens(vmlinux, alignment), 2):
             names = _find_names(vmlinux, tokens, alignment, word)
             if names is None:
                 continue
@@ -108,18 +109,25 @@ def _find_tokens(data: bytes, alignment: int) -> Iterator[_Tokens]:
 
 def _find_names(data: bytes, tokens: _Tokens, alignment: int, word: int) -> _Names | None:
     """The names before `tokens`: found by the markers, which say where each 256th name is."""
-    end = tokens.place.start
+    candidates = _find_candidates(data, tokens.place.start, alignment, word)
+    for at, markers, count_at, count in islice(candidates, _MAX_WALKS):
+        stop, names = _unpack(data, count_at + alignment, count, markers, tokens)
+        if _aligned(stop, alignment) == at:
+            return _Names(names, count_at)
+    return None
+
+
+def _find_candidates(
+    data: bytes, end: int, alignment: int, word: int
+) -> Iterator[tuple[int, Sequence[int], int, int]]:
+    """Where markers may be, and what they are; where num_syms may be, and what it is."""
     # A marker is an int, up to Linux 4.19 an unsigned long.
-    candidates = (islice(_find_markers(data, end, size), _MAX_TABLES) for size in (4, word))
-    for at, markers in chain.from_iterable(candidates):
+    found = (islice(_find_markers(data, end, size), _MAX_TABLES) for size in (4, word))
+    for at, markers in chain.from_iterable(found):
         # The words behind the markers may look like more of them.
         for known in range(len(markers), max(len(markers) - 3, 0), -1):
-            counts = _find_counts(data, at - markers[known - 1], known, alignment)
-            for count_at, count in islice(counts, _MAX_TABLES):
-                stop, names = _unpack(data, count_at + alignment, count, markers, tokens)
-                if _aligned(stop, alignment) == at:
-                    return _Names(names, count_at)
-    return None
+            for count_at, count in _find_counts(data, at - markers[known - 1], known, alignment):
+                yield at, markers, count_at, count
 
 
 def _find_markers(data: bytes, end: int, size: int) -> Iterator[tuple[int, Sequence[int]]]:
