@@ -137,16 +137,15 @@ def _find_markers(data: bytes, end: int, size: int) -> Iterator[tuple[int, Seque
     start += (end - start) % 4
     words = memoryview(data)[start:end].cast("I")
     step = size // 4
-    for index in range(len(words) - 2, -1, -1):
-        if words[index]:
+    for index in range(len(words) - step - 1, -1, -1):
+        if words[index] or not _MIN_STEP <= words[index + step] <= _MAX_STEP:
             continue
         markers = [0]
         for value in words[index + step : index + step * _MAX_MARKERS : step]:
             if not _MIN_STEP <= value - markers[-1] <= _MAX_STEP:
                 break
             markers.append(value)
-        if len(markers) > 1:
-            yield start + 4 * index, markers
+        yield start + 4 * index, markers
 
 
 def _find_counts(data: bytes, last: int, markers: int, size: int) -> Iterator[tuple[int, int]]:
