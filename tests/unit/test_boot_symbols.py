@@ -171,6 +171,25 @@ def test_what_is_no_kernel_gets_no_symbol_table(tmp_path) -> None:
         with_symbols(path)
 
 
+def test_names_that_share_their_bytes_cannot_take_all_memory(tmp_path) -> None:
+    count = 100_000
+    (tmp_path / "a.s").write_text(f".globl _start\n_start: ret\n.globl {'n' * 4000}\n{'n' * 4000}:")
+    made = tmp_path / "a.o"
+    subprocess.run(["as", tmp_path / "a.s", "-o", made], check=True)
+    good = made.read_bytes()
+    header = struct.unpack_from("<HHIQQQIHHHHHH", good, 16)
+    at, sections = header[5], header[11]
+    data = bytearray(good)
+    for section in range(sections):
+        fields = list(struct.unpack_from("<IIQQQQIIQQ", good, at + 64 * section))
+        if fields[1] == 2:  # SHT_SYMTAB: its last entry is the long name
+            last = good[fields[4] + fields[5] - 24 : fields[4] + fields[5]]
+            fields[4], fields[5] = len(good), 24 * count
+            struct.pack_into("<IIQQQQIIQQ", data, at + 64 * section, *fields)
+    with pytest.raises(ImageError, match="names of more than"):
+        symtab.read(bytes(data) + last * count)
+
+
 def test_damaged_elf_files_give_symbols_or_an_error(tmp_path) -> None:
     good = assembled(tmp_path).read_bytes()
     random_ = random.Random(7)

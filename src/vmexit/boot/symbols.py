@@ -114,12 +114,10 @@ def _table(symbols: list[Symbol]) -> SymbolTable:
     # In a kernel in the upper half of the address space, what is in the lower one is an offset in
     # a per-CPU area or another number, of which not all files tell that.
     upper = any(symbol.address >= _UPPER_HALF and symbol.is_code for symbol in symbols)
-    return SymbolTable(
-        symbol._replace(
-            name=symbol.name if symbol.name.isprintable() else ascii(symbol.name)[1:-1],
-            kind="A" if upper and symbol.address < _UPPER_HALF else symbol.kind,
-        )
-        if not symbol.name.isprintable() or (upper and symbol.address < _UPPER_HALF)
-        else symbol
-        for symbol in symbols
-    )
+    return SymbolTable(_proper(symbol, upper=upper) for symbol in symbols)
+
+
+def _proper(symbol: Symbol, *, upper: bool) -> Symbol:
+    name = symbol.name if symbol.name.isprintable() else ascii(symbol.name)[1:-1]
+    kind = "A" if upper and symbol.address < _UPPER_HALF else symbol.kind
+    return symbol if (name, kind) == symbol[1:3] else symbol._replace(name=name, kind=kind)

@@ -23,6 +23,7 @@ _SYM = {32: struct.Struct("<IIIBBH"), 64: struct.Struct("<IBBHQQ")}
 _MAX_SECTIONS = 4096
 _MAX_SYMBOLS = 1 << 21
 _MAX_NAME = 4096
+_MAX_TEXT = 256 << 20  # names may share their bytes in the file
 
 
 class ElfSection(NamedTuple):
@@ -147,6 +148,7 @@ def _symbols(data: bytes, bits: int, sections: list[ElfSection], table: ElfSecti
         raise _damaged(f"a symbol table of {count} entries")
     strings = bytes(_content(data, sections[table.link]))
     symbols: list[Symbol] = []
+    room = _MAX_TEXT
     for entry in layout.iter_unpack(raw[: count * layout.size]):
         if bits == 64:
             name_at, info, _, index, value, size = entry
@@ -156,6 +158,9 @@ def _symbols(data: bytes, bits: int, sections: list[ElfSection], table: ElfSecti
         if not kind or not 0 < name_at < len(strings):
             continue
         end = strings.find(b"\0", name_at, name_at + _MAX_NAME)
+        room -= max(end - name_at, 0)
+        if room < 0:
+            raise _damaged(f"names of more than {_MAX_TEXT} bytes")
         name = strings[name_at : max(end, name_at)].decode("utf-8", "backslashreplace")
         if name and not name.startswith(".L"):  # what an assembler makes for itself
             symbols.append(Symbol(value, name, kind, size))
