@@ -15,7 +15,9 @@ if TYPE_CHECKING:
         VmexitError,
     )
     from vmexit.core.memory import GuestMemory
+    from vmexit.core.symbols import Symbol, SymbolTable
     from vmexit.core.trace import ExitObserver, ExitStats, JsonTrace, Tee, TextLog
+    from vmexit.machine.backtrace import Frame
     from vmexit.machine.config import MachineConfig
     from vmexit.machine.events import Event, EventKind, RunState
     from vmexit.machine.hooks import Access
@@ -39,7 +41,9 @@ _HOMES = {
         "VmexitError",
     ),
     "vmexit.core.memory": ("GuestMemory",),
+    "vmexit.core.symbols": ("Symbol", "SymbolTable"),
     "vmexit.core.trace": ("ExitObserver", "ExitStats", "JsonTrace", "Tee", "TextLog"),
+    "vmexit.machine.backtrace": ("Frame",),
     "vmexit.machine.config": ("MachineConfig",),
     "vmexit.machine.events": ("Event", "EventKind", "RunState"),
     "vmexit.machine.hooks": ("Access",),
@@ -57,6 +61,7 @@ __all__ = [
     "EventKind",
     "ExitObserver",
     "ExitStats",
+    "Frame",
     "GuestAddressError",
     "GuestCrash",
     "GuestMemory",
@@ -71,6 +76,8 @@ __all__ = [
     "Segment",
     "Stop",
     "StopReason",
+    "Symbol",
+    "SymbolTable",
     "Table",
     "Tee",
     "TextLog",

@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_start(inspect)
     inspect.set_defaults(command="inspect")
     _add_fetch(commands)
+    _add_symbols(commands)
     return parser
 
 
@@ -121,6 +122,26 @@ def _add_fetch(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--output", metavar="DIR", help="also put them into DIR, as vmlinuz and initrd.gz"
     )
     fetch.set_defaults(command="fetch")
+
+
+def _add_symbols(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    symbols = commands.add_parser(
+        "symbols",
+        help="show the symbols of a kernel, or give it a symbol table for gdb",
+        description="Print the symbols of a kernel as a System.map. They come from its symbol "
+        "table, or from what Linux carries for itself, so a distribution's vmlinuz will do.",
+        epilog="examples:\n"
+        "  vmexit symbols vmlinuz | grep ' start_kernel$'\n"
+        "  vmexit symbols vmlinuz --output vmlinux.elf && gdb vmlinux.elf\n",
+    )
+    symbols.add_argument(
+        "kernel", metavar="KERNEL", help="vmlinuz, vmlinux, another ELF file, or a System.map"
+    )
+    symbols.add_argument(
+        "-o", "--output", metavar="FILE",
+        help="write the unpacked kernel with a symbol table to FILE, and print nothing",
+    )  # fmt: skip
+    symbols.set_defaults(command="symbols")
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +260,20 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--debug-exit", metavar="PORT", type=_port_or_none, default=0xF4,
         help="a write to PORT ends the run with status (value << 1) | 1 (default 0xf4; none: "
         "no such port)",
+    )  # fmt: skip
+    run.add_argument(
+        "--symbols", metavar="F",
+        help="names for addresses in the report of a crash: from an ELF file, a System.map, or a "
+        "Linux kernel, which carries its own (default: from a --kernel that is an ELF file)",
+    )  # fmt: skip
+    run.add_argument(
+        "--gdb", metavar="WHERE",
+        help="wait for gdb at tcp:127.0.0.1:1234 or unix:PATH (in gdb: target remote :1234), the "
+        "guest running meanwhile; ,arch=i386 or i8086 for a guest of 32 or 16 bits",
+    )  # fmt: skip
+    run.add_argument(
+        "--paused", action="store_true",
+        help="do not run a single instruction until a debugger says so",
     )  # fmt: skip
     run.add_argument("--log-exits", action="store_true", help="one line an exit on stderr")
     run.add_argument("--trace", metavar="F", help="write one JSON object an exit, one a line, to F")

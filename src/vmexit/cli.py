@@ -18,6 +18,7 @@ from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
     from vmexit.core.trace import ExitObserver, ExitStats
+    from vmexit.machine.machine import Machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,6 +141,7 @@ def _run(arguments: argparse.Namespace) -> int:
             balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
             vsock=arguments.vsock,
             consoles=tuple(arguments.console),
+            symbols=arguments.symbols,
         )
         observer, outputs = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))
@@ -154,6 +156,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 _say(f"{_console(text)} at {where}")
         if _is_mute(arguments):
             _say("without --append console=ttyS0 Linux says nothing on the serial port")
+        _open_control(arguments, vm, stack)
         gc.enable()
         try:
             stop = vm.run(arguments.timeout)
@@ -168,6 +171,19 @@ def _run(arguments: argparse.Namespace) -> int:
         elif stop.status == 124:
             _say(f"timeout: the guest still ran after {arguments.timeout:g} s")
         return stop.status & 0xFF
+
+
+def _open_control(arguments: argparse.Namespace, vm: "Machine", stack: ExitStack) -> None:
+    """What others steer the machine by."""
+    if arguments.paused:
+        vm.pause()
+        if arguments.gdb is None:
+            raise ConfigError("--paused waits for somebody who resumes it; add --gdb WHERE")
+    if arguments.gdb is not None:
+        from vmexit.control.gdb import GdbServer
+
+        gdb = stack.enter_context(GdbServer(vm, arguments.gdb))
+        _say(f"gdb at {gdb.where}")
 
 
 def _console(text: str) -> str:
@@ -355,10 +371,33 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _symbols(arguments: argparse.Namespace) -> int:
+    from vmexit.boot.symbols import load_symbols, system_map, with_symbols
+
+    if arguments.output is None:
+        _print(system_map(load_symbols(arguments.kernel)))
+        return 0
+    if _same(arguments.kernel, arguments.output):
+        raise ConfigError(f"--output {shown(arguments.output)} is the kernel; use another file")
+    _write(arguments.output, with_symbols(arguments.kernel))
+    return 0
+
+
+def _write(path: str, data: bytes) -> None:
+    """Make the file at `path`. Raises HostError if it cannot be written."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        why = error.strerror if isinstance(error, OSError) else error
+        raise HostError(f"cannot write {shown(path)}: {why}; use another path") from error
+
+
 _COMMANDS = {
     "": _version_or_help,
     "run": _run,
     "doctor": _doctor,
     "inspect": _inspect,
     "fetch": _fetch,
+    "symbols": _symbols,
 }

@@ -102,6 +102,7 @@ BAD = [
     ({"rng": 2}, "rng takes True or False, not 2", "leave it out"),
     ({"rng": "yes"}, "rng takes True or False, not 'yes'", "leave it out"),
     ({"vsock": 3}, "vsock takes a text, not 3", "path=PATH"),
+    ({"symbols": 3}, "symbols takes the path of a file, not 3", "use a text"),
     ({"vsock": "cid=3", "machine": "microvm"}, "the vsock 'cid=3' has no path", "path=PATH"),
     ({"vsock": "path=a"}, "the bare machine has no virtio devices", "microvm"),
     ({"cpu": "host,+sse2,-sse2"}, "asks for +sse2 and leaves out sse2", "give one of them"),

@@ -22,7 +22,7 @@ _MAX_NOTES = 1 << 14
 _ADDRESS_END = 1 << 52  # what an x86 CPU can have at most (Intel SDM vol. 3, 4.1.4)
 
 # The header behind e_ident, and a program header (System V gABI, chapters 4 and 5).
-_EHDR = {32: struct.Struct("<HHIIIIIHHHHHH"), 64: struct.Struct("<HHIQQQIHHHHHH")}
+EHDR = {32: struct.Struct("<HHIIIIIHHHHHH"), 64: struct.Struct("<HHIQQQIHHHHHH")}
 _PHDR = {32: struct.Struct("<8I"), 64: struct.Struct("<IIQQQQQQ")}
 _NOTE = struct.Struct("<III")
 
@@ -61,6 +61,13 @@ class ElfKernel(NamedTuple):
         """From the first to the last GPA of all segments."""
         return range(min(s.paddr for s in self.segments), max(s.end for s in self.segments))
 
+    def virtual_address(self, offset: int) -> int | None:
+        """Where the byte at `offset` of the file is in memory; None if it is not loaded."""
+        for segment in self.segments:
+            if segment.offset <= offset < segment.offset + segment.filesz:
+                return segment.vaddr + offset - segment.offset
+        return None
+
     def physical_entry(self) -> int:
         """`entry` as a physical address. ImageError if it is in no segment.
 
@@ -82,13 +89,11 @@ def parse(data: bytes | memoryview) -> ElfKernel:
     if bytes(data[:4]) != MAGIC:
         raise ImageError("the kernel is not an ELF file; pass a vmlinux")
     bits = {1: 32, 2: 64}.get(data[4] if len(data) > 4 else 0)
-    if bits is None or len(data) < 16 + _EHDR[bits].size:
+    if bits is None or len(data) < 16 + EHDR[bits].size:
         raise _damaged("its header is cut short or of no known class")
     if data[5] != 1:
         raise ImageError("the ELF file is big-endian; pass a kernel for x86")
-    kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, *_ = _EHDR[bits].unpack_from(
-        data, 16
-    )
+    kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, *_ = EHDR[bits].unpack_from(data, 16)
     if machine not in (_EM_386, _EM_X86_64):
         raise ImageError(f"the ELF file is for machine {machine}; pass a kernel for x86")
     if kind not in (_ET_EXEC, _ET_DYN):

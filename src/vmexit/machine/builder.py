@@ -167,6 +167,8 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         memory = GuestMemory(ram_ranges(config.memory))
         stack.callback(memory.close)
         entry, contents = _load(config, memory)
+        if config.symbols is not None:  # they are for later, and a wrong path is told now
+            read_image(config.symbols, what="symbol file")
         pio, mmio = Bus("port"), Bus("MMIO")
         loop = EventLoop(request.fail)
         stack.callback(loop.close)

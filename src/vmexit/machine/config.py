@@ -83,6 +83,7 @@ class _Options(NamedTuple):
     balloon: int | None = None
     vsock: str | None = None
     consoles: tuple[str, ...] = ()
+    symbols: str | os.PathLike[str] | None = None
 
     @property
     def cpu_model(self) -> CpuModel:
@@ -183,6 +184,10 @@ class MachineConfig(_Options):
         if self.balloon is not None and not isinstance(self.balloon, int):
             raise ConfigError(
                 f"balloon takes a number of bytes, not {quoted(self.balloon)}; use parse_size()"
+            )
+        if self.symbols is not None and not isinstance(self.symbols, str | os.PathLike):
+            raise ConfigError(
+                f"symbols takes the path of a file, not {quoted(self.symbols)}; use a text"
             )
         if self.vsock is not None and not isinstance(self.vsock, str):
             raise ConfigError(f"vsock takes a text, not {quoted(self.vsock)}; use path=PATH,cid=3")

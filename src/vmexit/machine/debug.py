@@ -11,11 +11,14 @@ from vmexit.machine.runner import Runner
 from vmexit.machine.stop import Stop, StopReason
 
 
-class Step(NamedTuple):
-    """One instruction of vCPU `vcpu`; the others run meanwhile unless it is `alone`."""
+class Turn(NamedTuple):
+    """What the vCPUs are to do: run on, or `step` one of them; all of them, or `only` one."""
 
-    vcpu: int
-    alone: bool = True
+    step: int | None = None
+    only: int | None = None
+
+
+ALL = Turn()
 
 
 class DebuggedRunner:
@@ -58,7 +61,7 @@ class DebuggedRunner:
         finally:
             self._vm.debugger.disarm()
 
-    def run(self, timeout: float | None, step: Step | None = None) -> Stop:
+    def run(self, timeout: float | None, turn: Turn = ALL) -> Stop:
         """As `Runner.run()`; DEBUG is the reason at a point, and once a step is done.
 
         A vCPU that the last run has left at a breakpoint goes on behind it.
@@ -66,13 +69,13 @@ class DebuggedRunner:
         with self._lock:
             points = tuple(self._points)
         stopped_at, self._stopped_at = self._stopped_at, {}
-        if not points and step is None:
+        if not points and turn == ALL:
             return self._runner.run(timeout)
         end = None if timeout is None else time.monotonic() + timeout
-        if step is None:
+        if turn.step is None:
             for number, gva in stopped_at.items():
                 if self._rip(number) == gva and Point(gva) in points:
-                    stop = self._run(points, timeout, Step(number))
+                    stop = self._run(points, timeout, Turn(number, number))
                     if stop.reason is not StopReason.DEBUG or stop.point is not None:
                         return stop
                     # Not each accelerator stops at a point where the run begins.
@@ -80,16 +83,14 @@ class DebuggedRunner:
                         self._stopped_at[number] = here.gva
                         return stop._replace(point=here)
         timeout = None if end is None else max(0, end - time.monotonic())
-        return self._run(points, timeout, step)
+        return self._run(points, timeout, turn)
 
-    def _run(self, points: Collection[Point], timeout: float | None, step: Step | None) -> Stop:
-        number = None if step is None else step.vcpu
-        only = number if step is not None and step.alone else None
-        ways = self._vm.debugger.arm(points, number, only)
+    def _run(self, points: Collection[Point], timeout: float | None, turn: Turn) -> Stop:
+        ways = self._vm.debugger.arm(points, turn.step, turn.only)
         with self._lock:
             self._ways |= ways
         try:
-            stop = self._runner.run(timeout, only)
+            stop = self._runner.run(timeout, turn.only)
         finally:
             self._vm.debugger.disarm()
         if stop.point is not None and stop.point.kind is PointKind.EXECUTE:

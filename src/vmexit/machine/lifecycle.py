@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from vmexit.core.errors import VmexitError
-from vmexit.machine.debug import DebuggedRunner, Step
+from vmexit.machine.debug import ALL, DebuggedRunner, Turn
 from vmexit.machine.events import EventKind, RunState, Subscribers
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
@@ -47,7 +47,7 @@ class Lifecycle:
         self._changed = threading.Condition()
         self._state = RunState.CREATED
         self._held = False
-        self._step: Step | None = None
+        self._turn = ALL
         self._active = 0  # the thread in run()
         self._woken = False
         self._ending: Stop | None = None  # asked for while it was held
@@ -84,7 +84,7 @@ class Lifecycle:
 
     # The thread of run().
 
-    def run(self, timeout: float | None, step: Step | None = None) -> Stop:
+    def run(self, timeout: float | None, turn: Turn = ALL) -> Stop:
         """See `Machine.run()`."""
         with self._changed:
             if self._active:
@@ -92,7 +92,8 @@ class Lifecycle:
             self._active = threading.get_ident()
             self._ending = None
             self._request.forget()
-            self._step = step
+            if turn != ALL:
+                self._turn = turn
         end = None if timeout is None else time.monotonic() + timeout
         try:
             while True:
@@ -104,6 +105,7 @@ class Lifecycle:
             with self._changed:
                 self._active = 0
                 self._held = False
+                self._turn = ALL
                 if self._state is RunState.RUNNING:  # an exception
                     self._state = RunState.PAUSED
                 self._changed.notify_all()
@@ -128,10 +130,10 @@ class Lifecycle:
     def _run(self, end: float | None) -> Stop | None:
         """Run until the vCPUs stop; None if that was not the end."""
         with self._changed:
-            step, self._step = self._step, None
+            turn, self._turn = self._turn, ALL
         self.subscribers.tell(EventKind.RESUMED)
         left = None if end is None else max(0.0, end - time.monotonic())
-        stop = self._runner.run(left, step)
+        stop = self._runner.run(left, turn)
         if stop.reason is StopReason.PAUSED:
             self._become(RunState.PAUSED, EventKind.PAUSED)
             return None
@@ -183,15 +185,17 @@ class Lifecycle:
                 self._request(Stop(StopReason.PAUSED))
                 self._changed.wait(_AGAIN)
 
-    def resume(self, step: Step | None = None) -> None:
-        """Let a held run go on, or only a step of it. Raises VmexitError if there is none."""
+    def resume(self, turn: Turn = ALL) -> None:
+        """Let a held run go on, by a step if `turn` says so. Raises VmexitError without one."""
         with self.control, self._changed:
             if self._state is RunState.RUNNING:
                 return
-            if not self._active:
+            if not self._active and not self._held:
                 raise VmexitError("no run of this machine is under way; run() or start() it")
             self._held = False
-            self._step = step
+            self._turn = turn
+            if not self._active:
+                return  # a run that is still to come begins with that
             self._state = RunState.RUNNING
             self._changed.notify_all()
 

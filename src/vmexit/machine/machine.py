@@ -5,10 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from vmexit.accel.base import Point, Way
-from vmexit.arch.x86.code import dump, next_instruction
+from vmexit.accel.base import Point, Vcpu, Way
 from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS, PHYSICAL_END
-from vmexit.arch.x86.paging import translate
 from vmexit.boot import flat
 from vmexit.boot.image import read_image
 from vmexit.core.errors import ConfigError, ImageError, VmexitError
@@ -24,9 +22,10 @@ from vmexit.machine.config import (
     parse_size,
 )
 from vmexit.machine.console import GuestConsole
-from vmexit.machine.debug import DebuggedRunner, Step
+from vmexit.machine.debug import ALL, DebuggedRunner, Turn
 from vmexit.machine.events import EventKind, RunState, Subscriber
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
+from vmexit.machine.inspection import Inspection
 from vmexit.machine.lifecycle import Decision, Lifecycle
 from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
@@ -41,7 +40,7 @@ class _Start(NamedTuple):
     image: range
 
 
-class Machine:
+class Machine(Inspection):
     """A virtual machine: guest memory, vCPUs, devices. Paused until `run()`.
 
     It holds descriptors, memory and a thread until `close()`, which `with` calls.
@@ -83,6 +82,7 @@ class Machine:
         balloon: int | str | None = None,
         vsock: str | None = None,
         consoles: tuple[str, ...] | list[str] = (),
+        symbols: str | os.PathLike[str] | None = None,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -106,6 +106,7 @@ class Machine:
         `consoles` are virtio consoles and, with a name, plain ports: `WHERE[,name=NAME]`, WHERE as
         for `serial`.
         `shares` are folders that the guest mounts by 9P, `TAG=PATH[,readonly=on]`.
+        `symbols` is a file with names for addresses: see the property.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -137,6 +138,7 @@ class Machine:
             balloon=None if balloon is None else parse_size(balloon),
             vsock=vsock,
             consoles=_tuple(consoles),
+            symbols=symbols,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for
@@ -214,10 +216,18 @@ class Machine:
         """Guest physical memory: `vm.memory[gpa:end]`, `vm.memory.read_u32(gpa)`, …"""
         return self._parts.memory
 
+    def _vcpus(self) -> Sequence[Vcpu]:
+        return self._parts.vcpus
+
     @property
     def running(self) -> bool:
         """Whether vCPUs run: a `run()` is under way, and not paused."""
         return self._runner.busy
+
+    @property
+    def active(self) -> bool:
+        """Whether a `run()` is under way, paused or not."""
+        return self._life.active
 
     @property
     def state(self) -> RunState:
@@ -329,25 +339,28 @@ class Machine:
         the machine is paused afterwards, at the end of an instruction, and can go on.
         Other threads may `pause()` and `resume()` it meanwhile, which does not end this.
         """
-        return self._run(timeout, None)
+        return self._run(timeout, ALL)
 
     def step(self, vcpu: int = 0, timeout: float | None = None) -> Stop:
         """Execute one instruction of `vcpu`, while the others stand still.
 
         The reason is DEBUG; another one if the guest, `stop()` or the timeout came between.
         """
-        if not 0 <= vcpu < len(self.vcpus):
-            raise ConfigError(f"there is no vCPU {vcpu}; use 0 to {len(self.vcpus) - 1}")
-        return self._run(timeout, Step(vcpu))
+        self._require_vcpu(vcpu)
+        return self._run(timeout, Turn(vcpu, vcpu))
 
-    def _run(self, timeout: float | None, step: Step | None) -> Stop:
+    def _run(self, timeout: float | None, turn: Turn) -> Stop:
         self._require_open()
         if timeout is not None and not timeout >= 0:
             raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
-        stop = self._life.run(timeout, step)
+        stop = self._life.run(timeout, turn)
         if stop.crashed and not self._closed:
             stop = stop._replace(dump=self.dump(stop.vcpu))
         return stop
+
+    def _require_vcpu(self, vcpu: int) -> None:
+        if not 0 <= vcpu < len(self.vcpus):
+            raise ConfigError(f"there is no vCPU {vcpu}; use 0 to {len(self.vcpus) - 1}")
 
     def start(self, timeout: float | None = None) -> None:
         """Begin a `run()` in a thread of its own; `wait()` has what it returns."""
@@ -370,13 +383,15 @@ class Machine:
         self._require_outside()
         self._life.pause()
 
-    def resume(self, step: int | None = None) -> None:
+    def resume(self, *, step: int | None = None, only: int | None = None) -> None:
         """Let a paused run go on; with `step`, for one instruction of that vCPU.
 
-        Raises VmexitError if no `run()` is under way.
+        All vCPUs run until then, or `only` one. Raises VmexitError if no `run()` is under way.
         """
         self._require_open()
-        self._life.resume(None if step is None else Step(step))
+        for vcpu in (step, only):
+            self._require_vcpu(vcpu or 0)
+        self._life.resume(Turn(step, only))
 
     def paused(self) -> AbstractContextManager[None]:
         """`with vm.paused():` no vCPU runs within, and nobody else resumes it."""
@@ -467,21 +482,6 @@ class Machine:
         """Make the `run()` under way return, from any thread or callback; False without one."""
         return self._life.stop()
 
-    def translate(self, gva: int, vcpu: int = 0) -> int | None:
-        """The GPA of guest virtual address `gva` by the page tables of `vcpu`; None if unmapped.
-
-        From a GPA, `memory.hva(gpa)` leads on to the host virtual address.
-        """
-        self.require_still(vcpu)
-        return translate(self.memory, self._parts.vcpus[vcpu].system_registers(), gva)
-
-    def dump(self, vcpu: int = 0) -> str:
-        """All registers and the next instruction, as text."""
-        self.require_still(vcpu)
-        registers = self._parts.vcpus[vcpu].registers()
-        system = self._parts.vcpus[vcpu].system_registers()
-        return dump(registers, system, next_instruction(self.memory, registers, system)[1])
-
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards."""
         if not self._closed:
@@ -510,7 +510,7 @@ class Machine:
             raise VmexitError("a machine cannot be paused from within its own access; stop() it")
 
     def require_still(self, vcpu: int | None = None) -> None:
-        """No vCPU runs, or the caller is within an access: of `vcpu`, if that is given."""
+        """Raises VmexitError unless no vCPU runs, or the caller is within an access of `vcpu`."""
         self._require_open()
         if not self._runner.busy:
             return

@@ -192,7 +192,7 @@ class MachineVcpu:
 
     @property
     def fpu(self) -> bytes:
-        """x87 and SSE as FXSAVE stores them in 64-bit mode: 512 bytes (Intel SDM vol. 1, 10.5.1)."""
+        """x87 and SSE as FXSAVE stores them in 64-bit mode, 512 bytes (SDM vol. 1, 10.5.1)."""
         self._owner.require_still(self.index)
         return self._vcpu.fpu()
 

@@ -126,6 +126,7 @@ class Target:
             '<!DOCTYPE target SYSTEM "gdb-target.dtd">',
             '<target version="1.0">',
             f"<architecture>{_ELF_NAMES[self.architecture]}</architecture>",
+            "<osabi>none</osabi>",
         ]
         for feature in self._features:
             lines.append(f'<feature name="{feature.name}">{feature.types}')
