@@ -12,6 +12,8 @@ from vmexit.core.unix_socket import SocketFile
 
 # A client that does not read for so long, in seconds, is cut off.
 _PATIENCE = 10
+# How long, in seconds, a client is waited for at the end.
+_GRACE = 1
 
 
 class Address(NamedTuple):
@@ -169,11 +171,13 @@ class Server:
             self._listener.close()
             if self._file is not None:
                 self._file.remove()
-        for client, thread in clients.items():
-            with suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-            if thread is not threading.current_thread():
-                thread.join()
+        # To read the end tells a client's thread; what it has to say still may go out.
+        for how, seconds in ((socket.SHUT_RD, _GRACE), (socket.SHUT_RDWR, None)):
+            for client, thread in clients.items():
+                with suppress(OSError):
+                    client.shutdown(how)
+                if thread is not threading.current_thread():
+                    thread.join(seconds)
 
 
 _Place = str | tuple[str | int | bytes, ...]

@@ -113,19 +113,22 @@ class Lifecycle:
     def _wait(self, timeout: float | None) -> Stop | None:
         """Wait until it may run, and say that it does; how it ends, if it may not."""
         end = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while self._held and self._ending is None and not self._woken:
-                if self._state is RunState.RUNNING:  # resumed and paused again, before we saw it
-                    self._state = RunState.PAUSED
-                    self._changed.notify_all()
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left <= 0:
-                    return Stop(StopReason.TIMEOUT)
-                self._changed.wait(left)
-            self._woken = False
-            if self._ending is None:
-                self._state = RunState.RUNNING
-            return self._ending
+        while True:
+            with self._changed:
+                held = self._held and self._ending is None and not self._woken
+                if not held:
+                    self._woken = False
+                    if self._ending is None:
+                        self._state = RunState.RUNNING
+                    return self._ending
+                if self._state is not RunState.RUNNING:
+                    left = None if end is None else end - time.monotonic()
+                    if left is not None and left <= 0:
+                        return Stop(StopReason.TIMEOUT)
+                    self._changed.wait(left)
+                    continue
+            # Resumed and paused again before it ran: whoever waits for a stop has to know.
+            self._become(RunState.PAUSED, EventKind.PAUSED)
 
     def _run(self, end: float | None) -> Stop | None:
         """Run until the vCPUs stop; None if that was not the end."""

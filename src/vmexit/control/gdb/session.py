@@ -61,7 +61,7 @@ class Session:
         self._vcpu = 0  # that registers and memory are read of
         self._points: dict[tuple[str, int, int], Point] = {}
         self._physical = False
-        self._crashed: Stop | None = None  # told to the debugger
+        self._crashed = self._ends = False
         self._told_ways: set[str] = set()
         self._queries: dict[str, Callable[[str], bytes]] = {
             "qSupported": self._supported,
@@ -96,7 +96,9 @@ class Session:
         finally:
             stop_deciding()
             stop_telling()
-            os.close(self._wake)
+            with self._lock:  # an event may be on its way still
+                os.close(self._wake)
+                self._wake = -1
             self._leave()
 
     def _loop(self) -> None:
@@ -141,16 +143,18 @@ class Session:
     def _on_event(self, event: Event) -> None:
         """Called on whatever thread the event is on."""
         with self._lock:
-            self._events.append(event)
-            os.eventfd_write(self._wake, 1)
+            if self._wake >= 0:
+                self._events.append(event)
+                os.eventfd_write(self._wake, 1)
 
     def _decide(self, stop: Stop) -> After:
         """A stop at a breakpoint is for us; so is a crash, once, to be looked at."""
         if stop.reason is StopReason.DEBUG:
             return After.HOLD
-        if stop.crashed and self._crashed is None:
-            self._crashed = stop
+        if stop.crashed and not self._crashed:
+            self._crashed = True
             return After.HOLD
+        self._ends = True
         return After.END
 
     def _report_events(self) -> None:
@@ -158,7 +162,7 @@ class Session:
             events, self._events = self._events, []
         for event in events:
             if event.kind is EventKind.RESET:
-                self._crashed = None
+                self._crashed = False
             if event.kind is EventKind.RESUMED:
                 self._runs = True
             elif not self._runs:
@@ -170,6 +174,9 @@ class Session:
                 self._stopped(_SIGTRAP, event.stop.point)
             elif event.kind is EventKind.CRASHED and event.stop is not None:
                 self._vcpu = event.stop.vcpu
+                if self._ends:
+                    self._send(f"X{_SIGSEGV:02x}".encode())
+                    raise Ended
                 self._say(f"{event.stop.summary()}\n")
                 self._stopped(_SIGSEGV)
             elif event.kind is EventKind.SHUTDOWN and event.stop is not None:
