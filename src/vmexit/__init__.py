@@ -13,8 +13,9 @@ if TYPE_CHECKING:
         ImageError,
         VmexitError,
     )
+    from vmexit.core.exit_stats import ExitStats
     from vmexit.core.memory import GuestMemory
-    from vmexit.core.trace import ExitObserver, ExitStats, JsonTrace, Tee, TextLog
+    from vmexit.core.trace import ExitObserver, JsonTrace, Tee, TextLog
     from vmexit.machine.config import MachineConfig
     from vmexit.machine.hooks import Access
     from vmexit.machine.machine import Machine
@@ -34,8 +35,9 @@ _HOMES = {
         "ImageError",
         "VmexitError",
     ),
+    "vmexit.core.exit_stats": ("ExitStats",),
     "vmexit.core.memory": ("GuestMemory",),
-    "vmexit.core.trace": ("ExitObserver", "ExitStats", "JsonTrace", "Tee", "TextLog"),
+    "vmexit.core.trace": ("ExitObserver", "JsonTrace", "Tee", "TextLog"),
     "vmexit.machine.config": ("MachineConfig",),
     "vmexit.machine.hooks": ("Access",),
     "vmexit.machine.machine": ("Machine",),

@@ -17,7 +17,8 @@ from vmexit.backends.wait import PATIENCE, never, write_all
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
-    from vmexit.core.trace import ExitObserver, ExitStats
+    from vmexit.core.exit_stats import ExitStats
+    from vmexit.core.trace import ExitObserver
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +97,7 @@ def _version_or_help(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
-    from vmexit.core.trace import ExitStats
+    from vmexit.core.exit_stats import ExitStats
     from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 

@@ -4,7 +4,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from ctypes import sizeof
 from fcntl import ioctl
@@ -155,7 +155,8 @@ class KvmVcpu:
             self.detach_thread()
 
     def _run(self) -> Exit:
-        fd, u32, u64, run_ioctl, run = self.fd, self._u32, self._u64, ioctl, KVM_RUN
+        fd, u32, u64, run = self.fd, self._u32, self._u64, KVM_RUN
+        run_ioctl = ioctl if self._observer is None else self._observed_run(self._observer)
         route_of = self._routes.get
         while True:
             try:
@@ -178,9 +179,9 @@ class KvmVcpu:
                     else:
                         break
             except OSError as error:
-                if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                if self._is_from_device(error):
                     self._complete()
-                    raise  # not KVM_RUN's error but one from a device, some frames below
+                    raise
                 # EAGAIN: a vCPU that waits for its SIPI was woken.
                 if error.errno not in (errno.EINTR, errno.EAGAIN):
                     raise HostError(
@@ -196,6 +197,27 @@ class KvmVcpu:
             if reason in (KVM_EXIT_INTR, KVM_EXIT_SET_TPR):
                 continue  # CR8 was written, and there is no interrupt controller to tell
             return self._exit(reason)
+
+    def _observed_run(self, observer: ExitObserver) -> Callable[[int, int], int]:
+        """KVM_RUN with `observer` told of each entry and exit, for the loop in place of `ioctl`."""
+        index = self.index
+
+        def run(fd: int, request: int) -> int:
+            observer.enters(index)
+            try:
+                return ioctl(fd, request)
+            finally:
+                observer.left(index)
+
+        observer.left(index)
+        return run
+
+    def _is_from_device(self, error: OSError) -> bool:
+        """Whether it is not KVM_RUN's error but one from some frames below the loop's."""
+        frames = error.__traceback__
+        if self._observer is not None and frames is not None and frames.tb_next is not None:
+            frames = frames.tb_next  # that of `_observed_run()`
+        return frames is not None and frames.tb_next is not None
 
     def _complete(self) -> None:
         """Finish the access whose device has failed, and execute nothing more (KVM API 5, io).

@@ -289,11 +289,17 @@ class Processor:
         self._host_writes.drop()
         words[StopWords.DELIVERING] = 0  # a triple fault ends within one
         words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
+        observer = self._observer
+        if observer is not None:
+            observer.left(self._index)
+            observer.enters(self._index)
         self._stopper.running(True)
         error: int = self._library.emu_start(self._handle, state.rip, 0, 0, 0)
         if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
         self._stopper.running(False)
+        if observer is not None:
+            observer.left(self._index)
         if vcpu.nmi and not (state.requested | self._withheld) & NMI:
             vcpu.nmi = False
         self._withheld = 0
@@ -311,8 +317,8 @@ class Processor:
                 vcpu.interruptible = bool(state.u32[EFLAGS // 4] & RFLAGS_IF)
                 vcpu.in_nmi = bool(state.u32[HFLAGS2 // 4] & HF2_NMI)
                 return None
-        if self._observer is not None:
-            self._observer.other(self._index, exit.reason.value, exit.detail)
+        if observer is not None:
+            observer.other(self._index, exit.reason.value, exit.detail)
         return exit
 
     def begin(self) -> None:
