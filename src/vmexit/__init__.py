@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmexit.arch.x86.registers import Segment, Table
+    from vmexit.core.chrome_trace import ChromeTrace
     from vmexit.core.errors import (
         ConfigError,
         GuestAddressError,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 # wants `vmexit.abi` alone, do not need all of it.
 _HOMES = {
     "vmexit.arch.x86.registers": ("Segment", "Table"),
+    "vmexit.core.chrome_trace": ("ChromeTrace",),
     "vmexit.core.errors": (
         "ConfigError",
         "GuestAddressError",
@@ -47,6 +49,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Access",
+    "ChromeTrace",
     "ConfigError",
     "ExitObserver",
     "ExitStats",

@@ -243,8 +243,15 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument("--log-exits", action="store_true", help="one line an exit on stderr")
     run.add_argument("--trace", metavar="F", help="write one JSON object an exit, one a line, to F")
     run.add_argument(
-        "--stats", action="store_true", help="a table of exits by reason and address at the end"
-    )
+        "--trace-format", choices=("json", "chrome"), default="json",
+        help="of --trace. json: those lines (default); chrome: how long each exit took, by vCPU "
+        "and device, and which memory is written, for https://ui.perfetto.dev and vmexit report",
+    )  # fmt: skip
+    run.add_argument(
+        "--stats", action="store_true",
+        help="at the end a table of exits by reason and address, with their time on the host, and "
+        "how much of its time each vCPU was in the guest",
+    )  # fmt: skip
     run.add_argument(
         "--timeout", metavar="SECONDS", type=_seconds, help="end the run after so long, status 124"
     )

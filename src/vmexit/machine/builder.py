@@ -48,6 +48,7 @@ class Parts(NamedTuple):
     memory: GuestMemory
     pio: Bus
     mmio: Bus
+    vm: Vm
     vcpus: list[Vcpu]
     executors: Sequence[Executor]
     devices: dict[str, Stateful]
@@ -191,6 +192,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             memory,
             pio,
             mmio,
+            engine.vm,
             engine.vcpus,
             engine.vm.executors,
             board.devices,

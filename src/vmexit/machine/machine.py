@@ -34,6 +34,9 @@ from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
 from vmexit.machine.runner import Runner, StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
+if TYPE_CHECKING:
+    from vmexit.core.chrome_trace import ChromeTrace
+
 
 class RegisterView:
     """The registers of a vCPU by name: read and write `rax`, `rip`, `cr3`, `cs`, `gdt`, …
@@ -423,7 +426,8 @@ class Machine:
         _check_hooks(read, write)
         if not 0 <= port <= port + count - 1 <= 0xFFFF:
             raise ConfigError(f"ports {port:#x}+{count} are not within 0 to 0xffff")
-        self._parts.pio.attach(port, count, Hook(port, read, write, self._within), overhang=True)
+        hook = Hook(port, read, write, self._within)
+        self._parts.pio.attach(port, count, hook, overhang=True, name=f"on_pio {port:#x}")
 
     def on_mmio(
         self,
@@ -446,7 +450,8 @@ class Machine:
                     f"MMIO {gpa:#x}..{gpa + size - 1:#x} lies in RAM, which answers first; use an "
                     f"address from {region.end:#x} on, or less memory"
                 )
-        self._parts.mmio.attach(gpa, size, Hook(gpa, read, write, self._within), overhang=True)
+        hook = Hook(gpa, read, write, self._within)
+        self._parts.mmio.attach(gpa, size, hook, overhang=True, name=f"on_mmio {gpa:#x}")
 
     def run(self, timeout: float | None = None) -> Stop:
         """Run the guest until it stops, `stop()` is called, or `timeout` seconds have passed.
@@ -461,6 +466,15 @@ class Machine:
         if stop.crashed:
             stop = stop._replace(dump=self.dump(stop.vcpu))
         return stop
+
+    def begin_trace(self, trace: "ChromeTrace") -> None:
+        """Tell `trace` what this machine is, and from now on which of its memory was written.
+
+        Before the first run, once; `trace` is one of the observers.
+        """
+        from vmexit.machine.tracing import begin
+
+        begin(trace, self._parts, self._request.fail)
 
     @property
     def stopping(self) -> bool:
