@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_start(inspect)
     inspect.set_defaults(command="inspect")
     _add_fetch(commands)
+    _add_report(commands)
     return parser
 
 
@@ -121,6 +122,23 @@ def _add_fetch(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--output", metavar="DIR", help="also put them into DIR, as vmlinuz and initrd.gz"
     )
     fetch.set_defaults(command="fetch")
+
+
+def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    report = commands.add_parser(
+        "report",
+        help="make an HTML page of a trace",
+        description="Show what a trace says as one HTML page: exits over time, the hottest ports "
+        "and addresses, and, of --trace-format chrome, where the time went, and memory.",
+        epilog="example:\n  vmexit run guests/hello.bin --trace t.json --trace-format chrome\n"
+        "  vmexit report t.json -o report.html\n",
+    )
+    report.add_argument("trace", metavar="TRACE", help="what vmexit run --trace has written")
+    report.add_argument(
+        "-o", "--output", metavar="FILE", default="report.html",
+        help="the page (default report.html); it needs no other file and no network",
+    )  # fmt: skip
+    report.set_defaults(command="report")
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:

@@ -369,10 +369,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from vmexit.report.write import write_report
+
+    exits = write_report(arguments.trace, arguments.output).exits
+    _print(f"{exits} exits: {shown(arguments.output)}")
+    return 0
+
+
 _COMMANDS = {
     "": _version_or_help,
     "run": _run,
     "doctor": _doctor,
     "inspect": _inspect,
     "fetch": _fetch,
+    "report": _report,
 }
