@@ -98,7 +98,6 @@ def _version_or_help(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
-    from vmexit.core.exit_stats import ExitStats
     from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 
@@ -114,7 +113,11 @@ def _run(arguments: argparse.Namespace) -> int:
     ):
         raise ConfigError(f"{other} where it starts; leave out --load-address, --entry and --mode")
     with ExitStack() as stack:
-        stats = ExitStats() if arguments.stats else None
+        stats = None
+        if arguments.stats:
+            from vmexit.core.exit_stats import ExitStats
+
+            stats = ExitStats()
         config = MachineConfig(
             memory=parse_size(arguments.memory),
             accel=arguments.accel,

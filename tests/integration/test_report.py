@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from itertools import pairwise
 
 import pytest
 from browser import open_page
@@ -31,6 +32,14 @@ def test_a_report_of_a_boot_in_a_browser(tmp_path):
     shown = open_page(page)
     assert shown.console == []
     events = json.loads(trace.read_text())["traceEvents"]
+    tracks: dict[int, list[tuple[float, float]]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            tracks.setdefault(event["tid"], []).append((event["ts"], event["dur"]))
+    assert len(tracks) >= 5
+    for spans in tracks.values():  # Perfetto nests them where they overlap, or gives up
+        spans.sort()
+        assert all(a + b <= c + 1e-3 for (a, b), (c, _) in pairwise(spans))
     exits = sum(event.get("cat") == "exit" for event in events)
     assert exits > 1000
     assert told == f"{exits} exits: {page}\n"
