@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from command import GUESTS, VMEXIT, vmexit
 
-from vmexit import ChromeTrace, Machine, StopReason
+from vmexit import ChromeTrace, Machine, StopReason, VmexitError
 
 # mov byte [si+0x100], 1; add si, 0x1000; out 0x10, al; jmp back: writes to all pages of a segment
 SPIN = bytes.fromhex("c684000101 81c60010 e610 ebf3")
@@ -51,6 +51,21 @@ def test_it_is_valid_however_the_run_ends(accel, tmp_path, end):
     assert events(trace, cat="exit", name="out 0x10")
 
 
+def test_a_trace_of_a_run_that_was_killed_is_read_to_where_it_ends(accel, tmp_path):
+    trace, image = tmp_path / "trace", tmp_path / "spin.bin"
+    image.write_bytes(bytes(0x1000) + SPIN)
+    command = [*VMEXIT, "run", "--accel", accel, str(image), "--trace", str(trace)]
+    command += ["--trace-format", "chrome", "--timeout", "60"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while not trace.exists() or os.path.getsize(trace) < 1 << 17:
+            assert process.poll() is None
+        process.kill()
+    done = vmexit("report", trace, "-o", tmp_path / "page.html")
+    assert done.status == 0
+    assert int(done.out.split()[0]) > 100
+    assert '"cutOff": true' in (tmp_path / "page.html").read_text()
+
+
 def test_memory_that_is_written_is_told(accel, tmp_path):
     with open(tmp_path / "trace", "w+") as file:
         trace = ChromeTrace(file)
@@ -61,6 +76,8 @@ def test_memory_that_is_written_is_told(accel, tmp_path):
             vm.vcpus[0].regs.ds = vm.vcpus[0].regs.ds._replace(base=0x8_0000, selector=0x8000)
             vm.begin_trace(trace)
             assert vm.run(timeout=60).reason is StopReason.STOPPED
+        with pytest.raises(VmexitError, match="is closed"):
+            vm.begin_trace(trace)
         trace.close()
     written: dict[int, int] = {}
     for event in events(tmp_path / "trace", name="dirty"):

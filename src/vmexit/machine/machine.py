@@ -472,6 +472,7 @@ class Machine:
 
         Before the first run, once; `trace` is one of the observers.
         """
+        self._require_still()
         from vmexit.machine.tracing import begin
 
         begin(trace, self._parts, self._request.fail)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from vmexit import __version__
 from vmexit.accel.base import Vm
 from vmexit.core.chrome_trace import ChromeTrace, MemorySlot, TraceInfo
+from vmexit.core.errors import HostError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 from vmexit.core.threads import block_signals
 from vmexit.machine.builder import Parts
@@ -54,7 +55,12 @@ class DirtySampler:
         vm.start_dirty_log()
         # A daemon: a program that forgets close() must still be able to end.
         self._thread = threading.Thread(target=self._main, name="vmexit-dirty", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise HostError(
+                f"cannot start a thread that looks at memory: {error}; free memory"
+            ) from error
 
     def _main(self) -> None:
         block_signals()

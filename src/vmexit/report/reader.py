@@ -15,7 +15,7 @@ REMEDY = "give a file that vmexit run --trace has written"
 _MAX_VCPU = 4095
 _MAX_SECONDS = 1e9
 _MAX_ADDRESS = (1 << 64) - 1
-_MAX_SLOTS = 256
+_MAX_SLOTS = 64
 _MAX_MEMBERS = 64
 _MAX_NAME = 64
 
