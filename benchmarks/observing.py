@@ -1,22 +1,29 @@
 """Rows `observing`: that exits cost the same while nobody observes, and what observers cost."""
 
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 from unittest.mock import patch
 
-from counted import RING0, BareVcpu, counts
+from counted import PORT, RING0, BareVcpu, counts
+from loop import FIOCLEX
 from measure import Row, Unavailable, attempt, differences, interleave, spread
 
 from vmexit import ChromeTrace, ExitObserver, ExitStats, JsonTrace, Machine
+from vmexit.abi.kvm import KVM_EXIT_IO
+from vmexit.accel.kvm import vcpu as vcpu_module
 from vmexit.accel.soft import processor
 from vmexit.cli import _Output
+from vmexit.core.bus import Bus
 from vmexit.core.chrome_trace import TraceInfo
+from vmexit.core.memory import GuestMemory
+from vmexit.machine.hooks import Hook
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,8 +33,8 @@ BEFORE = "85dd78b"
 TARGET = 0.1  # µs
 
 # 32-bit code that stores EAX where no memory is, COUNT times, or puts it out to a port.
-_MMIO, _PORT = 0xD000_0000, 0x10
-_STORE, _OUT = b"\xa3" + _MMIO.to_bytes(4, "little"), bytes((0xE7, _PORT))
+_MMIO = 0xD000_0000
+_STORE, _OUT = b"\xa3" + _MMIO.to_bytes(4, "little"), bytes((0xE7, PORT))
 
 
 class Taken(NamedTuple):
@@ -41,8 +48,9 @@ Side = Callable[[], Taken]
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """On KVM, then on the software CPU."""
+    """On KVM, on a stand-in whose KVM_RUN costs almost nothing, and on the software CPU."""
     rounds = 3 if quick else 21
+    yield from attempt("observing no KVM", _without_kvm(rounds, quick))
     yield from attempt("observing kvm", _on_kvm(rounds, dict(counts(quick))[RING0]))
     for name, code in (("port", _OUT), ("MMIO", _STORE)):
         yield from attempt(f"observing soft {name}", _on_soft(rounds, quick, name, code))
@@ -132,6 +140,53 @@ def _on_kvm(rounds: int, count: int) -> Iterator[Row]:
         yield from _rows("kvm", what, rounds, side(bare.vcpu.run), sides)
 
 
+def _endless(stack: ExitStack, module: ModuleType, count: int) -> Side:
+    """The loop of `module` around an ioctl that does next to nothing: no guest, so no noise."""
+
+    class StandIn(module.KvmVcpu):
+        def _set_signal_mask(self, blocked: object) -> None:
+            """A file knows no signal mask."""
+
+    fd = os.memfd_create("bench-kvm-run", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 2 * 4096)
+    memory = GuestMemory([(0, 4096)])
+    stack.callback(memory.close)
+    pio = Bus("port")
+    vcpu = StandIn(fd, 0, 2 * 4096, memory, pio, Bus("MMIO"), None)
+    stack.callback(vcpu.close)
+    page = vcpu.kvm_run()
+    page.exit_reason = KVM_EXIT_IO
+    page.io.direction, page.io.size, page.io.port = 1, 1, PORT
+    page.io.count, page.io.data_offset = 1, 4096
+    del page
+
+    def measure() -> Taken:
+        def run() -> None:
+            with suppress(StopIteration):
+                vcpu.run()
+
+        following = iter(range(count)).__next__
+        pio.attach(PORT, 1, Hook(PORT, None, lambda access: following()))
+        try:
+            with patch.object(module, "KVM_RUN", FIOCLEX):
+                return _timed(count, run)
+        finally:
+            pio.detach(PORT)
+
+    return measure
+
+
+def _without_kvm(rounds: int, quick: bool) -> Iterator[Row]:
+    count = 10_000 if quick else 100_000
+    with ExitStack() as stack:
+        off = _endless(stack, vcpu_module, count)
+        before = _endless(stack, _before("accel/kvm/vcpu.py"), count)
+        what = (
+            f"the loop around an ioctl that does next to nothing (FIOCLEX), {count} exits a round"
+        )
+        yield from _rows("no KVM", what, rounds, off, {"before": before})
+
+
 class _Ignore:
     """A device that does nothing."""
 
@@ -157,7 +212,7 @@ def _on_soft(rounds: int, quick: bool, name: str, instruction: bytes) -> Iterato
                     stack.enter_context(patch.object(processor, "PortIo", ports))
                     stack.enter_context(patch.object(processor, "Mmio", mmio))
                 vm = stack.enter_context(Machine("1M", "soft", observer=observer))
-                vm._parts.pio.attach(_PORT, 4, _Ignore())
+                vm._parts.pio.attach(PORT, 4, _Ignore())
                 vm._parts.mmio.attach(_MMIO, 4, _Ignore())
                 vm.load_bytes(loop, mode="protected")
                 executor = vm._parts.executors[0]
