@@ -128,8 +128,8 @@ def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
     report = commands.add_parser(
         "report",
         help="make an HTML page of a trace",
-        description="Show what a trace says as one HTML page: exits over time, the hottest ports "
-        "and addresses, and, of --trace-format chrome, where the time went, and memory.",
+        description="Show what a trace says as one HTML page: exits over time, the hottest "
+        "ports\nand addresses, and, of --trace-format chrome, where the time went, and memory.",
         epilog="example:\n  vmexit run guests/hello.bin --trace t.json --trace-format chrome\n"
         "  vmexit report t.json -o report.html\n",
     )

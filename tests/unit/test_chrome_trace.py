@@ -2,6 +2,9 @@
 
 import io
 import json
+import sys
+import threading
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -83,6 +86,36 @@ def test_a_device_has_a_track_of_its_name_on_which_spans_do_not_overlap(monkeypa
         tracks.setdefault(names[event["tid"]], []).append((event["ts"], event["dur"]))
     assert tracks == {"UART": [(2, 2), (4, 1)], "PIT": [(6, 1)]}
     assert [names[1], names[2]] == ["vCPU 0", "vCPU 1"]
+
+
+def test_spans_of_a_device_do_not_overlap_when_vcpus_are_in_it_at_once() -> None:
+    stream, vcpus = io.StringIO(), 3
+    trace = ChromeTrace(stream)
+    trace.begin(info({0x3F8: "UART"}, vcpus))
+    gate = threading.Barrier(vcpus)
+
+    def vcpu(index: int) -> None:
+        trace.left(index)
+        trace.enters(index)
+        gate.wait()
+        for _ in range(1000):
+            trace.left(index)
+            trace.io(index, False, 0x3F8, 1, 1, b"A")
+            trace.enters(index)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=vcpu, args=(i,)) for i in range(vcpus)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    trace.close()
+    events = json.loads(stream.getvalue())["traceEvents"]
+    assert sum(e.get("cat") == "exit" for e in events) == 3000
+    spans = sorted((e["ts"], e["dur"]) for e in events if e.get("cat") == "device")
+    assert all(a + b <= c + 1e-4 for (a, b), (c, _) in pairwise(spans))
 
 
 def test_it_tells_what_the_machine_is(monkeypatch) -> None:

@@ -164,19 +164,16 @@ class ChromeTrace(ExitObserver):
         )
 
     def _on_device(self, device: str, name: str, begin: int, end: int) -> str:
-        tid = self._tids.get(device)
-        if tid is None:
-            with self._lock:
-                tid = self._tids.get(device)
-                if tid is None:
-                    tid = _FIRST_DEVICE + len(self._tids)
-                    self._name_track(tid, device)
-                    self._tids[device] = tid
-        # Several vCPUs may be in a device at once, and the spans of a track may not overlap.
-        begin = max(begin, self._busy_until.get(tid, 0))
-        if begin >= end:
-            return ""
-        self._busy_until[tid] = end
+        with self._lock:
+            tid = self._tids.get(device)
+            if tid is None:
+                tid = self._tids[device] = _FIRST_DEVICE + len(self._tids)
+                self._name_track(tid, device)
+            # Several vCPUs may be in a device at once, and the spans of a track may not overlap.
+            begin = max(begin, self._busy_until.get(tid, 0))
+            if begin >= end:
+                return ""
+            self._busy_until[tid] = end
         return (
             f',\n{{"ph":"X","cat":"device",{name},"pid":{_PROCESS},"tid":{tid},'
             f"{self._span(begin, end)}}}"

@@ -80,10 +80,11 @@ class JsonStream:
             except (ValueError, RecursionError) as error:  # a number of thousands of digits
                 raise self.error() from error
             else:
-                if end + _LOOK_AHEAD > len(self._buffer) and not self._ended:
+                near_end = end + _LOOK_AHEAD > len(self._buffer)
+                if near_end and not self._ended:
                     self._more()
                     continue
-                if self._buffer[end:] not in _PARTS_OF_NUMBER:
+                if not near_end or self._buffer[end:] not in _PARTS_OF_NUMBER:
                     self._at = end
                     return value
                 broken = False
