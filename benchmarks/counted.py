@@ -20,6 +20,7 @@ from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
 from vmexit.boot import flat
 from vmexit.core.bus import Bus
 from vmexit.core.memory import GuestMemory
+from vmexit.core.trace import ExitObserver
 
 GUESTS = Path(__file__).resolve().parent.parent / "guests"
 
@@ -118,6 +119,14 @@ class BareVcpu:
         entry = flat.start(self.memory, FLAT_ENTRY, self._guest.mode)
         self.vcpu.set_system_registers(entry.system)
         self.vcpu.set_registers(entry.registers)
+
+    def another(
+        self, kind: type[KvmVcpu] = KvmVcpu, observer: ExitObserver | None = None
+    ) -> KvmVcpu:
+        """A second object for the very same vCPU. Not for ring 3, whose end kicks the first."""
+        vcpu = self.vcpu
+        size = len(vcpu._pages)
+        return kind(vcpu.fd, 0, size, self.memory, vcpu._pio, vcpu._mmio, observer)
 
     def state(self) -> bytes:
         """What kvm_loop reads: struct kvm_sregs, struct kvm_regs, the memory."""

@@ -16,6 +16,7 @@ import create
 import exits
 import loop
 import machines
+import observing
 import start
 import stop
 import virtio
@@ -24,6 +25,7 @@ from measure import Row, attempt, table
 GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "exits": exits.rows,
     "loop": loop.rows,
+    "observing": observing.rows,
     "start": start.rows,
     "boot": boot.rows,
     "create": create.rows,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vmexit.accel.base import Point, PointKind, Way
     from vmexit.arch.x86.registers import Segment, Table
+    from vmexit.core.chrome_trace import ChromeTrace
     from vmexit.core.errors import (
         ConfigError,
         GuestAddressError,
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
         ImageError,
         VmexitError,
     )
+    from vmexit.core.exit_stats import ExitStats
     from vmexit.core.memory import GuestMemory
     from vmexit.core.symbols import Symbol, SymbolTable
-    from vmexit.core.trace import ExitObserver, ExitStats, JsonTrace, Tee, TextLog
+    from vmexit.core.trace import ExitObserver, JsonTrace, Tee, TextLog
     from vmexit.machine.backtrace import Frame
     from vmexit.machine.config import MachineConfig
     from vmexit.machine.events import Event, EventKind, RunState
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "vmexit.accel.base": ("Point", "PointKind", "Way"),
     "vmexit.arch.x86.registers": ("Segment", "Table"),
+    "vmexit.core.chrome_trace": ("ChromeTrace",),
     "vmexit.core.errors": (
         "ConfigError",
         "GuestAddressError",
@@ -40,9 +43,10 @@ _HOMES = {
         "ImageError",
         "VmexitError",
     ),
+    "vmexit.core.exit_stats": ("ExitStats",),
     "vmexit.core.memory": ("GuestMemory",),
     "vmexit.core.symbols": ("Symbol", "SymbolTable"),
-    "vmexit.core.trace": ("ExitObserver", "ExitStats", "JsonTrace", "Tee", "TextLog"),
+    "vmexit.core.trace": ("ExitObserver", "JsonTrace", "Tee", "TextLog"),
     "vmexit.machine.backtrace": ("Frame",),
     "vmexit.machine.config": ("MachineConfig",),
     "vmexit.machine.events": ("Event", "EventKind", "RunState"),
@@ -56,6 +60,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Access",
     "After",
+    "ChromeTrace",
     "ConfigError",
     "Event",
     "EventKind",

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command="inspect")
     _add_fetch(commands)
     _add_symbols(commands)
+    _add_report(commands)
     return parser
 
 
@@ -142,6 +143,23 @@ def _add_symbols(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="write the unpacked kernel with a symbol table to FILE, and print nothing",
     )  # fmt: skip
     symbols.set_defaults(command="symbols")
+
+
+def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    report = commands.add_parser(
+        "report",
+        help="make an HTML page of a trace",
+        description="Show what a trace says as one HTML page: exits over time, the hottest "
+        "ports\nand addresses, and, of --trace-format chrome, where the time went, and memory.",
+        epilog="example:\n  vmexit run guests/hello.bin --trace t.json --trace-format chrome\n"
+        "  vmexit report t.json -o report.html\n",
+    )
+    report.add_argument("trace", metavar="TRACE", help="what vmexit run --trace has written")
+    report.add_argument(
+        "-o", "--output", metavar="FILE", default="report.html",
+        help="the page (default report.html); it needs no other file and no network",
+    )  # fmt: skip
+    report.set_defaults(command="report")
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
@@ -278,8 +296,15 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument("--log-exits", action="store_true", help="one line an exit on stderr")
     run.add_argument("--trace", metavar="F", help="write one JSON object an exit, one a line, to F")
     run.add_argument(
-        "--stats", action="store_true", help="a table of exits by reason and address at the end"
-    )
+        "--trace-format", choices=("json", "chrome"), default="json",
+        help="of --trace. json: those lines (default); chrome: how long each exit took, by vCPU "
+        "and device, and which memory is written, for https://ui.perfetto.dev and vmexit report",
+    )  # fmt: skip
+    run.add_argument(
+        "--stats", action="store_true",
+        help="at the end a table of exits by reason and address, with their time on the host, and "
+        "how much of its time each vCPU was in the guest",
+    )  # fmt: skip
     run.add_argument(
         "--timeout", metavar="SECONDS", type=_seconds, help="end the run after so long, status 124"
     )

@@ -17,7 +17,9 @@ from vmexit.backends.wait import PATIENCE, never, write_all
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
-    from vmexit.core.trace import ExitObserver, ExitStats
+    from vmexit.core.chrome_trace import ChromeTrace
+    from vmexit.core.exit_stats import ExitStats
+    from vmexit.core.trace import ExitObserver
     from vmexit.machine.machine import Machine
 
 
@@ -97,7 +99,6 @@ def _version_or_help(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
-    from vmexit.core.trace import ExitStats
     from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 
@@ -113,7 +114,11 @@ def _run(arguments: argparse.Namespace) -> int:
     ):
         raise ConfigError(f"{other} where it starts; leave out --load-address, --entry and --mode")
     with ExitStack() as stack:
-        stats = ExitStats() if arguments.stats else None
+        stats = None
+        if arguments.stats:
+            from vmexit.core.exit_stats import ExitStats
+
+            stats = ExitStats()
         config = MachineConfig(
             memory=parse_size(arguments.memory),
             accel=arguments.accel,
@@ -143,10 +148,12 @@ def _run(arguments: argparse.Namespace) -> int:
             consoles=tuple(arguments.console),
             symbols=arguments.symbols,
         )
-        observer, outputs = _observer(arguments, stats, stack)
+        observer, outputs, chrome = _observer(arguments, stats, stack)
         vm = stack.enter_context(Machine.from_config(config, observer))
         for output in outputs:
             output.start(lambda: vm.stopping)
+        if chrome is not None:
+            vm.begin_trace(chrome)
         if arguments.accel == "auto":
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
@@ -212,26 +219,36 @@ def _or(value: int | None, default: int) -> int:
 
 def _observer(
     arguments: argparse.Namespace, stats: "ExitStats | None", stack: ExitStack
-) -> "tuple[ExitObserver | None, list[_Output]]":
-    """Who is told of exits, and where they write."""
+) -> "tuple[ExitObserver | None, list[_Output], ChromeTrace | None]":
+    """Who is told of exits, where they write, and who of them wants to know of the machine."""
     from vmexit.core.trace import JsonTrace, Tee, TextLog
 
     observers: list[ExitObserver] = []
     outputs: list[_Output] = []
+    chrome = None
+    if arguments.trace is None and arguments.trace_format != "json":
+        raise ConfigError("--trace-format says how to write a trace; give --trace FILE, too")
     if arguments.trace is not None:
         for path in (arguments.image, arguments.firmware, arguments.kernel, arguments.initrd):
             if path is not None and _same(path, arguments.trace):
                 raise ConfigError(f"--trace {shown(path)} is what is to run; use another file")
         outputs.append(stack.enter_context(_Output.to_file(arguments.trace)))
-        observers.append(JsonTrace(outputs[-1]))
+        if arguments.trace_format == "chrome":
+            from vmexit.core.chrome_trace import ChromeTrace
+
+            chrome = ChromeTrace(outputs[-1])
+            stack.callback(chrome.close)  # once the machine is closed, and the file is not
+            observers.append(chrome)
+        else:
+            observers.append(JsonTrace(outputs[-1]))
     if arguments.log_exits:
         outputs.append(stack.enter_context(_Output(2, "standard error", 1)))
         observers.append(TextLog(outputs[-1]))
     if stats is not None:
         observers.append(stats)
     if len(observers) == 1:
-        return observers[0], outputs
-    return (Tee(observers) if observers else None), outputs
+        return observers[0], outputs, chrome
+    return (Tee(observers) if observers else None), outputs, chrome
 
 
 def _same(one: str, other: str) -> bool:
@@ -393,6 +410,14 @@ def _write(path: str, data: bytes) -> None:
         raise HostError(f"cannot write {shown(path)}: {why}; use another path") from error
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from vmexit.report.write import write_report
+
+    exits = write_report(arguments.trace, arguments.output).exits
+    _print(f"{exits} exits: {shown(arguments.output)}")
+    return 0
+
+
 _COMMANDS = {
     "": _version_or_help,
     "run": _run,
@@ -400,4 +425,5 @@ _COMMANDS = {
     "inspect": _inspect,
     "fetch": _fetch,
     "symbols": _symbols,
+    "report": _report,
 }

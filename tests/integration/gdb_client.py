@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,15 +43,17 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
         )
-        end = time.monotonic() + SECONDS
-        while not socket_path.exists():  # it says where, but on its standard error
-            assert self.process.poll() is None and time.monotonic() < end, self.finish()
-            time.sleep(0.01)
+        assert self.process.stderr is not None
+        self.said = ""
+        while "gdb at" not in self.said:
+            line = self.process.stderr.readline()
+            assert line, self.said
+            self.said += line
 
     def finish(self) -> tuple[int, str, str]:
         """Its status and output, once it ends."""
         out, err = self.process.communicate(timeout=SECONDS)
-        return self.process.returncode, out, err
+        return self.process.returncode, out, self.said + err
 
     def __enter__(self) -> "Run":
         return self

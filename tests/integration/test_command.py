@@ -133,9 +133,12 @@ def test_log_exits_and_stats_go_to_standard_error(accel):
     lines = done.err.splitlines()
     assert lines[:10] == [f"vcpu 0: io out port 0x0010 size 2 data {n:02x}00" for n in range(10)]
     assert lines[10] == "vcpu 0: hlt"
-    table = [line.split() for line in lines[11:]]
-    assert ["io", "out", "0x0010/2", "10", "90.9%"] in table
-    assert ["total", "11"] in table
+    rows, _, vcpus = "\n".join(lines[11:]).partition("\n\n")
+    table = [line.split() for line in rows.splitlines()]
+    assert ["io", "out", "0x0010/2", "10", "90.9%"] in [row[:5] for row in table]
+    assert [row[:2] for row in table][-1] == ["total", "11"]
+    assert all(float(time) > 0 for time in table[1][5:])
+    assert [line.split()[0] for line in vcpus.splitlines()] == ["vcpu", "0"]
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,9 @@ def test_commands_print_what_is_shown(block):
         assert matches(expected, printed), f"$ {command}\n{printed}"
 
 
-def test_the_program_in_the_readme_runs():
-    programs = blocks(ROOT / "README.md", "python")
-    assert programs
+def test_programs_in_the_documentation_run():
+    programs = blocks(ROOT / "README.md", "python") + blocks(ROOT / "docs" / "traces.md", "python")
+    assert len(programs) >= 2
     for program in programs:
         subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 

@@ -298,3 +298,11 @@ def test_a_route_is_the_access_itself(address, size) -> None:
     assert (device.data, device.seen) == (other.data, other.seen)
     read, offset = bus.route_read(address, size)
     assert read(offset, size) == direct.read(address, size)
+
+
+def test_a_device_has_the_name_that_it_was_attached_with_or_that_of_its_class() -> None:
+    bus = Bus("port")
+    bus.attach(0x3F8, 8, Bytes(8), name="UART")
+    bus.attach(0x400, 2, Bytes(2))
+    named = [bus.name_at(address) for address in (0x3F7, 0x3F8, 0x3FF, 0x400, 0x402, 0)]
+    assert named == ["", "UART", "UART", "Bytes", "", ""]

@@ -8,7 +8,8 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmexit.core.trace import ExitObserver, ExitStats, JsonTrace, Tee, TextLog
+from vmexit.core.exit_stats import ExitStats
+from vmexit.core.trace import ExitObserver, JsonTrace, Tee, TextLog
 
 io_exits = st.tuples(
     st.just("io"), st.integers(0, 255), st.booleans(), st.integers(0, 0xFFFF),
@@ -113,16 +114,16 @@ def test_the_table_has_the_most_frequent_first_and_sums_up_the_rest() -> None:
             stats.io(0, True, port, 1, 1, b"\0")
     rows = [line.split() for line in stats.table(rows=2).splitlines()]
     assert rows == [
-        ["exit", "address/size", "count", "share"],
-        ["io", "out", "0x0020/1", "9", "45.0%"],
-        ["io", "out", "0x0010/1", "6", "30.0%"],
-        ["others", "5", "25.0%"],
-        ["total", "20"],
+        ["exit", "address/size", "count", "share", "host", "ms", "median", "µs"],
+        ["io", "out", "0x0020/1", "9", "45.0%", "-", "-"],
+        ["io", "out", "0x0010/1", "6", "30.0%", "-", "-"],
+        ["others", "5", "25.0%", "-"],
+        ["total", "20", "100.0%", "-"],
     ]
 
 
 def test_the_table_of_no_exits_says_zero() -> None:
-    assert ExitStats().table().splitlines()[-1].split() == ["total", "0"]
+    assert ExitStats().table().splitlines()[-1].split() == ["total", "0", "-", "-"]
 
 
 def test_a_table_that_shows_everything_has_no_row_of_others() -> None:

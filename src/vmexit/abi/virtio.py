@@ -3,6 +3,10 @@
 # Device IDs (5).
 NET, BLOCK, CONSOLE, ENTROPY, BALLOON, VSOCK, FS = 1, 2, 3, 4, 5, 19, 26
 P9 = 9  # 9P transport: named there, and described in drivers only
+NAMES = {
+    NET: "virtio-net", BLOCK: "virtio-blk", CONSOLE: "virtio-console", ENTROPY: "virtio-rng",
+    BALLOON: "virtio-balloon", VSOCK: "virtio-vsock", FS: "virtio-fs", P9: "virtio-9p",
+}  # fmt: skip
 
 # Device status (2.1).
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8

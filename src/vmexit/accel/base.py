@@ -194,6 +194,17 @@ class Vm(Protocol):
         """Each vCPU as after power-on. Raises HostError."""
         ...
 
+    def start_dirty_log(self) -> None:
+        """Note from now on which pages of RAM the guest writes to; it costs, so only if asked."""
+        ...
+
+    def dirty_log(self, region: Region) -> bytes:
+        """The pages of `region` written since the last call, one bit each, lowest first.
+
+        From any thread. What the host itself writes need not be among them.
+        """
+        ...
+
     @property
     def executors(self) -> Sequence[Executor]:
         """What is to run, each in a thread of its own."""

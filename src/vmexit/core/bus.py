@@ -76,24 +76,30 @@ class Bus:
         """How often devices were attached or detached."""
 
     def attach(
-        self, base: int, size: int, device: RegisterBlock, *, overhang: bool = False
+        self,
+        base: int,
+        size: int,
+        device: RegisterBlock,
+        *,
+        overhang: bool = False,
+        name: str = "",
     ) -> None:
         """Let `device` answer at `[base, base + size)`. Raises ConfigError on overlap.
 
         With `overhang`, an access that begins in the range and reaches beyond it is the device's
-        as a whole; without, the bus splits it.
+        as a whole; without, the bus splits it. `name` is what traces call it.
         """
         end = base + size
         if size <= 0 or base < 0:
             raise ConfigError(f"{self.name} {base:#x}+{size} is no range; use a size above 0")
         _, ranges = self._table
-        for start, stop, other, _ in ranges:
+        for start, stop, other, _, _ in ranges:
             if base < stop and start < end:
                 raise ConfigError(
                     f"{self.name} {base:#x}..{end - 1:#x} ({_name(device)}) overlaps "
                     f"{start:#x}..{stop - 1:#x} ({_name(other)}); give one another address"
                 )
-        self._replace(sorted([*ranges, (base, end, device, overhang)], key=_base))
+        self._replace(sorted([*ranges, (base, end, device, overhang, name)], key=_base))
 
     def detach(self, base: int) -> None:
         """Take away the device attached at `base`. Raises ConfigError where there is none."""
@@ -114,7 +120,16 @@ class Bus:
 
     def devices(self) -> list[tuple[int, int, RegisterBlock]]:
         """`(base, size, device)` for each, by address."""
-        return [(base, end - base, device) for base, end, device, _ in self._table[1]]
+        return [(base, end - base, device) for base, end, device, _, _ in self._table[1]]
+
+    def name_at(self, address: int) -> str:
+        """The name of the device that answers at `address`; empty where none does."""
+        starts, ranges = self._table
+        index = bisect_right(starts, address) - 1
+        if index < 0 or address >= ranges[index][1]:
+            return ""
+        _, _, device, _, name = ranges[index]
+        return name or _name(device)
 
     def read(self, address: int, size: int) -> int:
         """What the guest reads at `address`."""
@@ -160,7 +175,7 @@ class Bus:
         index = bisect_right(starts, address) - 1
         if index < 0:
             return None
-        base, end, device, overhang = ranges[index]
+        base, end, device, overhang, _ = ranges[index]
         if address + (1 if overhang else size) > end or size not in device.widths:
             return None
         return device, address - base
@@ -169,7 +184,7 @@ class Bus:
         """Whether a device would answer a part of the access, so that splitting it is worth it."""
         if size == 1:
             return False
-        return any(base < address + size and address < end for base, end, _, _ in self._table[1])
+        return any(base < address + size and address < end for base, end, _, _, _ in self._table[1])
 
     def _split_read(self, address: int, size: int) -> int:
         low = _half(size)
@@ -189,8 +204,8 @@ class Bus:
         self.unclaimed_writes += 1
 
 
-# Base, end, device, whether it takes accesses that reach beyond the end.
-_Range = tuple[int, int, RegisterBlock, bool]
+# Base, end, device, whether it takes accesses that reach beyond the end, its name in traces.
+_Range = tuple[int, int, RegisterBlock, bool, str]
 
 
 def _base(entry: _Range) -> int:

@@ -1,12 +1,11 @@
-"""Watching exits: as JSON lines, as text, and as a table of counts.
+"""Watching exits: as JSON lines, and as text; exit_stats.py and chrome_trace.py have more.
 
 An observer is told of each exit once its access is known (reads after the answer, writes before
-the device sees them). While nobody observes, vCPUs do not call here at all.
+the device sees them), and of the two moments around it: the guest was left, the guest goes on.
+While nobody observes, vCPUs do not call here at all.
 """
 
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -18,22 +17,39 @@ class TextOutput(Protocol):
 
 
 class ExitObserver(Protocol):
-    """What a vCPU tells of its exits. Several vCPU threads may call at once."""
+    """What a vCPU tells of its exits. Several vCPU threads may call at once.
+
+    One exit is `left`, then `io`, `mmio` or `other`, then `enters`; after an exit that ends the
+    run, `enters` comes with the next one. A class that derives from this defines what it wants
+    to know of, and the rest does nothing.
+    """
+
+    def left(self, vcpu: int) -> None:
+        """The guest executes no more: a VM exit, or the beginning of a run.
+
+        Where this comes twice without `enters`, the vCPU was elsewhere in between: paused, or,
+        on the software CPU, halted or waiting for its turn.
+        """
+        return
+
+    def enters(self, vcpu: int) -> None:
+        """The guest executes from now on: VM entry."""
+        return
 
     def io(self, vcpu: int, write: bool, port: int, size: int, count: int, data: bytes) -> None:
         """Port I/O: `count` elements of `size` bytes; `data` in guest order."""
-        ...
+        return
 
     def mmio(self, vcpu: int, write: bool, gpa: int, data: bytes) -> None:
         """A memory access of `len(data)` bytes that no RAM answered."""
-        ...
+        return
 
     def other(self, vcpu: int, exit: str, detail: str) -> None:
         """Any exit that is not I/O: `exit` is its name, `detail` may be empty."""
-        ...
+        return
 
 
-class JsonTrace:
+class JsonTrace(ExitObserver):
     """One JSON object an exit, one a line, to `stream`; `t` counts seconds from creation."""
 
     def __init__(self, stream: TextOutput) -> None:
@@ -59,7 +75,7 @@ class JsonTrace:
         self._write(f'{self._head(vcpu)}"{exit}"}}\n')
 
 
-class TextLog:
+class TextLog(ExitObserver):
     """One line an exit, for people."""
 
     def __init__(self, stream: TextOutput) -> None:
@@ -80,56 +96,19 @@ class TextLog:
         self._write(f"vcpu {vcpu}: {exit}{': ' + detail if detail else ''}\n")
 
 
-class ExitStats:
-    """Counts exits by reason and address; `table()` says which were the most."""
-
-    # A hostile guest can touch any number of addresses; the table must not grow with them.
-    MAX_ADDRESSES = 4096
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self._lock = threading.Lock()
-
-    def _count(self, reason: str, where: str) -> None:
-        key = (reason, where)
-        with self._lock:
-            if key not in self.counts and len(self.counts) >= self.MAX_ADDRESSES:
-                key = (reason, "elsewhere")
-            self.counts[key] += 1
-
-    def io(self, vcpu: int, write: bool, port: int, size: int, count: int, data: bytes) -> None:
-        self._count("io out" if write else "io in", f"{port:#06x}/{size}")
-
-    def mmio(self, vcpu: int, write: bool, gpa: int, data: bytes) -> None:
-        self._count("mmio write" if write else "mmio read", f"{gpa:#x}/{len(data)}")
-
-    def other(self, vcpu: int, exit: str, detail: str) -> None:
-        self._count(exit, "")
-
-    @property
-    def total(self) -> int:
-        """The number of all exits."""
-        return sum(self.counts.values())
-
-    def table(self, rows: int = 20) -> str:
-        """The most frequent exits, one a line, the most frequent first."""
-        lines = [f"{'exit':<11} {'address/size':<18} {'count':>10} {'share':>7}"]
-        shown = self.counts.most_common(rows)
-        total = self.total or 1
-        for (reason, where), count in shown:
-            lines.append(f"{reason:<11} {where:<18} {count:>10} {count / total:>7.1%}")
-        if len(self.counts) > len(shown):
-            rest = total - sum(count for _, count in shown)
-            lines.append(f"{'others':<11} {'':<18} {rest:>10} {rest / total:>7.1%}")
-        lines.append(f"{'total':<11} {'':<18} {self.total:>10}")
-        return "\n".join(lines)
-
-
-class Tee:
+class Tee(ExitObserver):
     """Tells several observers."""
 
     def __init__(self, observers: Iterable[ExitObserver]) -> None:
         self._observers = tuple(observers)
+
+    def left(self, vcpu: int) -> None:
+        for observer in self._observers:
+            observer.left(vcpu)
+
+    def enters(self, vcpu: int) -> None:
+        for observer in self._observers:
+            observer.enters(vcpu)
 
     def io(self, vcpu: int, write: bool, port: int, size: int, count: int, data: bytes) -> None:
         for observer in self._observers:

@@ -71,8 +71,11 @@ class Board:
             for function in reversed(self._when_running):  # the stack turns it round
                 stack.callback(function, False)
 
-    def _port(self, name: str, port: int, size: int, device: Device, *, wide: bool = False) -> None:
-        self._pio.attach(port, size, device, overhang=wide)
+    def _port(
+        self, name: str, port: int, size: int, device: Device, title: str, *, wide: bool = False
+    ) -> None:
+        """`name` is that of its state, `title` what traces call it."""
+        self._pio.attach(port, size, device, overhang=wide, name=title)
         self.devices[name] = device
 
     def _stop(self, reason: StopReason, detail: str) -> Callable[[], None]:
@@ -98,7 +101,7 @@ class Board:
             self.serial_where = backend.where
             self._when_running.append(backend.running)
             irq = IrqLine(chip, layout.COM1_GSI) if chip is not None else None
-            self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq, self._loop))
+            self._port("serial", layout.COM1_PORT, 8, Serial(backend, irq, self._loop), "UART")
         if config.debugcon is not None:
             from vmexit.backends.chardev import File, Stdout
             from vmexit.devices.debugcon import Debugcon
@@ -107,7 +110,7 @@ class Board:
             pending = self._request.pending
             log = File(path, pending) if path else Stdout(pending)
             self._on_close(log.close)
-            self._port("debugcon", port, 1, Debugcon(log.write))
+            self._port("debugcon", port, 1, Debugcon(log.write), "debug console")
         if config.debug_exit is not None:
             from vmexit.devices.debug_exit import DebugExit
 
@@ -115,7 +118,7 @@ class Board:
                 detail = f"the guest wrote {value:#x}"
                 self._request(Stop(StopReason.DEBUG_EXIT, value=value, detail=detail))
 
-            self._port("debug-exit", config.debug_exit, 1, DebugExit(end), wide=True)
+            self._port("debug-exit", config.debug_exit, 1, DebugExit(end), "debug exit", wide=True)
 
     def attach_irqchip(self, chip: "PcIrqChip", current: Callable[[], int]) -> None:
         """The interrupt controllers and the timer, where the accelerator has none.
@@ -124,14 +127,17 @@ class Board:
         """
         from vmexit.devices.pit import Pit
 
-        self._mmio.attach(layout.LAPIC_ADDRESS, layout.LAPIC_SIZE, chip.lapic_page(current))
-        self._mmio.attach(layout.IOAPIC_ADDRESS, layout.IOAPIC_SIZE, chip.ioapic_page())
-        self._pio.attach(layout.PIC_MASTER_PORT, 2, chip.pic.master)
-        self._pio.attach(layout.PIC_SLAVE_PORT, 2, chip.pic.slave)
-        self._pio.attach(layout.ELCR_PORT, 2, chip.pic.elcr)
+        for gpa, size, page, title in (
+            (layout.LAPIC_ADDRESS, layout.LAPIC_SIZE, chip.lapic_page(current), "LAPIC"),
+            (layout.IOAPIC_ADDRESS, layout.IOAPIC_SIZE, chip.ioapic_page(), "IOAPIC"),
+        ):
+            self._mmio.attach(gpa, size, page, name=title)
+        self._pio.attach(layout.PIC_MASTER_PORT, 2, chip.pic.master, name="PIC")
+        self._pio.attach(layout.PIC_SLAVE_PORT, 2, chip.pic.slave, name="PIC")
+        self._pio.attach(layout.ELCR_PORT, 2, chip.pic.elcr, name="PIC")
         pit = Pit(self._loop, IrqLine(chip, layout.PIT_GSI))
-        self._port("pit", layout.PIT_PORT, 4, pit)
-        self._pio.attach(layout.PORT61, 1, pit.port61)
+        self._port("pit", layout.PIT_PORT, 4, pit, "PIT")
+        self._pio.attach(layout.PORT61, 1, pit.port61, name="PIT")
 
     def attach_pc(self, chip: StatefulIrqChip) -> None:
         """What else a kernel expects of a PC."""
@@ -147,16 +153,16 @@ class Board:
         self.devices["irqchip"] = chip
         low, *high = (size for _, size in layout.ram_ranges(self._config.memory))
         cmos = Cmos(self._loop, irq(layout.RTC_GSI), low_memory=low, high_memory=sum(high))
-        self._port("cmos", layout.RTC_PORT, 2, cmos)
+        self._port("cmos", layout.RTC_PORT, 2, cmos, "RTC and CMOS")
         i8042 = I8042(irq(layout.KEYBOARD_GSI), irq(layout.MOUSE_GSI), reset)
         self.devices["i8042"] = i8042
-        self._pio.attach(layout.I8042_DATA_PORT, 1, i8042.data)
-        self._pio.attach(layout.I8042_COMMAND_PORT, 1, i8042.command)
-        self._port("port92", layout.PORT92, 1, Port92(reset))
+        self._pio.attach(layout.I8042_DATA_PORT, 1, i8042.data, name="i8042")
+        self._pio.attach(layout.I8042_COMMAND_PORT, 1, i8042.command, name="i8042")
+        self._port("port92", layout.PORT92, 1, Port92(reset), "port 92")
         control = ResetControl(reset)
-        self._port("reset-control", layout.RESET_CONTROL_PORTS, 4, control)
+        self._port("reset-control", layout.RESET_CONTROL_PORTS, 4, control, "reset control")
         pm = AcpiPm(self._loop, irq(layout.SCI_IRQ), power_off)
-        self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm)
+        self._port("acpi-pm", layout.ACPI_PM_PORT, layout.ACPI_PM_SIZE, pm, "ACPI PM")
         self.power_button = pm.press_power_button
 
     def attach_virtio(
@@ -182,18 +188,20 @@ class Board:
         """What firmware asks of the machine."""
         from vmexit.devices.fw_cfg import SIZE, FwCfg
 
-        self._port(
-            "fw-cfg", layout.FW_CFG_PORT, SIZE, FwCfg(memory, contents.items, contents.files)
-        )
+        device = FwCfg(memory, contents.items, contents.files)
+        self._port("fw-cfg", layout.FW_CFG_PORT, SIZE, device, "fw_cfg")
 
     def attach_testdev(self, chip: IrqChip | None) -> None:
         """What kvm-unit-tests have for a counterpart."""
         from vmexit.devices.testdev import ECHO_SIZE, LINES, MEMORY_SIZE, TestDev
 
         device = TestDev(chip)
-        self._pio.attach(layout.TESTDEV_ECHO_PORT, ECHO_SIZE, device.echo)
-        self._pio.attach(layout.TESTDEV_FLUSH_PORT, 4, device.flush)
-        self._pio.attach(layout.TESTDEV_ECHO_BYTES_PORT, ECHO_SIZE, device.echo_bytes)
-        self._pio.attach(layout.TESTDEV_LINES_PORT, LINES, device.lines)
-        self._mmio.attach(layout.TESTDEV_MEMORY, MEMORY_SIZE, device.memory)
+        for bus, address, size, part in (
+            (self._pio, layout.TESTDEV_ECHO_PORT, ECHO_SIZE, device.echo),
+            (self._pio, layout.TESTDEV_FLUSH_PORT, 4, device.flush),
+            (self._pio, layout.TESTDEV_ECHO_BYTES_PORT, ECHO_SIZE, device.echo_bytes),
+            (self._pio, layout.TESTDEV_LINES_PORT, LINES, device.lines),
+            (self._mmio, layout.TESTDEV_MEMORY, MEMORY_SIZE, device.memory),
+        ):
+            bus.attach(address, size, part, name="testdev")
         self.devices["testdev"] = device

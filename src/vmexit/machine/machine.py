@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Point, Vcpu, Way
 from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS, PHYSICAL_END
@@ -30,6 +30,9 @@ from vmexit.machine.lifecycle import Decision, Lifecycle
 from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
 from vmexit.machine.stop import Stop
+
+if TYPE_CHECKING:
+    from vmexit.core.chrome_trace import ChromeTrace
 
 
 class _Start(NamedTuple):
@@ -307,7 +310,8 @@ class Machine(Inspection):
         _check_hooks(read, write)
         if not 0 <= port <= port + count - 1 <= 0xFFFF:
             raise ConfigError(f"ports {port:#x}+{count} are not within 0 to 0xffff")
-        self._parts.pio.attach(port, count, Hook(port, read, write, self.within), overhang=True)
+        hook = Hook(port, read, write, self.within)
+        self._parts.pio.attach(port, count, hook, overhang=True, name=f"on_pio {port:#x}")
 
     def on_mmio(
         self,
@@ -330,7 +334,8 @@ class Machine(Inspection):
                     f"MMIO {gpa:#x}..{gpa + size - 1:#x} lies in RAM, which answers first; use an "
                     f"address from {region.end:#x} on, or less memory"
                 )
-        self._parts.mmio.attach(gpa, size, Hook(gpa, read, write, self.within), overhang=True)
+        hook = Hook(gpa, read, write, self.within)
+        self._parts.mmio.attach(gpa, size, hook, overhang=True, name=f"on_mmio {gpa:#x}")
 
     def run(self, timeout: float | None = None) -> Stop:
         """Run the guest until it stops, `stop()` is called, or `timeout` seconds have passed.
@@ -472,6 +477,16 @@ class Machine(Inspection):
     def last_stop(self) -> Stop | None:
         """How the guest has stopped the last time, if it did."""
         return self._life.last
+
+    def begin_trace(self, trace: "ChromeTrace") -> None:
+        """Tell `trace` what this machine is, and from now on which of its memory was written.
+
+        Before the first run, once; `trace` is one of the observers.
+        """
+        self.require_still()
+        from vmexit.machine.tracing import begin
+
+        begin(trace, self._parts, self._request.fail)
 
     @property
     def stopping(self) -> bool:

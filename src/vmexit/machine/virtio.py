@@ -65,7 +65,8 @@ class VirtioSlots:
             self._on_close(loop.close)
         transport = MmioTransport(device, self._memory, self._irq(gsi), loop)
         transport.hold(True)
-        self._mmio.attach(gpa, layout.VIRTIO_MMIO_SIZE, transport)
+        title = f"{v.NAMES.get(device.device_id, 'virtio')} {name}"
+        self._mmio.attach(gpa, layout.VIRTIO_MMIO_SIZE, transport, name=title)
         if self._notifier is not None:
             for index in range(len(device.queue_sizes)):
                 eventfd = self._eventfd()

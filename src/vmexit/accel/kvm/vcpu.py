@@ -168,7 +168,8 @@ class KvmVcpu:
             self.detach_thread()
 
     def _run(self) -> Exit:
-        fd, u32, u64, run_ioctl, run = self.fd, self._u32, self._u64, ioctl, KVM_RUN
+        fd, u32, u64, run = self.fd, self._u32, self._u64, KVM_RUN
+        run_ioctl = ioctl if self._observer is None else self._observed_run(self._observer)
         route_of = self._routes.get
         while True:
             try:
@@ -191,9 +192,9 @@ class KvmVcpu:
                     else:
                         break
             except OSError as error:
-                if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                if self._is_from_device(error):
                     self._complete()
-                    raise  # not KVM_RUN's error but one from a device, some frames below
+                    raise
                 # EAGAIN: a vCPU that waits for its SIPI was woken.
                 if error.errno not in (errno.EINTR, errno.EAGAIN):
                     raise HostError(
@@ -236,6 +237,27 @@ class KvmVcpu:
         if exit is not None and self._observer is not None:
             self._observer.other(self.index, exit.reason.value, exit.detail)
         return exit
+
+    def _observed_run(self, observer: ExitObserver) -> Callable[[int, int], int]:
+        """KVM_RUN with `observer` told of each entry and exit, for the loop in place of `ioctl`."""
+        index = self.index
+
+        def run(fd: int, request: int) -> int:
+            observer.enters(index)
+            try:
+                return ioctl(fd, request)
+            finally:
+                observer.left(index)
+
+        observer.left(index)
+        return run
+
+    def _is_from_device(self, error: OSError) -> bool:
+        """Whether it is not KVM_RUN's error but one from some frames below the loop's."""
+        frames = error.__traceback__
+        if self._observer is not None and frames is not None and frames.tb_next is not None:
+            frames = frames.tb_next  # that of `_observed_run()`
+        return frames is not None and frames.tb_next is not None
 
     def _complete(self) -> None:
         """Finish the access whose device has failed, and execute nothing more (KVM API 5, io).

@@ -112,6 +112,12 @@ class KvmVm:
         request = kvm_userspace_memory_region(slot, flags, gpa, size, hva)
         ioctl(self.fd, KVM_SET_USER_MEMORY_REGION, bytes(request))
 
+    def start_dirty_log(self) -> None:
+        """Have KVM note which pages of RAM the vCPUs write to. Raises HostError."""
+        for region in self._memory.regions:
+            if not region.readonly:
+                self.map(region, log_dirty=True)
+
     def dirty_log(self, region: Region) -> bytes:
         """The pages of `region` written since the last call, one bit each, lowest first.
 

@@ -19,6 +19,7 @@ from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
     from vmexit.accel.soft.debug import SoftDebugger
+    from vmexit.accel.soft.page_sums import PageSums
     from vmexit.arch.x86.cpuid import Table
 
 
@@ -93,6 +94,7 @@ class SoftVm:
 
         self._memory = memory
         self._vcpus: list[SoftVcpu] = []
+        self._page_sums: PageSums | None = None
         # 64-bit mode for every mode: the engine then knows all of the instruction set, and the
         # CPU state says what the guest may use of it.
         _require_code_buffer()
@@ -157,6 +159,17 @@ class SoftVm:
                 self._processor, self._scheduler, self._vcpus, self._memory
             )
         return self._debugger
+
+    def start_dirty_log(self) -> None:
+        """Note which pages of RAM change; what writes the same bytes again is not seen."""
+        from vmexit.accel.soft.page_sums import PageSums
+
+        self._page_sums = PageSums(self._memory)
+
+    def dirty_log(self, region: Region) -> bytes:
+        """The pages of `region` that have changed since the last call, one bit each."""
+        assert self._page_sums is not None
+        return self._page_sums.changed(region)
 
     @property
     def executors(self) -> list[Executor]:

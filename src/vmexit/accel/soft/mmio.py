@@ -129,9 +129,10 @@ class Mmio:
                 return answer
         value = (1 << 8 * size) - 1
         try:
-            value = self._bus.read(gpa, size)
-            if self._observer is not None:
-                self._observer.mmio(self._index, False, gpa, value.to_bytes(size, "little"))
+            if self._observer is None:
+                value = self._bus.read(gpa, size)
+            else:
+                value = self._observed_read(self._observer, gpa, size)
         except BaseException as error:
             self._fail(error)
         if load:
@@ -144,13 +145,27 @@ class Mmio:
             return
         value &= (1 << 8 * size) - 1
         try:
-            if self._observer is not None:
-                self._observer.mmio(self._index, True, gpa, value.to_bytes(size, "little"))
-            self._bus.write(gpa, size, value)
+            if self._observer is None:
+                self._bus.write(gpa, size, value)
+            else:
+                self._observed_write(self._observer, gpa, size, value)
         except BaseException as error:
             self._fail(error)
         if store:
             self._replay.made(self._rip(), "write", gpa, size, value)
+
+    def _observed_read(self, observer: ExitObserver, gpa: int, size: int) -> int:
+        observer.left(self._index)
+        value = self._bus.read(gpa, size)
+        observer.mmio(self._index, False, gpa, value.to_bytes(size, "little"))
+        observer.enters(self._index)
+        return value
+
+    def _observed_write(self, observer: ExitObserver, gpa: int, size: int, value: int) -> None:
+        observer.left(self._index)
+        observer.mmio(self._index, True, gpa, value.to_bytes(size, "little"))
+        self._bus.write(gpa, size, value)
+        observer.enters(self._index)
 
     def _by_instruction(self) -> bool:
         words = self._words

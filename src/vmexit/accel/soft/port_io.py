@@ -111,9 +111,9 @@ class PortIo:
             if self._refused(port, size):
                 return False
             if self._observer is not None:
-                data = value.to_bytes(4, "little")[:size]
-                self._observer.io(self._index, True, port, size, 1, data)
-            elif len(self._out_routes) < _MAX_ROUTES:
+                self._observed_write(self._observer, port, size, value)
+                return True
+            if len(self._out_routes) < _MAX_ROUTES:
                 self._out_routes[port << 3 | size] = self._pio.route_write(port, size)
             self._pio.write(port, size, value)
         except BaseException as error:
@@ -197,12 +197,25 @@ class PortIo:
         return True
 
     def _read_port(self, port: int, size: int) -> int:
-        value = self._pio.read(port, size)
-        if self._observer is None and len(self._in_routes) < _MAX_ROUTES:
-            self._in_routes[port << 3 | size] = self._pio.route_read(port, size)
         if self._observer is not None:
-            self._observer.io(self._index, False, port, size, 1, value.to_bytes(size, "little"))
+            return int.from_bytes(self._observed_read(self._observer, port, size, 1), "little")
+        value = self._pio.read(port, size)
+        if len(self._in_routes) < _MAX_ROUTES:
+            self._in_routes[port << 3 | size] = self._pio.route_read(port, size)
         return value
+
+    def _observed_read(self, observer: ExitObserver, port: int, size: int, count: int) -> bytes:
+        observer.left(self._index)
+        data = self._pio.read_string(port, size, count)
+        observer.io(self._index, False, port, size, count, data)
+        observer.enters(self._index)
+        return data
+
+    def _observed_write(self, observer: ExitObserver, port: int, size: int, value: int) -> None:
+        observer.left(self._index)
+        observer.io(self._index, True, port, size, 1, value.to_bytes(4, "little")[:size])
+        self._pio.write(port, size, value)
+        observer.enters(self._index)
 
     def _take_ahead(self, rip: int, port: int, size: int) -> int:
         if (rip, port, size) == self._ahead_of:
@@ -225,9 +238,10 @@ class PortIo:
         if not registers["rflags"] & RFLAGS_DF:
             in_page = PAGE_SIZE - in_page
         count = max(1, min(in_page // size, MAX_AHEAD // size, registers["rcx"] & mask))
-        data = self._pio.read_string(port, size, count)
-        if self._observer is not None:
-            self._observer.io(self._index, False, port, size, count, data)
+        if self._observer is None:
+            data = self._pio.read_string(port, size, count)
+        else:
+            data = self._observed_read(self._observer, port, size, count)
         values = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
         self._ahead = values[:0:-1]
         self._ahead_of = (rip, port, size)

@@ -335,11 +335,17 @@ class Processor:
         self._host_writes.drop()
         words[StopWords.DELIVERING] = 0  # a triple fault ends within one
         words[StopWords.HIT] = words[StopWords.WATCHED] = 0
+        observer = self._observer
+        if observer is not None:
+            observer.left(self._index)
+            observer.enters(self._index)
         self._stopper.running(True)
         error: int = self._library.emu_start(self._handle, state.rip, 0, 0, count)
         if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
         self._stopper.running(False)
+        if observer is not None:
+            observer.left(self._index)
         if vcpu.nmi and not (state.requested | self._withheld) & NMI:
             vcpu.nmi = False
         self._withheld = 0
