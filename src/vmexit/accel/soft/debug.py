@@ -1,9 +1,4 @@
-"""Breakpoints, watchpoints and single steps of the software CPU.
-
-Breakpoints are QEMU's own, which Unicorn still has: a block of translated code ends before one, so
-they cost nothing elsewhere. Of its watchpoints only empty functions are left. So a hook notes that
-the memory was accessed, and another one, before each instruction, stops behind the one that did.
-"""
+"""Breakpoints, watchpoints and single steps of the software CPU; see points.py."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING
