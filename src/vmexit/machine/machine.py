@@ -162,7 +162,7 @@ class Machine(Inspection):
         self._request = StopRequest()
         self._parts = parts = builder.build(config, self._request, observer)
         self._runner = Runner(parts.vm.executors, self._request, parts.running)
-        self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus)
+        self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)
         self._life = Lifecycle(self._debug, self._request, self._begin_again)
         self._loads: list[tuple[int, bytes]] = []  # what load_bytes() did, for a reset
         self._start: _Start | None = None

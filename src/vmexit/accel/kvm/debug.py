@@ -14,7 +14,7 @@ from vmexit.abi.kvm_state import (
     KVM_GUESTDBG_USE_HW_BP,
     KVM_GUESTDBG_USE_SW_BP,
 )
-from vmexit.accel.base import Exit, ExitReason, Point, PointKind, Way
+from vmexit.accel.base import Exit, ExitReason, Linked, Point, PointKind, Way, nowhere
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.paging import translate
@@ -45,13 +45,17 @@ class KvmDebugger:
         self._vcpus = vcpus
         self._armed = False
         self._replaced: dict[int, int] = {}  # the bytes that an INT3 stands for, by GPA
-        self._software: dict[int, Point] = {}  # by linear address
-        self._stepped: dict[int, Point] = {}
+        self._software: dict[int, Point] = {}  # by GPA
+        self._stepped: dict[int, Point] = {}  # by linear address
         self._slots: list[tuple[int, int, Point]] = []  # address, length
         self._step: int | None = None
 
     def arm(
-        self, points: Collection[Point], step: int | None = None, only: int | None = None
+        self,
+        points: Collection[Point],
+        step: int | None = None,
+        only: int | None = None,
+        linked: Linked = nowhere,
     ) -> dict[Point, Way]:
         """See `vmexit.accel.base.Debugger`. Raises HostError."""
         self.disarm()
@@ -68,7 +72,7 @@ class KvmDebugger:
                     ways[point] = Way.HARDWARE
             for point in points:
                 if point.kind is PointKind.EXECUTE and point.gva != skipped:
-                    ways[point] = self._break(point)
+                    ways[point] = self._break(point, linked)
             for vcpu in self._vcpus:
                 self._load(vcpu)
                 vcpu.on_debug = partial(self._judge, vcpu)
@@ -93,9 +97,13 @@ class KvmDebugger:
                 )
             self._slots.append((*piece, point))
 
-    def _break(self, point: Point) -> Way:
+    def _break(self, point: Point, linked: Linked) -> Way:
+        from vmexit.accel.kvm.probe import breaks_by_register, int3_exits
+
         gpa = self._gpa(point.gva)
-        if gpa is not None and self._has_software():
+        if gpa is None:
+            gpa = linked(point.gva)
+        if gpa is not None and int3_exits(self._system):
             try:
                 byte = self._memory.view(gpa, 1)
             except GuestAddressError:
@@ -103,9 +111,9 @@ class KvmDebugger:
             if byte is not None:
                 self._replaced.setdefault(gpa, byte[0])
                 byte[0] = _INT3
-                self._software[point.gva] = point
+                self._software[gpa] = point
                 return Way.SOFTWARE
-        if len(self._slots) < _SLOTS:
+        if len(self._slots) < _SLOTS and breaks_by_register(self._system):
             self._slots.append((point.gva, 1, point))
             return Way.HARDWARE
         self._stepped[point.gva] = point
@@ -117,11 +125,6 @@ class KvmDebugger:
             if gpa is not None:
                 return gpa
         return None
-
-    def _has_software(self) -> bool:
-        from vmexit.accel.kvm.probe import int3_exits
-
-        return int3_exits(self._system)
 
     def _load(self, vcpu: KvmVcpu, more: int = 0) -> None:
         """Give KVM what `arm()` wants of this vCPU, and `more`."""
@@ -150,7 +153,8 @@ class KvmDebugger:
         Called on the vCPU's thread.
         """
         if vector == _BREAKPOINT:
-            point = self._software.get(rip)
+            gpa = translate(self._memory, vcpu.system_registers(), rip)
+            point = None if gpa is None else self._software.get(gpa)
             if point is None:
                 self._load(vcpu, KVM_GUESTDBG_INJECT_BP)
                 return None

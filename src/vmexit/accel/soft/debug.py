@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from vmexit.accel.base import Point, PointKind, Way
+from vmexit.accel.base import Linked, Point, PointKind, Way, nowhere
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import HostError
@@ -31,7 +31,11 @@ class SoftDebugger:
         self._memory = memory
 
     def arm(
-        self, points: Collection[Point], step: int | None = None, only: int | None = None
+        self,
+        points: Collection[Point],
+        step: int | None = None,
+        only: int | None = None,
+        linked: Linked = nowhere,
     ) -> dict[Point, Way]:
         """See `vmexit.accel.base.Debugger`. Raises HostError."""
         self.disarm()
