@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.registers import Registers, SystemRegisters
-from vmexit.core.bus import Bus
+from vmexit.core.bus import Bus, State
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import GuestMemory, Region
 from vmexit.core.trace import ExitObserver
@@ -137,6 +137,20 @@ class Vcpu(Protocol):
         """Load MSRs; returns the indices of those that the accelerator refused."""
         ...
 
+    def state(self) -> State:
+        """All that the guest can tell of it, as plain versioned data, for this accelerator.
+
+        No instruction of it is under way. Raises HostError.
+        """
+        ...
+
+    def restore(self, state: State) -> None:
+        """Take over what `state()` gave, of this vCPU or of another one, in any process.
+
+        Raises ConfigError for what is no such state, or another accelerator's; HostError.
+        """
+        ...
+
 
 class Way(Enum):
     """How an accelerator stops at a point."""
@@ -205,6 +219,14 @@ class Vm(Protocol):
 
     def reset_vcpus(self) -> None:
         """Each vCPU as after power-on. Raises HostError."""
+        ...
+
+    def state(self) -> State:
+        """What the vCPUs have in common, their time above all, as plain versioned data."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Take over what `state()` gave, after the vCPUs have their states. Raises ConfigError."""
         ...
 
     def start_dirty_log(self) -> None:

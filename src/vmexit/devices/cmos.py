@@ -14,6 +14,7 @@ from vmexit.arch.x86.layout import RTC_CENTURY
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
 from vmexit.core.irq import IrqLine
+from vmexit.core.saved import Saved
 from vmexit.devices.rtc_calendar import (
     SPAN,
     UNIX_EPOCH,
@@ -22,7 +23,6 @@ from vmexit.devices.rtc_calendar import (
     next_alarm,
     seconds_of,
 )
-from vmexit.devices.saved import Saved
 
 INDEX, DATA = 0, 1
 INDEX_MASK = 0x7F  # bit 7 masks the NMI, which nothing raises here

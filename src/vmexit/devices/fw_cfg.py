@@ -32,7 +32,7 @@ from vmexit.abi.fw_cfg import (
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError, GuestAddressError
 from vmexit.core.memory import GuestMemory
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 
 # Registers: the selector with the data register as its second byte, and the address for DMA.
 SELECTOR, DATA, DMA_HIGH, DMA_LOW = 0, 1, 4, 8

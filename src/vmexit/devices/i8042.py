@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from vmexit.core.bus import State
 from vmexit.core.irq import IrqLine
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 from vmexit.devices.window import Window
 
 DATA, COMMAND = 0, 1

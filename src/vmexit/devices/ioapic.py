@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from vmexit.core.bus import State
+from vmexit.core.saved import Saved
 from vmexit.devices.lapic import FIXED, LOWEST_PRIORITY, NMI
-from vmexit.devices.saved import Saved
 
 PINS = 24
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
 from vmexit.core.irq import Startup
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 
 # Register offsets (table 11-1).
 ID, VERSION, TPR, APR, PPR, EOI, LDR, DFR, SVR = (

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from vmexit.core.bus import State
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 from vmexit.devices.window import Window
 
 ICW1, ICW1_IC4, ICW1_SNGL = 1 << 4, 1 << 0, 1 << 1

@@ -11,8 +11,8 @@ import threading
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
 from vmexit.core.irq import IrqLine
+from vmexit.core.saved import Saved
 from vmexit.devices.pit_counter import ACCESS_LATCH, Counter
-from vmexit.devices.saved import Saved
 from vmexit.devices.window import Window
 
 FREQUENCY = 1_193_182  # Hz: a third of the colour burst of NTSC

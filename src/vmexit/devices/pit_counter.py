@@ -5,7 +5,7 @@ tick, and what the counter shows follows from the ticks elapsed since.
 """
 
 from vmexit.core.bus import State
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 
 # The control word, of which a counter keeps six bits.
 CONTROL_BCD = 1 << 0

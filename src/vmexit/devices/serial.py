@@ -15,7 +15,7 @@ from vmexit.core.bus import State
 from vmexit.core.clock import Clock
 from vmexit.core.irq import IrqLine
 from vmexit.core.rate import TokenBucket
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 
 # Offsets. RBR, THR and DLL share 0, IER and DLM share 1, by direction and by LCR.DLAB.
 RBR_THR_DLL, IER_DLM, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)

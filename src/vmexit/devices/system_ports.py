@@ -6,7 +6,7 @@ from collections.abc import Callable
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
 from vmexit.core.irq import IrqLine
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 
 PORT92_RESET, PORT92_A20 = 1 << 0, 1 << 1
 

@@ -8,7 +8,7 @@ import threading
 
 from vmexit.core.bus import State
 from vmexit.core.irq import IrqChip
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 
 ECHO_SIZE = 4
 LINES = 24

@@ -35,6 +35,9 @@ from vmexit.abi.kvm_state import (
     kvm_xsave,
 )
 from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
+from vmexit.core.bus import State
+from vmexit.core.errors import ConfigError
+from vmexit.core.saved import Saved
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
@@ -65,11 +68,23 @@ _LAST = (
 )
 
 
+# KVM_GET_MSR_INDEX_LIST leaves them out: memory types, fixed and by range, and the default one.
+_MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
+
+_WORD = (1 << 64) - 1
+_MOST_MSRS = 4096
+
+
 class VcpuState(NamedTuple):
     """The kernel's own structures by name, and the MSRs by index."""
 
     parts: dict[str, bytes]
     msrs: dict[int, int]
+
+    def plain(self) -> State:
+        """What `StateAccess.parse()` reads."""
+        msrs = {f"{index:#x}": value for index, value in self.msrs.items()}
+        return {"version": 1, "accel": "kvm", "parts": self.parts.copy(), "msrs": msrs}
 
 
 class StateAccess:
@@ -91,12 +106,49 @@ class StateAccess:
             buffer = bytearray(sizeof(part.layout))
             vcpu.get(part.name, part.get, buffer)
             parts[part.name] = bytes(buffer)
-        return VcpuState(parts, vcpu.msrs_that_exist(self._system.msr_indices()))
+        indices = dict.fromkeys((*self._system.msr_indices(), *_MTRRS))
+        return VcpuState(parts, vcpu.msrs_that_exist(indices))
+
+    def parse(self, state: State) -> VcpuState:
+        """What `VcpuState.plain()` gave. Raises ConfigError for anything else."""
+        saved = Saved(state, "a vCPU of this KVM", 1)
+        parts, msrs = state.get("parts"), state.get("msrs")
+        layouts = {part.name: sizeof(part.layout) for part in self._first + self._last}
+        if (
+            state.get("accel") != "kvm"
+            or not isinstance(parts, dict)
+            or parts.keys() != layouts.keys()
+            or not isinstance(msrs, dict)
+            or len(msrs) > _MOST_MSRS
+        ):
+            raise saved.error()
+        images = saved.part("parts")
+        values = saved.part("msrs")
+        try:
+            indices = {int(name, 16): name for name in msrs}
+        except (TypeError, ValueError):
+            raise saved.error() from None
+        if any(not 0 <= index < 1 << 32 for index in indices):
+            raise saved.error()
+        return VcpuState(
+            {name: images.data(name, size, size) for name, size in layouts.items()},
+            {index: values.number(name, _WORD) for index, name in indices.items()},
+        )
+
+    def restore(self, vcpu: "KvmVcpu", state: State) -> None:
+        """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
+        refused = self.load(vcpu, self.parse(state))
+        if refused:
+            raise ConfigError(
+                f"this KVM refuses MSR {refused[0]:#x} as it was saved; restore it on a host with "
+                "the processor and the kernel that it was saved on"
+            )
 
     def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
         """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
         for part in self._first:
             vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
+        vcpu.load_cr8(state.parts["sregs"])
         current = vcpu.msrs_that_exist(state.msrs)
         refused = vcpu.set_msrs({i: v for i, v in state.msrs.items() if current.get(i) != v})
         for part in self._last:

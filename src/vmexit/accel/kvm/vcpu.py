@@ -9,6 +9,7 @@ from contextlib import suppress
 from ctypes import sizeof
 from fcntl import ioctl
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
     KVM_EXIT_DEBUG,
@@ -61,10 +62,13 @@ from vmexit.arch.x86.registers import (
     SystemRegisters,
     Table,
 )
-from vmexit.core.bus import Bus, Read, Write
+from vmexit.core.bus import Bus, Read, State, Write
 from vmexit.core.errors import HostError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
+
+if TYPE_CHECKING:
+    from vmexit.accel.kvm.state import StateAccess
 
 # Indices into 32-bit and 64-bit views of `struct kvm_run` for the loop (KVM API 5). A ctypes
 # structure costs three times as much an exit.
@@ -99,7 +103,7 @@ _SEGMENT_FIELDS = 12
 _SYSTEM_FORMAT = struct.Struct(
     "=" + "QIH9Bx" * len(SEGMENTS) + "QH6x" * len(TABLES) + f"{len(CONTROL)}Q"
 )
-_APIC_BASE_FORMAT = struct.Struct("=Q")
+_APIC_BASE_FORMAT = _CR8_FORMAT = struct.Struct("=Q")
 _MP_STATE = struct.Struct("=I")  # struct kvm_mp_state
 _GUEST_DEBUG = struct.Struct("=I4x8Q")  # struct kvm_guest_debug
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
@@ -123,7 +127,10 @@ class KvmVcpu:
         pio: Bus,
         mmio: Bus,
         observer: ExitObserver | None,
+        access: "Callable[[], StateAccess]",
     ) -> None:
+        """`access` gives what saves and loads all of its state."""
+        self._access = access
         self.fd = fd
         self.index = index
         self._memory = memory
@@ -446,8 +453,18 @@ class KvmVcpu:
             values += getattr(system, name)
         values += [getattr(system, name) for name in CONTROL]
         _SYSTEM_FORMAT.pack_into(buffer, 0, *values)
-        self._u64[_CR8] = system.cr8  # without a LAPIC in the kernel, KVM_RUN takes it from here
+        self.load_cr8(buffer)
         self.set("system registers", KVM_SET_SREGS, buffer)
+
+    def load_cr8(self, sregs: bytes | bytearray) -> None:
+        """Without a LAPIC in the kernel KVM_RUN takes it from its own page (KVM API 5, cr8)."""
+        self._u64[_CR8] = _CR8_FORMAT.unpack_from(sregs, kvm_sregs.cr8.offset)[0]
+
+    def state(self) -> State:
+        return self._access().save(self).plain()
+
+    def restore(self, state: State) -> None:
+        self._access().restore(self, state)
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
         entries = dict.fromkeys(indices, 0)

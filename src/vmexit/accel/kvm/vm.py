@@ -18,6 +18,7 @@ from vmexit.abi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
 )
 from vmexit.abi.kvm_caps import (
+    KVM_CAP_ADJUST_CLOCK,
     KVM_CAP_IRQCHIP,
     KVM_CAP_PIT2,
     KVM_CAP_READONLY_MEM,
@@ -30,15 +31,17 @@ from vmexit.accel.base import ANY_CPU
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.layout import KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS
-from vmexit.core.bus import Bus
+from vmexit.core.bus import Bus, State
 from vmexit.core.errors import HostError
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
+from vmexit.core.saved import Saved
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.debug import KvmDebugger
     from vmexit.accel.kvm.irqchip import KvmIrqChip
+    from vmexit.accel.kvm.state import StateAccess
     from vmexit.accel.kvm.system import System
     from vmexit.arch.x86.cpuid import Table
 
@@ -63,6 +66,7 @@ class KvmVm:
         self._cpus = cpus
         self._irqchip: KvmIrqChip | None = None
         self._debugger: KvmDebugger | None = None
+        self._access: StateAccess | None = None
         self._system = system
         self._memory = memory
         self._pio = pio
@@ -194,6 +198,7 @@ class KvmVm:
                 self._pio,
                 self._mmio,
                 observer,
+                self._state_access,
             )
         except OSError as error:
             os.close(fd)
@@ -256,10 +261,7 @@ class KvmVm:
 
     def reset_vcpus(self) -> None:
         """Each vCPU as after power-on: as it is in a VM that was just made. Raises HostError."""
-        from vmexit.accel.kvm.state import StateAccess
-
-        lapic = self._irqchip is not None
-        access = StateAccess(self._system, lapic=lapic)
+        access, lapic = self._state_access(), self._irqchip is not None
         memory = GuestMemory([(0, PAGE_SIZE)])
         try:
             with self._system.create_vm(
@@ -271,6 +273,31 @@ class KvmVm:
                     access.load(vcpu, access.save(new.create_vcpu(vcpu.index)))
         finally:
             memory.close()
+
+    def _state_access(self) -> "StateAccess":
+        if self._access is None:
+            from vmexit.accel.kvm.state import StateAccess
+
+            self._access = StateAccess(self._system, lapic=self._irqchip is not None)
+        return self._access
+
+    def state(self) -> State:
+        """The clock of the VM, which guests know as kvm-clock (KVM_GET_CLOCK, KVM API 4.29)."""
+        if not self._system.check_extension(KVM_CAP_ADJUST_CLOCK):
+            return {"version": 1, "clock": None}
+        from vmexit.abi.kvm_irq import KVM_GET_CLOCK, kvm_clock_data
+
+        buffer = bytearray(ctypes.sizeof(kvm_clock_data))
+        ioctl(self.fd, KVM_GET_CLOCK, buffer, True)
+        return {"version": 1, "clock": kvm_clock_data.from_buffer(buffer).clock}
+
+    def restore(self, state: State) -> None:
+        """It goes on from there: the time between has not passed for the guest."""
+        clock = Saved(state, "a VM of KVM", 1).optional("clock", (1 << 64) - 1)
+        if clock is not None and self._system.check_extension(KVM_CAP_ADJUST_CLOCK):
+            from vmexit.abi.kvm_irq import KVM_SET_CLOCK, kvm_clock_data
+
+            ioctl(self.fd, KVM_SET_CLOCK, bytes(kvm_clock_data(clock=clock)))
 
     @property
     def debugger(self) -> "KvmDebugger":

@@ -110,10 +110,14 @@ class CpuState:
     def rip(self, value: int) -> None:
         self.u64[EIP // 8] = value & 0xFFFF_FFFF_FFFF_FFFF
 
+    def tsc(self, library: Library) -> int:
+        """The TSC now: the host's, and the offset."""
+        host: int = library.get_tsc(self.base)
+        return host + self.u64[TSC_OFFSET // 8] & 0xFFFF_FFFF_FFFF_FFFF
+
     def set_tsc(self, library: Library, value: int) -> None:
         """Have the TSC be `value` now; it goes on as the host's does."""
-        host = library.get_tsc(self.base) - self.u64[TSC_OFFSET // 8]
-        self.u64[TSC_OFFSET // 8] = value - host & 0xFFFF_FFFF_FFFF_FFFF
+        self.u64[TSC_OFFSET // 8] = value - library.get_tsc(self.base) & 0xFFFF_FFFF_FFFF_FFFF
 
     def request(self, interrupts: int) -> None:
         """What the CPU is to take as soon as its flags allow: VIRTUAL_INTERRUPT, NMI, or 0."""
@@ -172,6 +176,8 @@ class CpuState:
         u32, u64 = self.u32, self.u64
         for name, at in SEGMENT.items():
             segment = getattr(system, name)
+            if name == "tr":  # a busy one is none that QEMU knows: it would end the process
+                segment = segment._replace(type=segment.type & ~TSS_BUSY_BIT)
             u32[at // 4] = segment.selector
             u64[(at + 8) // 8] = segment.base
             u32[(at + 16) // 4] = segment.limit

@@ -11,11 +11,14 @@ from vmexit.accel.soft.scheduler import Scheduler
 from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.layout import PHYSICAL_END
-from vmexit.core.bus import Bus
+from vmexit.core.bus import Bus, State
 from vmexit.core.errors import HostError
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import GuestMemory, Region
+from vmexit.core.saved import Saved
 from vmexit.core.trace import ExitObserver
+
+_WORD = (1 << 64) - 1
 
 if TYPE_CHECKING:
     from vmexit.accel.soft.debug import SoftDebugger
@@ -148,6 +151,25 @@ class SoftVm:
         """Each vCPU as after power-on."""
         for vcpu in self._vcpus:
             vcpu.power_on()
+
+    def state(self) -> State:
+        """By how much the TSC of each vCPU differs from the first one's."""
+        offsets = []
+        for vcpu in self._vcpus:
+            self._processor.select(vcpu)
+            offsets.append(self._processor.tsc_offset)
+        return {"version": 1, "tsc": [x - offsets[0] & _WORD for x in offsets]}
+
+    def restore(self, state: State) -> None:
+        """They differ by as much again: their states were loaded one after the other."""
+        saved = Saved(state, "the software CPU", 1)
+        differences = saved.numbers("tsc", _WORD, len(self._vcpus))
+        first = 0
+        for vcpu, difference in zip(self._vcpus, differences, strict=True):
+            self._processor.select(vcpu)
+            if vcpu is self._vcpus[0]:
+                first = self._processor.tsc_offset
+            self._processor.tsc_offset = first + difference & _WORD
 
     @property
     def debugger(self) -> "SoftDebugger":

@@ -146,6 +146,10 @@ class Library:
         self.get_tsc = self.cdll.cpu_get_tsc_x86_64
         self.get_tsc.restype = ctypes.c_uint64
         self.get_tsc.argtypes = [ctypes.c_void_p]
+        # CPUX86State, and the new value.
+        self.update_dr7 = self.cdll.cpu_x86_update_dr7_x86_64
+        self.update_dr7.restype = None
+        self.update_dr7.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
         self.reset_interrupt = self.cdll.cpu_reset_interrupt
         self.reset_interrupt.argtypes = [ctypes.c_void_p, ctypes.c_int]
         self.context_alloc = self.cdll.uc_context_alloc

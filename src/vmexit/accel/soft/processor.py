@@ -25,6 +25,7 @@ from vmexit.accel.soft.layout import (
     RBX,
     RCX,
     RDX,
+    TSC_OFFSET,
     VIRTUAL_INTERRUPT,
     VMCB,
 )
@@ -43,6 +44,7 @@ from vmexit.accel.soft.native import (
 from vmexit.accel.soft.points import Points
 from vmexit.accel.soft.port_io import MAX_AHEAD, PortIo
 from vmexit.accel.soft.replay import Replay
+from vmexit.accel.soft.saving import CpuSaving
 from vmexit.accel.soft.stopping import Stopper
 from vmexit.accel.soft.stubs import RAISE, StopWords, Stubs
 from vmexit.accel.soft.system_calls import SystemCalls
@@ -55,9 +57,10 @@ from vmexit.arch.x86.registers import (
     Registers,
     SystemRegisters,
 )
-from vmexit.core.bus import Bus
+from vmexit.core.bus import Bus, State
 from vmexit.core.errors import HostError, VmexitError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
+from vmexit.core.saved import Saved
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
@@ -113,6 +116,7 @@ class Processor:
         self._state = CpuState(library, engine, cpu, ids)
         self._cpuid = Cpuid(library, self._state.base, cpus, model)
         self._fpu = Fpu(engine)
+        self._saving = CpuSaving(library, engine, self._state, self._fpu)
         self._calls = SystemCalls(self._state, engine, self._raise, self._fail)
         # The TSC begins at 0 with reset (SDM vol. 3, 10.1.1); firmware counts on it.
         self._state.set_tsc(library, 0)
@@ -502,6 +506,22 @@ class Processor:
         self._library.flush_tlb(self._handle)
         self._state.set_tsc(self._library, 0)
 
+    def state(self) -> State:
+        return self._saving.save()
+
+    def restore(self, saved: Saved) -> None:
+        self._ports.forget_ahead()
+        self._saving.load(saved)
+
+    @property
+    def tsc_offset(self) -> int:
+        """What the TSC of the selected vCPU is ahead of the host's, modulo 2^64."""
+        return self._state.u64[TSC_OFFSET // 8]
+
+    @tsc_offset.setter
+    def tsc_offset(self, value: int) -> None:
+        self._state.u64[TSC_OFFSET // 8] = value
+
     def fpu(self) -> bytes:
         return self._fpu.read()
 
@@ -528,4 +548,5 @@ class Processor:
             # The engine has megabytes that should not wait for the garbage collector.
             self._calls.close()
             self._fpu.close()
+            del self._saving
             del self._engine

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 from vmexit.arch.x86.registers import RFLAGS_IF, Registers, SystemRegisters
 from vmexit.arch.x86.segments import reset
+from vmexit.core.bus import State
 from vmexit.core.irq import VcpuInterrupts
+from vmexit.core.saved import Saved
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
@@ -87,3 +89,24 @@ class SoftVcpu:
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
         self._processor.select(self)
         return self._processor.set_msrs(values)
+
+    def state(self) -> State:
+        self._processor.select(self)
+        flags = {name: bool(getattr(self, name)) for name in _FLAGS}
+        return {"version": 1, "accel": "soft", "cpu": self._processor.state(), **flags}
+
+    def restore(self, state: State) -> None:
+        saved = Saved(state, "a vCPU of the software CPU", 1)
+        if state.get("accel") != "soft":
+            raise saved.error()
+        cpu, flags = saved.part("cpu"), {name: saved.flag(name) for name in _FLAGS}
+        if flags["waits_for_sipi"] and self.interrupts is None:
+            raise saved.error()
+        self._processor.select(self)
+        self._processor.restore(cpu)
+        for name, value in flags.items():
+            setattr(self, name, value)
+
+
+# What it is waiting for; the rest is the engine's.
+_FLAGS = ("halted", "interruptible", "in_nmi", "nmi", "waits_for_sipi")

@@ -7,7 +7,7 @@ from vmexit.abi import virtio as v
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError
 from vmexit.core.memory import GuestMemory
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.queue import Chain, Queue
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from vmexit.core.bus import State
 from vmexit.core.rate import Limit
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 from vmexit.devices.virtio.queue import Queue
 
 

@@ -13,7 +13,7 @@ from vmexit.core.bus import State
 from vmexit.core.clock import Clock
 from vmexit.core.irq import EdgeLine
 from vmexit.core.memory import GuestMemory
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.queue import Queue, QueueError
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from vmexit.abi import virtio as v
 from vmexit.core.bus import State
 from vmexit.core.rate import Limit
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.queue import Chain, Queue, QueueError, without_first
 

@@ -20,7 +20,7 @@ from vmexit.core.bus import State
 from vmexit.core.errors import GuestAddressError, VmexitError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.rate import Limit
-from vmexit.devices.saved import Saved
+from vmexit.core.saved import Saved
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
 _U16 = struct.Struct("<H")

@@ -1,0 +1,230 @@
+"""A vCPU's state goes to another machine as plain data, and the guest does not notice."""
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import pytest
+
+from guests import FOLDER, GUESTS
+from vmexit import ConfigError, Machine, StopReason
+from vmexit.core.bus import State
+
+pytestmark = pytest.mark.engine
+
+SIZE = 2 << 20
+PVM = Path("/sys/module/kvm_pvm").exists()
+
+# Each ends by itself, and what it does is to be seen in its memory and registers alone.
+NAMES = [
+    "compatibility", "exceptions-long", "exceptions-protected", "exceptions-real",
+    "gates-protected", "int1", "modes", "nested-exceptions", "software-interrupts", "strings",
+    "syscall-32", "sysenter", "sysenter-protected", "system-calls", "task-gate",
+]  # fmt: skip
+
+
+def through_json(state: State) -> State:
+    """As it is once it was written and read: nothing but numbers, texts, bytes and their like."""
+    text = json.dumps(state, default=lambda data: {"bytes": data.hex()})
+
+    def pairs(found: dict[str, object]) -> object:
+        only = found.get("bytes")
+        return bytes.fromhex(only) if isinstance(only, str) else found
+
+    result: State = json.loads(text, object_hook=pairs)
+    return result
+
+
+def move(vm: Machine, twin: Machine) -> None:
+    """All of a machine without devices."""
+    twin.memory.write(0, vm.memory.read(0, SIZE))
+    (vcpu,), (other,) = vm._vcpus(), twin._vcpus()
+    state = through_json(vcpu.state())
+    other.restore(state)
+    again = through_json(other.state())
+    for one in (state, again):  # what goes on meanwhile
+        one["cpu"].pop("tsc") if "cpu" in one else one["msrs"].pop("0x10")
+    assert again == state
+
+
+def end_of(vm: Machine):
+    return vm.vcpus[0].regs.as_dict(), vm.memory.read(0, SIZE)
+
+
+def guest(accel: str, name: str) -> Machine:
+    return Machine(SIZE, accel, image=FOLDER / f"{name}.bin", mode=GUESTS[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_guest_does_not_notice(name):
+    """After random numbers of instructions: within handlers, shadows of STI, loops of REP."""
+    with guest("soft", name) as vm:
+        assert vm.run(timeout=60).reason in (StopReason.HALT, StopReason.DEBUG_EXIT)
+        expected = end_of(vm)
+    chance = random.Random(name)
+    vm, moves = guest("soft", name), 0
+    try:
+        while True:
+            for _ in range(chance.randint(1, 60 if moves else 5)):
+                stop = vm.step(timeout=60)
+                if stop.reason is not StopReason.DEBUG:
+                    assert moves
+                    assert end_of(vm) == expected
+                    return
+            if moves < 12:
+                twin = guest("soft", name)
+                move(vm, twin)
+                vm.close()
+                vm, moves = twin, moves + 1
+            else:
+                vm.run(timeout=60)
+                assert end_of(vm) == expected
+                return
+    finally:
+        vm.close()
+
+
+# 64-bit: SSE and x87 with another rounding and precision, an MSR, debug registers, and a port
+# write between any two of them.
+PROGRAM = bytes.fromhex(
+    "b868240000"  # mov eax, 0x2468
+    "f30f2ac0"  # cvtsi2ss xmm0, eax
+    "e610"  # out 0x10, al
+    "660f6fc8"  # movdqa xmm1, xmm0
+    "f30f58c8"  # addss xmm1, xmm0
+    "e610"
+    "9bdbe3"  # finit
+    "d9eb"  # fldpi
+    "d9ee"  # fldz
+    "e610"
+    "d9c9"  # fxch st(1)
+    "d9fe"  # fsin
+    "e610"
+    "dd1c2500300000"  # fstp qword [0x3000]
+    "b9020100c0"  # mov ecx, 0xc0000102
+    "b844332211"  # mov eax, 0x11223344
+    "31d2"  # xor edx, edx
+    "0f30"  # wrmsr: KERNEL_GS_BASE
+    "e610"
+    "0f32"  # rdmsr
+    "89042508300000"  # mov [0x3008], eax
+    "f30f110c2510300000"  # movss [0x3010], xmm1
+    "e610"
+    "d93c2518300000"  # fnstcw [0x3018]
+    "f4"  # hlt
+)
+
+
+def with_stops(accel: str) -> Machine:
+    vm = Machine(SIZE, accel, mode="long")
+    vm.load_bytes(PROGRAM, at=0x1000)
+    vm.on_pio(0x10, write=lambda access: vm.stop())
+    regs = vm.vcpus[0].regs
+    regs.cr4 |= 1 << 9 | 1 << 10  # OSFXSR, OSXMMEXCPT: SSE
+    return vm
+
+
+def test_between_any_two_accesses(accel):
+    if accel == "kvm" and PVM:
+        pytest.skip("kvm_pvm knows no SSE in ring 0")
+    vm, stops = with_stops(accel), 0
+    while (stop := vm.run(timeout=30)).reason is StopReason.STOPPED:
+        stops += 1
+        twin = with_stops(accel)
+        move(vm, twin)
+        vm.close()
+        vm = twin
+    with vm:
+        assert (stop.reason, stops) == (StopReason.HALT, 6)
+        assert abs(struct.unpack("<d", vm.memory.read(0x3000, 8))[0]) < 1e-15  # sin(pi)
+        assert vm.memory.read_u32(0x3008) == 0x1122_3344
+        assert struct.unpack("<f", vm.memory.read(0x3010, 4)) == (2.0 * 0x2468,)
+        assert vm.memory.read_u16(0x3018) == 0x37F
+
+
+RDTSC = bytes.fromhex("0f31 f4")
+
+
+def tsc_of(vm: Machine) -> int:
+    vm.load_bytes(RDTSC, at=0x1000, entry=0x1000)
+    assert vm.run(timeout=30).reason is StopReason.HALT
+    regs = vm.vcpus[0].regs
+    return regs.rdx << 32 | regs.rax
+
+
+def test_the_time_stamp_counter_goes_on_from_where_it_was(accel):
+    with Machine("1M", accel) as vm, Machine("1M", accel) as twin:
+        (vcpu,), (other,) = vm._vcpus(), twin._vcpus()
+        state = vcpu.state()
+        holder, name = ("cpu", "tsc") if accel == "soft" else ("msrs", "0x10")
+        state[holder][name] = 1 << 50
+        other.restore(state)
+        tsc = other.state()[holder][name]
+        if accel == "kvm" and tsc < 1 << 50:
+            pytest.skip("this KVM shows its guests the host's counter")
+        assert 1 << 50 <= tsc < (1 << 50) + (1 << 40)
+        assert tsc < tsc_of(twin) < (1 << 50) + (1 << 40)
+
+
+def test_the_time_stamp_counter_begins_anew_with_a_reset():
+    with Machine("1M", "soft") as vm:
+        before = tsc_of(vm)
+        vm.reset()
+        assert 0 < tsc_of(vm) < before + (1 << 36)
+
+
+# 16-bit: mov eax, 0x1234; mov dr0, eax; out 0x10, al; hlt
+LOADS_DR0 = bytes.fromhex("66b834120000 0f23c0 e610 f4")
+
+
+def test_debug_registers_of_the_guest(accel):
+    with Machine("1M", accel) as vm, Machine("1M", accel) as twin:
+        vm.load_bytes(LOADS_DR0, at=0x1000)
+        vm.on_pio(0x10, write=lambda access: vm.stop())
+        assert vm.run(timeout=30).reason is StopReason.STOPPED
+        (vcpu,), (other,) = vm._vcpus(), twin._vcpus()
+        state = vcpu.state()
+        if accel == "kvm":
+            other.restore(through_json(state))
+            assert other.state()["parts"]["debugregs"] == state["parts"]["debugregs"]
+            return
+        assert state["cpu"]["debug"][0] == 0x1234
+        for dr7 in (0x401, 0xF0401, 0x400):  # at an instruction, at accesses of 4 bytes, nowhere
+            state["cpu"]["debug"][5] = dr7
+            other.restore(through_json(state))
+            assert other.state()["cpu"]["debug"] == state["cpu"]["debug"]
+
+
+def broken(state: State):
+    """What nobody has saved."""
+    yield {}
+    yield {**state, "version": 2}
+    yield {**state, "accel": "other"}
+    yield {**state, "cpu": 5, "parts": 5}
+    yield {**state, "cpu": {}, "parts": {}}
+    yield {**state, "halted": 2, "msrs": {"x": 1}}
+    if "cpu" in state:
+        for name in state["cpu"]:
+            yield {**state, "cpu": {**state["cpu"], name: -1}}
+        for name in ("fpu", "msrs", "general"):
+            yield {**state, "cpu": {**state["cpu"], name: state["cpu"][name][:-1]}}
+        yield {**state, "cpu": {**state["cpu"], "general": [1 << 64] * 18}}
+        segments = state["cpu"]["segments"]
+        yield {**state, "cpu": {**state["cpu"], "segments": {**segments, "cs": [1 << 16] * 11}}}
+        yield {**state, "waits_for_sipi": True}
+    else:
+        yield {**state, "msrs": {"0x10": -1}}
+        yield {**state, "msrs": {"-1": 1}}
+        for name in state["parts"]:
+            yield {**state, "parts": {**state["parts"], name: b"x"}}
+
+
+def test_what_is_no_state_is_refused_and_changes_nothing(accel):
+    with Machine("1M", accel) as vm:
+        vcpu = vm._vcpus()[0]
+        before = vm.vcpus[0].regs.as_dict()
+        for state in broken(vcpu.state()):
+            with pytest.raises(ConfigError, match=r"vCPU .*version 1; save it anew"):
+                vcpu.restore(state)
+        assert vm.vcpus[0].regs.as_dict() == before
