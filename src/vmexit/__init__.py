@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmexit.machine.hooks import Access
     from vmexit.machine.lifecycle import After
     from vmexit.machine.machine import Machine
+    from vmexit.machine.snapshot import Snapshot
     from vmexit.machine.stop import Stop, StopReason
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _HOMES = {
     "vmexit.machine.hooks": ("Access",),
     "vmexit.machine.lifecycle": ("After",),
     "vmexit.machine.machine": ("Machine",),
+    "vmexit.machine.snapshot": ("Snapshot",),
     "vmexit.machine.stop": ("Stop", "StopReason"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -79,6 +81,7 @@ __all__ = [
     "PointKind",
     "RunState",
     "Segment",
+    "Snapshot",
     "Stop",
     "StopReason",
     "Symbol",

@@ -269,3 +269,95 @@ def test_a_slice_that_outlives_close_stays_usable_and_frees_its_pages_when_it_go
     assert mappings() == maps + 1
     del kept
     assert mappings() == maps
+
+
+# Images.
+
+
+def everything(memory: GuestMemory) -> bytes:
+    return b"".join(bytes(region.view) for region in memory.regions)
+
+
+def test_an_image_stays_as_it_is_and_the_views_of_memory_stay_good(memory) -> None:
+    view = memory.view(HIGH[0], 8)
+    memory.write(HIGH[0], b"before")
+    before = everything(memory)
+    image = memory.capture()
+    assert everything(memory) == before
+    memory.write(HIGH[0], b"after")
+    memory.write(LOW[0] + 0x1000, b"too")
+    assert bytes(view[:5]) == b"after"
+    memory.restore(image)
+    assert everything(memory) == before
+    assert bytes(view[:6]) == b"before"
+    with pytest.raises(OSError):
+        os.pwrite(image.fd, b"x", 0)
+    view.release()
+    image.close()
+
+
+def test_an_image_of_a_private_copy_has_both_what_is_old_and_what_is_new(memory) -> None:
+    memory.write(LOW[0], b"old")
+    first = memory.capture()
+    memory.write(HIGH[0], b"new")
+    second = memory.capture()
+    memory.write(LOW[0], b"newest")
+    for image, old, new in ((first, b"old", bytes(3)), (second, b"old", b"new")) * 2:
+        memory.restore(image)
+        assert (memory.read(LOW[0], 3), memory.read(HIGH[0], 3)) == (old, new)
+    first.close()
+    second.close()
+
+
+def test_an_image_is_copied_where_somebody_else_could_write_to_it(memory) -> None:
+    memory.write(LOW[0], b"mine")
+    with mmap.mmap(memory.fd, LOW[1] + HIGH[1]) as other:
+        image = memory.capture()
+        other[:5] = b"their"
+        assert memory.read(LOW[0], 4) == b"mine"
+        memory.restore(image)
+        assert memory.read(LOW[0], 4) == b"mine"
+    image.close()
+
+
+def test_an_image_of_other_memory_is_refused(memory) -> None:
+    other = GuestMemory([(0, 0x1000)])
+    image = other.capture()
+    with pytest.raises(ConfigError, match="laid out otherwise"):
+        memory.restore(image)
+    image.close()
+    other.close()
+
+
+def test_what_is_discarded_of_a_private_copy_is_zeros_and_not_what_was_captured(memory) -> None:
+    memory.write(LOW[0], b"x" * LOW[1])
+    image = memory.capture()
+    memory.discard(LOW[0] + 0x1000, 0x1000)
+    assert memory.read(LOW[0], LOW[1]) == b"x" * 0x1000 + bytes(0x1000)
+    memory.restore(image)
+    assert memory.read(LOW[0], LOW[1]) == b"x" * LOW[1]
+    image.close()
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_memory_in_use_is_what_was_written_to(private) -> None:
+    memory = GuestMemory([(0, 1 << 20), (1 << 21, 1 << 20)])
+    image = memory.capture() if private else None
+    memory.write(0x5000, b"x")
+    memory.write((1 << 21) + 0x8FFF, b"xx")
+    found = [list(memory.in_use(region)) for region in memory.regions]
+    assert found == [[(0x5000, 0x6000)], [(0x8000, 0xA000)]]
+    memory.close()
+    if image is not None:
+        image.close()
+
+
+def test_images_leave_no_descriptor_behind() -> None:
+    before = descriptors()
+    memory = make()
+    images = [memory.capture() for _ in range(3)]
+    for image in images:
+        image.close()
+        image.close()
+    memory.close()
+    assert descriptors() == before

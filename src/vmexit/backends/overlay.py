@@ -28,8 +28,10 @@ from typing import NamedTuple, Protocol
 from vmexit.backends import transfer
 from vmexit.backends.block_map import BlockMap
 from vmexit.backends.disk import OVERLAY_MAGIC, lock
+from vmexit.core.disk_image import DiskImage
 from vmexit.core.errors import ConfigError, HostError, shown
 from vmexit.core.holes import try_hole
+from vmexit.core.memory_image import stretches
 
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQ32s")  # magic, version, block size, size of the disk, digest
@@ -45,6 +47,7 @@ _MOST_BLOCKS = 1 << 28
 _LARGEST_BLOCK = 1 << 24
 
 # The image is told by so many parts of it, from its beginning to its end.
+_PIECE = 1 << 20
 _SAMPLES, _SAMPLE = 16, 1 << 16
 
 
@@ -261,6 +264,46 @@ class Overlay:
             os.fdatasync(self._fd)
             self._blocks.saved()
 
+    # Snapshots.
+
+    def capture(self) -> DiskImage:
+        """What was written so far, in a file of its own that the caller closes.
+
+        For an overlay that is forgotten in the end. Raises HostError.
+        """
+        assert not self._path
+        try:
+            fd = self._temporary()
+            try:
+                _copy_data(self._fd, fd, self.size)
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise HostError(
+                f"cannot copy what was written to the disk: {error.strerror}; free some room"
+            ) from error
+        return DiskImage(fd, self._blocks.all(), self._format.digest)
+
+    def restore(self, written: DiskImage) -> None:
+        """Nothing else was written. Raises ConfigError for another disk's; HostError."""
+        blocks = BlockMap(self._format.blocks)
+        same = written.digest == self._format.digest
+        if not same or os.fstat(written.fd).st_size != self.size or not blocks.load(written.blocks):
+            raise ConfigError(
+                "what the guest has written was to another disk, or the disk's image has changed "
+                "since; use the image as it was"
+            )
+        try:
+            os.truncate(self._fd, 0)
+            os.truncate(self._fd, self.size)
+            _copy_data(written.fd, self._fd, self.size)
+        except OSError as error:
+            raise HostError(
+                f"cannot write the disk's temporary file: {error.strerror}; free some room"
+            ) from error
+        self._blocks = blocks
+
     def discard(self, offset: int, size: int) -> None:
         """Whole blocks of it read as zeros then, and take no room."""
         block, end = self._format.block_size, offset + size
@@ -294,3 +337,15 @@ class Overlay:
             ) from error
         finally:
             os.close(self._fd)
+
+
+def _copy_data(source: int, to: int, size: int) -> None:
+    """All but holes, from one new file to another. Raises OSError."""
+    for first, end in stretches(source, 0, size):
+        at = first
+        while at < end:
+            data = os.pread(source, min(_PIECE, end - at), at)
+            if not data:
+                raise OSError(errno.EIO, "the file ends early")
+            transfer.write_from(to, [memoryview(data)], at)
+            at += len(data)

@@ -1,7 +1,8 @@
 """Guest physical memory: RAM on a memfd, ROM beside it, reached by guest physical address (GPA).
 
 RAM is one memfd mapped shared, so that another process, or a second mapping, can see the same
-pages. A region is a contiguous range of GPAs over a contiguous range of host virtual addresses.
+pages. From the first `capture()` on it is a private mapping of an image. A region is a contiguous
+range of GPAs over a contiguous range of host virtual addresses.
 """
 
 import ctypes
@@ -15,8 +16,11 @@ from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, GuestAddressError, HostError
 from vmexit.core.holes import punch_hole
+from vmexit.core.memory_image import MemoryImage, merged, private_stretches, stretches
+from vmexit.core.remap import map_over
 
 PAGE_SIZE = 4096
+_ZEROS = bytes(PAGE_SIZE)
 
 _U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 
@@ -86,6 +90,8 @@ class GuestMemory:
         self._offsets: dict[int, int] = {}  # in the memfd, by the GPA of a RAM region
         self._listeners: list[HostWrite] = []
         self._closed = False
+        self.private = False
+        """Whether `fd` is an image, which what is written to RAM does not reach."""
         try:
             self.fd = os.memfd_create("vmexit-ram", MEMFD_FLAGS)
         except OSError as error:
@@ -94,7 +100,9 @@ class GuestMemory:
             set_size(self.fd, sum(size for _, size in ranges))
             offset = 0
             for gpa, size in ranges:
-                self._add(gpa, mmap.mmap(self.fd, size, offset=offset), readonly=False)
+                # Python's mapping would hold the file for good, and this may be another's later.
+                region = self._add(gpa, mmap.mmap(-1, size), readonly=False)
+                map_over(region.hva, size, self.fd, offset, private=False)
                 self._offsets[gpa] = offset
                 offset += size
         except (OSError, OverflowError, ValueError) as error:
@@ -153,6 +161,81 @@ class GuestMemory:
         """The RAM regions, with the offset in `fd` of each: what another process can map."""
         return [(r, self._offsets[r.gpa]) for r in self.regions if r.gpa in self._offsets]
 
+    def in_use(self, region: Region) -> list[tuple[int, int]]:
+        """First and end, from the beginning of `region` on, of what may not be zeros."""
+        base = self._offsets[region.gpa]
+        found = stretches(self.fd, base, base + region.size)
+        shared = [(first - base, end - base) for first, end in found]
+        if not self.private:
+            return shared
+        return merged([*shared, *private_stretches(region.hva, region.size)])
+
+    def capture(self) -> MemoryImage:
+        """What RAM holds now, for good; RAM itself goes on as a private copy of that.
+
+        While nobody writes to it. The first time nothing is copied. Raises HostError.
+        """
+        ranges = tuple((region.gpa, region.size) for region, _ in self.shared())
+        ranges = tuple(sorted(ranges, key=lambda one: self._offsets[one[0]]))
+        try:
+            fd = self._copy() if self.private else os.dup(self.fd)
+            image = MemoryImage(fd, ranges)
+            try:
+                self.restore(image)
+                try:
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+                except OSError:  # EBUSY: somebody else can write to it
+                    image.close()
+                    image = MemoryImage(self._copy(), ranges)
+                    self.restore(image)
+            except BaseException:
+                image.close()
+                raise
+        except OSError as error:
+            raise HostError(f"cannot copy guest memory: {error.strerror}; free some") from error
+        return image
+
+    def _copy(self) -> int:
+        fd = os.memfd_create("vmexit-image", MEMFD_FLAGS)
+        try:
+            set_size(fd, sum(region.size for region, _ in self.shared()))
+            for region, offset in self.shared():
+                for first, end in self.in_use(region):
+                    write_at(fd, region.view[first:end], offset + first)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def restore(self, image: MemoryImage) -> None:
+        """RAM holds what `image` does, whatever it held. Raises ConfigError, HostError."""
+        mine = {(region.gpa, region.size) for region, _ in self.shared()}
+        if mine != set(image.ranges):
+            raise ConfigError(
+                f"this is an image of {image.size} bytes of memory laid out otherwise; use a "
+                "machine with as much --memory"
+            )
+        try:
+            fd = os.dup(image.fd)
+            try:
+                self._map(image)
+            except OSError:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise HostError(f"cannot map guest memory: {error.strerror}; free some") from error
+        os.close(self.fd)
+        self.fd, self.private = fd, True
+        for gpa, size in image.ranges:
+            self.host_wrote(((gpa, size),), size)
+
+    def _map(self, image: MemoryImage) -> None:
+        offset = 0
+        for gpa, size in image.ranges:
+            map_over(self.region(gpa).hva, size, image.fd, offset, private=True)
+            self._offsets[gpa] = offset
+            offset += size
+
     def hva(self, gpa: int) -> int:
         """The host virtual address behind `gpa` (KVM API 4.35: GPA → HVA is the memory slot's)."""
         region = self.region(gpa)
@@ -208,7 +291,10 @@ class GuestMemory:
         for region, offset in self.shared():
             start, stop = max(first, region.gpa), min(end, region.end)
             if start < stop:
-                punch_hole(self.fd, offset + start - region.gpa, stop - start)
+                if self.private:
+                    _zero(region.part(start, stop - start))
+                else:
+                    punch_hole(self.fd, offset + start - region.gpa, stop - start)
                 self.host_wrote(((start, stop - start),), stop - start)
 
     def read_u8(self, gpa: int) -> int:
@@ -265,6 +351,20 @@ class GuestMemory:
                 continue
         self._maps.clear()
         os.close(self.fd)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """All of `data`. Raises OSError."""
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _zero(view: memoryview) -> None:
+    """What is zero already is left alone: to write to it would take a page."""
+    for at in range(0, len(view), PAGE_SIZE):
+        if bytes(view[at : at + PAGE_SIZE]) != _ZEROS:
+            view[at : at + PAGE_SIZE] = _ZEROS
 
 
 def _span(key: slice) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from vmexit.machine.stop import Stop, StopReason
 if TYPE_CHECKING:
     from vmexit.accel.base import Notifier
     from vmexit.backends.chardev import Chardev
+    from vmexit.backends.overlay import Overlay
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
     from vmexit.devices.irqchip import PcIrqChip
@@ -55,6 +56,7 @@ class Board:
         """The names of the virtio devices that no driver has ever made ready."""
         self.console: GuestConsole | None = None
         self.console_where: list[str] = []
+        self.overlays: dict[str, Overlay] = {}
         self.power_button: Callable[[], None] | None = None
         self._when_running: list[Callable[[bool], None]] = []
 
@@ -177,6 +179,7 @@ class Board:
         )
         for name, device in parts.devices():
             self.devices[name] = slots.attach(name, device)
+        self.overlays = parts.overlays
         self._when_running.append(slots.running)
         self.undriven = slots.undriven
         self.balloon = parts.balloon

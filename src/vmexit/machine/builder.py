@@ -1,7 +1,7 @@
 """The composition root: the one module that knows every part."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +36,7 @@ _Path = str | os.PathLike[str]
 _KERNEL_MAX_SIZE = 1 << 30
 
 if TYPE_CHECKING:
+    from vmexit.backends.overlay import Overlay
     from vmexit.boot.firmware_items import Contents
     from vmexit.devices.irqchip import PcIrqChip
 
@@ -62,6 +63,8 @@ class Parts(NamedTuple):
     balloon: MemoryBalloon | None
     console: GuestConsole | None
     console_where: Sequence[str]
+    overlays: "Mapping[str, Overlay]"
+    """What is written to disks with snapshot=on, by the name of the disk."""
     closer: ExitStack
 
 
@@ -158,8 +161,16 @@ def _create(wanted: _Wanted) -> tuple[_Engine, str]:
         raise HostError(f"no accelerator is usable: {no_kvm}, and {error}") from error
 
 
-def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | None) -> Parts:
+def build(
+    config: MachineConfig,
+    request: StopRequest,
+    observer: ExitObserver | None,
+    restored: Collection[str] | None = None,
+) -> Parts:
     """Make all parts of a machine, its first vCPU where the guest begins.
+
+    With `restored`, the names of devices, it is for the state of a machine that had those: only
+    what is not in memory is read from files.
 
     Raises ConfigError, ImageError or HostError; nothing is left open then.
     """
@@ -167,8 +178,12 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         # The image before the accelerator: what is wrong with it shows on every host.
         memory = GuestMemory(ram_ranges(config.memory))
         stack.callback(memory.close)
-        entry, contents = _load(config, memory)
-        if config.symbols is not None:  # they are for later, and a wrong path is told now
+        entry, contents = (
+            _load(config, memory) if restored is None else _reload(config, memory, restored)
+        )
+        if (
+            config.symbols is not None and restored is None
+        ):  # they are for later, and a wrong path is told now
             read_image(config.symbols, what="symbol file")
         pio, mmio = Bus("port"), Bus("MMIO")
         loop = EventLoop(request.fail)
@@ -188,7 +203,8 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         if contents is not None:
             board.attach_fw_cfg(memory, contents)
         stack.callback(loop.close)  # again, and now before what it watches
-        _start(engine.vcpus[0], entry)
+        if entry is not None:
+            _start(engine.vcpus[0], entry)
 
         def reset() -> None:
             for device in board.devices.values():
@@ -196,7 +212,8 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             engine.vm.reset_vcpus()
             for region in memory.regions:
                 memory.discard(region.gpa, region.size)
-            _start(engine.vcpus[0], _load(config, memory)[0])
+            first, _ = _load(config, memory)
+            _start(engine.vcpus[0], first)
 
         return Parts(
             engine.accelerator.name,
@@ -210,12 +227,13 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.serial_where,
             reset,
             board.power_button,
-            entry.linked,
+            entry.linked if entry is not None else (),
             board.running,
             board.undriven,
             board.balloon,
             board.console,
             board.console_where,
+            board.overlays,
             stack.pop_all(),
         )
 
@@ -245,6 +263,19 @@ def _load(config: MachineConfig, memory: GuestMemory) -> "tuple[BootEntry, Conte
         flat.load(memory, data, at)
         image = range(at, at + len(data))
     return flat.start(memory, config.entry, config.mode, image, config.segment), None
+
+
+def _reload(
+    config: MachineConfig, memory: GuestMemory, devices: Collection[str]
+) -> "tuple[BootEntry | None, Contents | None]":
+    """What RAM does not hold: the ROM, and what fw_cfg tells."""
+    if config.firmware is not None:
+        return _load(config, memory)
+    if "fw-cfg" not in devices:
+        return None, None
+    from vmexit.boot import firmware_items
+
+    return None, firmware_items.machine(memory.regions, config.smp, serial=False)
 
 
 def _check_testdev(config: MachineConfig, rom_size: int) -> None:

@@ -228,11 +228,14 @@ class Lifecycle:
                 if ran and self._active and self._ending is None:
                     self.resume()
 
-    def reset(self) -> None:
-        """Put the guest back to its beginning; it runs on from there if it ran before."""
+    def reset(self, back: Callable[[], None] | None = None) -> None:
+        """Put the guest back to its beginning, or where `back()` puts it while no vCPU runs.
+
+        It runs on from there if it ran before.
+        """
         self._require_other_thread()
         with self.paused():
-            self._reset()
+            (back or self._reset)()
             self._last = None
             self._become(RunState.PAUSED, EventKind.RESET)
 

@@ -33,6 +33,7 @@ from vmexit.machine.stop import Stop
 
 if TYPE_CHECKING:
     from vmexit.core.chrome_trace import ChromeTrace
+    from vmexit.machine.snapshot import Snapshot
 
 
 class _Start(NamedTuple):
@@ -153,14 +154,36 @@ class Machine(Inspection):
         machine._build(config, observer)
         return machine
 
-    def _build(self, config: MachineConfig, observer: ExitObserver | None) -> None:
+    @classmethod
+    def from_snapshot(
+        cls, snapshot: "Snapshot", config: MachineConfig, observer: ExitObserver | None = None
+    ) -> "Machine":
+        """A machine as `config` describes it, where `snapshot` is; see `Snapshot.clone()`.
+
+        Raises ConfigError if the two do not fit together, and what the constructor raises.
+        """
+        machine = cls.__new__(cls)
+        machine._build(config, observer, snapshot.devices)
+        try:
+            machine._take_over(snapshot)
+        except BaseException:
+            machine.close()
+            raise
+        return machine
+
+    def _build(
+        self,
+        config: MachineConfig,
+        observer: ExitObserver | None,
+        restored: Sequence[str] | None = None,
+    ) -> None:
         self.config = config
         self._entry = config.entry if config.image is not None else None
         self._closed = False
         self.within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
-        self._parts = parts = builder.build(config, self._request, observer)
+        self._parts = parts = builder.build(config, self._request, observer, restored)
         self._runner = Runner(parts.vm.executors, self._request, parts.running)
         self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)
         self._life = Lifecycle(self._debug, self._request, self._begin_again)
@@ -418,6 +441,40 @@ class Machine(Inspection):
             flat.load(self.memory, data, at)
         if self._start is not None:
             self._go_to(self._start)
+
+    def snapshot(self) -> "Snapshot":
+        """All of it as it is now: to go back to, to clone, to save. See `Snapshot`.
+
+        From any thread but that of `run()`; what ran goes on. Raises ConfigError naming a device
+        whose state cannot be saved, HostError without memory for it.
+        """
+        self._require_outside()
+        from vmexit.machine.snapshot import Loaded, Snapshot
+
+        with self._life.paused():
+            loaded = Loaded(self._loads)
+            if self._start is not None:
+                loaded = Loaded(self._loads, *self._start)
+            return Snapshot.capture(self.config, self._parts, loaded)
+
+    def reset_to(self, snapshot: "Snapshot") -> None:
+        """Put it back where `snapshot` is; it runs on from there if it ran before.
+
+        From any thread but that of `run()`. What is outside of it stays as it is: callbacks, files,
+        connections. Raises ConfigError if the snapshot is of a machine with other parts, or if a
+        disk cannot go back.
+        """
+        self._require_outside()
+        from vmexit.machine.machine_state import require_own_disks
+
+        require_own_disks(self.config)
+        self._life.reset(lambda: self._take_over(snapshot))
+
+    def _take_over(self, snapshot: "Snapshot") -> None:
+        loaded = snapshot.put_into(self._parts)
+        self._loads, self._start, self._loaded = loaded.pieces, None, True
+        if loaded.entry is not None:
+            self._start = _Start(loaded.entry, loaded.mode, loaded.image)
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down, by ACPI's power button. Raises ConfigError without one."""

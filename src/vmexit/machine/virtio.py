@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import socket
 
     from vmexit.backends.chardev import Chardev
+    from vmexit.backends.overlay import Overlay
     from vmexit.backends.vhost_user import VhostUser
     from vmexit.core.rate import Limit
     from vmexit.devices.virtio.balloon import Balloon
@@ -145,6 +146,8 @@ class VirtioParts:
         self._on_close = on_close
         self._chardev = chardev
         self.balloon: Balloon | None = None
+        self.overlays: dict[str, Overlay] = {}
+        """What is written to disks with snapshot=on, by the name of the disk."""
         self.console: Console | None = None
         self.console_where: list[str] = []
 
@@ -152,7 +155,8 @@ class VirtioParts:
         """Each with its name, in the order of their places. Raises ConfigError, HostError."""
         config = self._config
         for number, text in enumerate(config.drives):
-            yield f"disk{number}", self._disk(text)
+            name = f"disk{number}"
+            yield name, self._disk(name, text)
         for number, text in enumerate(config.nets):
             yield f"net{number}", self._net(text, number)
         for number, text in enumerate(config.shares):
@@ -172,7 +176,7 @@ class VirtioParts:
             self.console = self._console(config.consoles)
             yield "console", self.console
 
-    def _disk(self, text: str) -> VirtioDevice:
+    def _disk(self, name: str, text: str) -> VirtioDevice:
         from vmexit.core.rate import Limit
         from vmexit.machine.drive import FORMATS, Drive
 
@@ -212,9 +216,9 @@ class VirtioParts:
                 ) from error
         from vmexit.devices.virtio.blk import Blk
 
-        return Blk(self._raw_disk(drive), drive.serial, drive.queues, limit)
+        return Blk(self._raw_disk(name, drive), drive.serial, drive.queues, limit)
 
-    def _raw_disk(self, drive: "Drive") -> "DiskBackend":
+    def _raw_disk(self, name: str, drive: "Drive") -> "DiskBackend":
         from vmexit.backends.disk import Disk
 
         probe = not drive.format
@@ -233,6 +237,8 @@ class VirtioParts:
 
         overlay = Overlay(disk, drive.overlay)
         self._on_close(overlay.close)
+        if drive.snapshot:
+            self.overlays[name] = overlay
         return overlay
 
     def _vhost_disk(

@@ -82,6 +82,11 @@ class Server:
         self.reset()
         self._tree.close()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether the guest has anything open."""
+        return bool(self._fids)
+
     def reset(self) -> None:
         """Forget the guest."""
         for fid in list(self._fids):

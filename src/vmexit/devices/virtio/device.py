@@ -50,6 +50,11 @@ class VirtioDevice:
     limit: Limit | None = None
     """How much there may be in a time, on all queues together."""
 
+    @property
+    def unsaved(self) -> str:
+        """Why its state cannot be saved now, and after a semicolon the remedy; else empty."""
+        return ""
+
     queues: Sequence[Queue] = ()
     """Those that the driver has set up; none before it is ready."""
 

@@ -11,6 +11,7 @@ from functools import partial
 from vmexit.abi import virtio as v
 from vmexit.core.bus import State
 from vmexit.core.clock import Clock
+from vmexit.core.errors import ConfigError
 from vmexit.core.irq import EdgeLine
 from vmexit.core.memory import GuestMemory
 from vmexit.core.saved import Saved
@@ -243,7 +244,10 @@ class MmioTransport:
     # State.
 
     def state(self) -> State:
+        """Raises ConfigError if what is behind the device cannot be saved."""
         with self._lock:
+            if self.device.unsaved:
+                raise ConfigError(self.device.unsaved)
             return {
                 "version": 1,
                 "device": self.device.state(),
@@ -275,6 +279,8 @@ class MmioTransport:
             self._status, self._accepted = status, accepted
             self._device_sel, self._driver_sel, self._queue_sel = selected
             self._interrupts, self._generation = interrupts, generation
+            if interrupts:  # its edge may have been on the way: one more does no harm
+                self._raise(0)
             ready = v.DRIVER_OK | v.FEATURES_OK
             if status & ready == ready:
                 self._activate()

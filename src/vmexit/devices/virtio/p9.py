@@ -29,6 +29,11 @@ class FileServer(Protocol):
         """
         ...
 
+    @property
+    def in_use(self) -> bool:
+        """Whether the guest has anything open, the folder itself above all."""
+        ...
+
     def reset(self) -> None:
         """Forget the guest."""
         ...
@@ -50,6 +55,10 @@ class P9(VirtioDevice):
 
     def config(self) -> bytes:
         return self._config
+
+    @property
+    def unsaved(self) -> str:
+        return "the guest has the folder mounted; unmount it first" if self._server.in_use else ""
 
     def notify(self, index: int) -> None:
         self.queues[index].serve(self._serve)

@@ -120,6 +120,10 @@ class Vhost(VirtioDevice):
     def config(self) -> bytes:
         return self._config
 
+    @property
+    def unsaved(self) -> str:
+        return f"{self._backend.name} keeps a state of its own; use a raw image with snapshot=on"
+
     def activate(self, queues: Sequence[Queue], features: int) -> None:
         super().activate(queues, features)
         self._agreed = features

@@ -1,0 +1,31 @@
+"""A mapping in the place of another one: mmap(2) with MAP_FIXED, which Python does not offer."""
+
+import ctypes
+import mmap
+import os
+from functools import cache
+
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # asm-generic/mman-common.h
+_FAILED = ctypes.c_void_p(-1).value
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+    ]  # fmt: skip
+    return libc
+
+
+def map_over(hva: int, size: int, fd: int, offset: int, *, private: bool) -> None:
+    """Have `size` bytes at `hva`, which are mapped, be those of `fd` from `offset` on.
+
+    With `private`, what is written to them stays out of the file. Raises OSError.
+    """
+    flags = (mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED) | _MAP_FIXED
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    if _libc().mmap(hva, size, protection, flags, fd, offset) == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -1,0 +1,171 @@
+"""A machine as it was at some moment: to go back to it, to clone it, to keep it in a folder."""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmexit.core.disk_image import DiskImage
+from vmexit.core.errors import VmexitError
+from vmexit.core.memory_image import MemoryImage
+from vmexit.core.trace import ExitObserver
+from vmexit.machine.builder import Parts
+from vmexit.machine.config import MachineConfig
+from vmexit.machine.machine_state import (
+    MachineState,
+    check,
+    for_a_clone,
+    put,
+    require_own_disks,
+    take,
+)
+
+if TYPE_CHECKING:
+    from vmexit.machine.machine import Machine
+
+
+class Loaded(NamedTuple):
+    """What `Machine.load_bytes()` did, for a later reset: what it has put where, and the start."""
+
+    pieces: list[tuple[int, bytes]]
+    entry: int | None = None
+    mode: str = "real"
+    image: range = range(0)
+
+
+class Snapshot:
+    """Made by `Machine.snapshot()` or `Snapshot.load()`. It never changes.
+
+    It holds descriptors until `close()`, which `with` calls; clones live on.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        state: MachineState,
+        memory: MemoryImage,
+        disks: dict[str, DiskImage],
+        loaded: Loaded,
+        taken: float,
+    ) -> None:
+        self.config = config
+        """That of the machine."""
+        self.taken = taken
+        """When it was made, in seconds since 1970."""
+        self._state = state
+        self._memory = memory
+        self._disks = disks
+        self._loaded = loaded
+        self._closed = False
+
+    @classmethod
+    def capture(cls, config: MachineConfig, parts: Parts, loaded: Loaded) -> "Snapshot":
+        """Of a machine none of whose vCPUs runs. Raises ConfigError, HostError."""
+        state = take(parts)
+        with ExitStack() as stack:
+            disks = {}
+            for name, overlay in parts.overlays.items():
+                disks[name] = overlay.capture()
+                stack.callback(disks[name].close)
+            memory = parts.memory.capture()
+            stack.pop_all()
+        loaded = loaded._replace(pieces=loaded.pieces.copy())
+        return cls(config, state, memory, disks, loaded, time.time())
+
+    @property
+    def accel(self) -> str:
+        """The accelerator that it can be restored on, `kvm` or `soft`."""
+        return self._state.accel
+
+    def clone(
+        self,
+        *,
+        serial: str = "null",
+        consoles: Sequence[str] | None = None,
+        drives: Sequence[str] | None = None,
+        nets: Sequence[str] | None = None,
+        shares: Sequence[str] | None = None,
+        vsock: str | None = None,
+        observer: ExitObserver | None = None,
+    ) -> "Machine":
+        """A new machine, paused where that one was; memory is shared until one of them writes.
+
+        Its serial port and consoles lead nowhere unless told. The rest is as for `Machine`, and as
+        it was by default; what the guest would have to itself wants another end here. Callbacks of
+        `on_pio` and `on_mmio` are not part of a snapshot. Raises ConfigError for a disk that the
+        guest writes to, unless it has snapshot=on or `drives` are given; else what a machine does.
+        """
+        from vmexit.machine.machine import Machine
+
+        self._require_open()
+        if drives is None:
+            require_own_disks(self.config)
+        config = for_a_clone(
+            self.config,
+            self.accel,
+            serial=serial,
+            consoles=consoles,
+            drives=drives,
+            nets=nets,
+            shares=shares,
+            vsock=vsock,
+        )
+        return Machine.from_snapshot(self, config, observer)
+
+    def put_into(self, parts: Parts) -> Loaded:
+        """Have a machine of such parts, which does not run, go on from here.
+
+        Raises ConfigError, HostError.
+        """
+        self._require_open()
+        check(parts, self._state)
+        parts.memory.restore(self._memory)
+        for name, overlay in parts.overlays.items():
+            if name in self._disks:
+                overlay.restore(self._disks[name])
+        put(parts, self._state)
+        return self._loaded._replace(pieces=self._loaded.pieces.copy())
+
+    @property
+    def devices(self) -> Sequence[str]:
+        """The names of those whose state it has."""
+        return list(self._state.devices)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it into a new folder at `path`, which appears whole or not at all.
+
+        Raises ConfigError if something is there already, HostError if it cannot be written.
+        """
+        from vmexit.machine.snapshot_file import Contents, write
+
+        self._require_open()
+        contents = Contents(
+            self.config, self._state, self._memory, self._disks, self._loaded, self.taken
+        )
+        write(os.fspath(path), contents)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Snapshot":
+        """What `save()` wrote, by this vmexit or an older one. Raises ConfigError."""
+        from vmexit.machine.snapshot_file import read
+
+        return cls(*read(os.fspath(path)))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise VmexitError("this snapshot is closed; make a new one")
+
+    def close(self) -> None:
+        """Free what it holds."""
+        if not self._closed:
+            self._closed = True
+            self._memory.close()
+            for disk in self._disks.values():
+                disk.close()
+
+    def __enter__(self) -> "Snapshot":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

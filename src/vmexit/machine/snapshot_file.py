@@ -1,0 +1,321 @@
+"""A snapshot in a folder: what is plain data as text, memory and disks as files with holes.
+
+- `state.json`: a line that says what it is, its version, and the SHA-256 of the rest; then an
+  object. Bytes are `{"base64": …}`, a tuple is a list.
+- `memory`, and `NAME.written` for a disk with snapshot=on: the bytes at their places, holes for
+  zeros. The object lists the stretches that count: offset, size, CRC-32.
+
+Nothing in there is believed: what the object says is checked as any configuration and state is.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from vmexit.arch.x86.layout import ram_ranges
+from vmexit.core.bus import State
+from vmexit.core.disk_image import DiskImage
+from vmexit.core.errors import ConfigError, HostError, VmexitError, quoted, shown
+from vmexit.core.memory import MEMFD_FLAGS, set_size, write_at
+from vmexit.core.memory_image import MemoryImage, stretches
+from vmexit.machine.config import MachineConfig
+from vmexit.machine.machine_state import MachineState
+from vmexit.machine.snapshot import Loaded
+
+_MAGIC, _VERSION = "vmexit snapshot", 1
+_STATE, _MEMORY = "state.json", "memory"
+_MOST_TEXT = 256 << 20  # bytes of state.json
+_MOST_DISK = 1 << 50
+_PAGE, _PIECE = 4096, 1 << 20
+_BASE64 = "base64"
+
+Stretch = tuple[int, int, int]  # offset, size, CRC-32
+
+
+class Contents(NamedTuple):
+    """What `Snapshot` is made from, in the order of its arguments."""
+
+    config: MachineConfig
+    state: MachineState
+    memory: MemoryImage
+    disks: dict[str, DiskImage]
+    loaded: Loaded
+    taken: float
+
+
+# Writing.
+
+
+def write(path: str, contents: Contents) -> None:
+    """See `Snapshot.save()`."""
+    parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - the path stays as it is
+    if os.path.lexists(path):
+        raise ConfigError(f"{shown(path)} exists already; use another path, or remove it")
+    try:
+        made = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+        try:
+            _write_into(Path(made), contents)
+            _sync(made)
+            os.rename(made, path)  # noqa: PTH104
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        _sync(parent)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "a path has no NUL in it"
+        raise HostError(f"cannot write {shown(path)}: {why}; use another path") from error
+
+
+def _write_into(folder: Path, contents: Contents) -> None:
+    state, config = contents.state, contents.config._asdict()
+    for key, value in config.items():
+        if isinstance(value, os.PathLike):
+            config[key] = os.fspath(value)
+    loaded = contents.loaded
+    data = {
+        "config": config,
+        **state._asdict(),
+        "memory": _write_sparse(folder / _MEMORY, contents.memory.fd, contents.memory.size),
+        "disks": {
+            name: {
+                "size": os.fstat(disk.fd).st_size,
+                "blocks": disk.blocks,
+                "digest": disk.digest,
+                "data": _write_sparse(
+                    folder / f"{name}.written", disk.fd, os.fstat(disk.fd).st_size
+                ),
+            }
+            for name, disk in contents.disks.items()
+        },
+        "loaded": {
+            "pieces": loaded.pieces,
+            "entry": loaded.entry,
+            "mode": loaded.mode,
+            "image": [loaded.image.start, loaded.image.stop],
+        },
+        "taken": contents.taken,
+    }
+    text = json.dumps(data, default=_plain).encode()
+    head = {"format": _MAGIC, "version": _VERSION, "sha256": hashlib.sha256(text).hexdigest()}
+    with open(folder / _STATE, "xb") as file:
+        file.write(json.dumps(head).encode() + b"\n" + text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return {_BASE64: base64.b64encode(value).decode("ascii")}
+    raise ConfigError(f"{quoted(value)} cannot be saved; use a text, a number or bytes")
+
+
+def _write_sparse(path: Path, source: int, size: int) -> list[Stretch]:
+    found = []
+    with open(path, "xb") as file:
+        os.truncate(file.fileno(), size)
+        for offset, data in _pieces(source, size):
+            write_at(file.fileno(), data, offset)
+            found.append((offset, len(data), zlib.crc32(data)))
+        os.fsync(file.fileno())
+    return found
+
+
+def _pieces(fd: int, size: int) -> Iterator[tuple[int, memoryview]]:
+    """What of a file is not zeros, by pages, so many at a time."""
+    zeros = bytes(_PAGE)
+    for first, end in stretches(fd, 0, size):
+        for at in range(first, end, _PIECE):
+            data = os.pread(fd, min(_PIECE, end - at), at)
+            view, start = memoryview(data), 0
+            for page in range(0, len(data), _PAGE):
+                if data[page : page + _PAGE] == zeros[: len(data) - page]:
+                    if start < page:
+                        yield at + start, view[start:page]
+                    start = page + _PAGE
+            if start < len(data):
+                yield at + start, view[start:]
+
+
+def _sync(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# Reading.
+
+
+def read(path: str) -> Contents:
+    """See `Snapshot.load()`."""
+    folder = Path(path)
+    try:
+        data = _read_state(folder, path)
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or f"its {_STATE} is damaged"
+        raise ConfigError(
+            f"{shown(path)} cannot be read as a snapshot: {why}; give a folder that was saved"
+        ) from error
+    with ExitStack() as stack:
+        try:
+            contents = _unpack(data, folder, path, stack)
+        except VmexitError:
+            raise
+        except OSError as error:
+            raise HostError(
+                f"cannot read the snapshot {shown(path)}: {error.strerror}; use another copy of it"
+            ) from error
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise _damaged(path, _STATE) from error
+        stack.pop_all()
+    return contents
+
+
+def _damaged(path: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"the snapshot {shown(path)} is damaged: {what} is not what was written; "
+        "use another copy of it"
+    )
+
+
+def _read_state(folder: Path, path: str) -> dict[str, object]:
+    with open(folder / _STATE, "rb") as file:
+        head_text, text = file.readline(1024), file.read(_MOST_TEXT + 1)
+    head = json.loads(head_text)
+    if not isinstance(head, dict) or head.get("format") != _MAGIC:
+        raise ConfigError(f"{shown(path)} is no snapshot of vmexit; give a folder that was saved")
+    version = head.get("version")
+    if isinstance(version, int) and version > _VERSION:
+        raise ConfigError(
+            f"the snapshot {shown(path)} has version {version}, and this vmexit knows {_VERSION}; "
+            "use a newer vmexit"
+        )
+    if version != _VERSION or head.get("sha256") != hashlib.sha256(text).hexdigest():
+        raise _damaged(path, _STATE)
+    data = json.loads(text, object_hook=_bytes)
+    if not isinstance(data, dict):
+        raise _damaged(path, _STATE)
+    return data
+
+
+def _bytes(found: dict[str, object]) -> object:
+    text = found.get(_BASE64)
+    if len(found) == 1 and isinstance(text, str):
+        return base64.b64decode(text, validate=True)
+    return found
+
+
+def _unpack(data: dict[str, object], folder: Path, path: str, stack: ExitStack) -> Contents:
+    """Raises anything for what was not written by `_write_into()`."""
+    config = _config(_dict(data["config"]))
+    state = MachineState(
+        _text(data["accel"]),
+        _dict(data["vm"]),
+        [_dict(vcpu) for vcpu in _list(data["vcpus"])],
+        {name: _dict(state) for name, state in _dict(data["devices"]).items()},
+        {gpa: _text(digest) for gpa, digest in _dict(data["roms"]).items()},
+    )
+    ranges = tuple(ram_ranges(config.memory))
+    fd = _memfd(sum(size for _, size in ranges))
+    memory = MemoryImage(fd, ranges)
+    stack.callback(memory.close)
+    _read_sparse(folder / _MEMORY, fd, memory.size, _list(data["memory"]), path)
+    disks = {}
+    for name, found in _dict(data["disks"]).items():
+        if "/" in name or name not in state.devices:
+            raise ValueError(name)
+        disks[name] = _disk(folder / f"{name}.written", _dict(found), path, stack)
+    taken = data["taken"]
+    if not isinstance(taken, int | float):
+        raise TypeError(taken)
+    return Contents(config, state, memory, disks, _loaded(_dict(data["loaded"])), float(taken))
+
+
+def _config(fields: dict[str, object]) -> MachineConfig:
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    make: Callable[..., MachineConfig] = MachineConfig
+    return make(**values)
+
+
+def _loaded(found: dict[str, object]) -> Loaded:
+    pieces = []
+    for piece in _list(found["pieces"]):
+        at, data = _list(piece)
+        if not isinstance(data, bytes):
+            raise TypeError(data)
+        pieces.append((_number(at), data))
+    entry, (start, stop) = found["entry"], _list(found["image"])
+    image = range(_number(start), _number(stop))
+    return Loaded(pieces, None if entry is None else _number(entry), _text(found["mode"]), image)
+
+
+def _disk(file: Path, found: dict[str, object], path: str, stack: ExitStack) -> DiskImage:
+    size, blocks, digest = _number(found["size"]), found["blocks"], found["digest"]
+    if not isinstance(blocks, bytes) or not isinstance(digest, bytes) or size > _MOST_DISK:
+        raise TypeError(found)
+    with tempfile.TemporaryFile() as temporary:
+        disk = DiskImage(os.dup(temporary.fileno()), blocks, digest)
+    stack.callback(disk.close)
+    os.truncate(disk.fd, size)
+    _read_sparse(file, disk.fd, size, _list(found["data"]), path)
+    return disk
+
+
+def _memfd(size: int) -> int:
+    fd = os.memfd_create("vmexit-image", MEMFD_FLAGS)
+    try:
+        set_size(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _read_sparse(file: Path, to: int, size: int, found: list[object], path: str) -> None:
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        for one in found:
+            offset, length, crc = map(_number, _list(one))
+            if not 0 <= offset <= offset + length <= size or not 0 < length <= _PIECE:
+                raise ValueError(one)
+            data = os.pread(fd, length, offset)
+            if len(data) != length or zlib.crc32(data) != crc:
+                raise _damaged(path, shown(file.name))
+            write_at(to, memoryview(data), offset)
+    finally:
+        os.close(fd)
+
+
+def _dict(value: object) -> State:
+    if not isinstance(value, dict):
+        raise TypeError(value)
+    return value
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise TypeError(value)
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(value)
+    return value

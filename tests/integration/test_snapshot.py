@@ -1,0 +1,325 @@
+"""Snapshots: going back, clones, folders. A guest goes on as it would have gone on."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmexit import ConfigError, Machine, RunState, Snapshot, StopReason, VmexitError
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
+
+TIMEOUT = 30
+
+# 16-bit: xor ax, ax; 2: inc ax; 3: mov [0x3000], ax; 6: mov bx, [0x3000]; a: out 0x10, al;
+# c: cmp ax, 1000; f: jb 2; 11: hlt
+COUNTER = bytes.fromhex("31c0 40 a30030 8b1e0030 e610 3de803 72f1 f4")
+COUNT = 0x3000
+SMP = Path(__file__).resolve().parents[2] / "guests" / "smp.bin"
+
+
+@contextlib.contextmanager
+def stopped_at(accel: str, count: int):
+    """The counter, paused behind the write to the port that has made it `count`."""
+    with Machine("2M", accel) as vm:
+        vm.load_bytes(COUNTER, at=0x1000)
+        stop_at(vm, count)
+        assert vm.run(TIMEOUT).reason is StopReason.STOPPED
+        yield vm
+
+
+def stop_at(vm: Machine, count: int) -> None:
+    vm.on_pio(0x10, write=lambda a: a.value == count & 0xFF and vm.stop())
+
+
+def finish(vm: Machine) -> int:
+    while (stop := vm.run(TIMEOUT)).reason is StopReason.STOPPED:
+        pass
+    assert stop.reason is StopReason.HALT, stop
+    assert vm.vcpus[0].regs.rbx == vm.memory.read_u16(COUNT)
+    return vm.vcpus[0].regs.rax
+
+
+def test_a_clone_goes_on_by_itself(accel):
+    with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
+        assert snap.accel == accel
+        with snap.clone() as one, snap.clone() as other:
+            assert (one.accel, one.state) == (accel, RunState.CREATED)
+            assert one.vcpus[0].regs.as_dict() == vm.vcpus[0].regs.as_dict()
+            other.memory.write_u16(0x4000, 0x1234)
+            assert finish(one) == 1000
+            assert [m.memory.read_u16(COUNT) for m in (vm, one, other)] == [100, 1000, 100]
+            assert [m.memory.read_u16(0x4000) for m in (vm, one, other)] == [0, 0, 0x1234]
+            assert finish(vm) == 1000
+            stop_at(other, 200)
+            assert other.run(TIMEOUT).reason is StopReason.STOPPED
+            assert other.memory.read_u16(COUNT) == 200
+
+
+def test_clones_outlive_the_snapshot_and_the_machine(accel):
+    with stopped_at(accel, 100) as vm:
+        snap = vm.snapshot()
+        clone = snap.clone()
+        snap.close()
+        with pytest.raises(VmexitError, match="this snapshot is closed"):
+            snap.clone()
+    with clone:
+        assert finish(clone) == 1000
+
+
+def test_going_back_again_and_again(accel):
+    with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
+        before = vm.vcpus[0].regs.as_dict(), vm.memory.read(0, 2 << 20)
+        for _ in range(20):
+            assert finish(vm) == 1000
+            vm.memory.write(0x10_0000, b"x" * 0x4000)
+            vm.reset_to(snap)
+            assert (vm.vcpus[0].regs.as_dict(), vm.memory.read(0, 2 << 20)) == before
+            assert vm.last_stop is None
+
+
+def test_a_later_snapshot_holds_what_was_written_since(accel):
+    with stopped_at(accel, 100) as vm, vm.snapshot() as first:
+        vm.memory.write(0x10_0000, b"later")
+        assert vm.run(TIMEOUT).reason is StopReason.STOPPED  # the next time the low byte is that
+        with vm.snapshot() as second:
+            assert finish(vm) == 1000
+            for snap, count, text in ((first, 100, bytes(5)), (second, 356, b"later")) * 2:
+                vm.reset_to(snap)
+                assert (vm.memory.read_u16(COUNT), vm.memory.read(0x10_0000, 5)) == (count, text)
+                with snap.clone() as clone:
+                    assert clone.memory.read_u16(COUNT) == count
+                    assert clone.memory.read(0x10_0000, 5) == text
+                    assert finish(clone) == 1000
+
+
+def test_a_reset_of_a_clone_begins_where_the_machine_began(accel):
+    with stopped_at(accel, 100) as vm, vm.snapshot() as snap, snap.clone() as clone:
+        clone.memory.write(0x10_0000, b"x")
+        clone.reset()
+        assert clone.memory.read(0x10_0000, 1) == bytes(1)
+        assert clone.memory.read_u16(COUNT) == 0
+        assert finish(clone) == 1000
+
+
+def test_a_machine_that_runs_is_paused_for_it_and_goes_on(accel):
+    with Machine("2M", accel) as vm:
+        vm.load_bytes(bytes.fromhex("40 a30030 ebfa"), at=0x1000)  # inc ax; mov [0x3000], ax; jmp
+        vm.start()
+        with vm.snapshot() as snap, snap.clone() as clone:
+            assert vm.state is RunState.RUNNING
+            count = clone.memory.read_u16(COUNT)
+            assert clone.vcpus[0].regs.rax & 0xFFFF in (count, count + 1 & 0xFFFF)
+            vm.reset_to(snap)
+            assert vm.state is RunState.RUNNING
+        vm.stop()
+        assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+
+
+# What guests/smp.S says: two vCPUs count to 2 * 2000 together, in a loop with a lock.
+STARTED, GO_ON, COUNTED, ROUNDS = 0x6000, 0x6004, 0x6008, 2000
+
+
+def smp(accel: str) -> Machine:
+    vm = Machine("1M", accel, machine="microvm", smp=2, image=SMP, mode="protected", serial="null")
+    vm.memory.write_u32(STARTED, 1)
+    return vm
+
+
+def test_several_vcpus_with_their_interrupt_controllers(accel):
+    """Stopped at some moment, whatever they do then: the start-up interrupt included."""
+    with smp(accel) as vm:
+        snaps = []
+        try:
+            stop = None
+            while stop is None or stop.reason is StopReason.TIMEOUT:
+                stop = vm.run(timeout=0.002)
+                if len(snaps) < 8 and stop.reason is StopReason.TIMEOUT:
+                    snaps.append(vm.snapshot())
+            assert (stop.reason, stop.value) == (StopReason.DEBUG_EXIT, 0x21)
+            for snap in snaps:
+                with snap.clone() as clone:
+                    stop = clone.run(TIMEOUT)
+                    assert (stop.reason, stop.value) == (StopReason.DEBUG_EXIT, 0x21), stop
+                    assert clone.memory.read_u32(COUNTED) == 2 * ROUNDS
+                vm.reset_to(snap)
+                assert vm.run(TIMEOUT).value == 0x21
+                assert vm.memory.read_u32(COUNTED) == 2 * ROUNDS
+        finally:
+            for snap in snaps:
+                snap.close()
+
+
+def test_a_snapshot_of_another_machine_is_refused(accel):
+    with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
+        for options, why in (
+            ({"memory": "1M"}, "laid out otherwise"),
+            ({"memory": "2M", "serial": "null"}, "only this machine has 'serial'"),
+            ({"memory": "2M", "machine": "microvm", "smp": 2}, "has 1 vCPUs, and this machine 2"),
+        ):
+            with Machine(accel=accel, **options) as other, pytest.raises(ConfigError, match=why):
+                other.reset_to(snap)
+
+
+# Folders.
+
+OTHER_PROCESS = """
+import sys
+from vmexit import Snapshot
+with Snapshot.load(sys.argv[1]) as snap, snap.clone() as vm:
+    print(vm.memory.read_u16(0x3000), vm.run(30).reason.value, vm.memory.read_u16(0x3000))
+"""
+
+
+def test_a_saved_one_goes_on_in_another_process(accel, tmp_path):
+    folder = tmp_path / "snap"
+    with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
+        snap.save(folder)
+    assert os.listdir(tmp_path) == ["snap"]
+    assert os.stat(folder / "memory").st_size == 2 << 20
+    assert os.stat(folder / "memory").st_blocks * 512 < 1 << 16  # holes for the rest
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", OTHER_PROCESS, folder],
+            env=os.environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.split() == ["100", "halt", "1000"], done.stderr
+
+
+def test_a_loaded_one_is_as_the_one_that_was_saved(accel, tmp_path):
+    with smp(accel) as vm:
+        vm.run(timeout=0.005)
+        with vm.snapshot() as snap:
+            snap.save(tmp_path / "a")
+            with Snapshot.load(tmp_path / "a") as again:
+                assert (again.config, again.taken) == (
+                    snap.config._replace(image=str(SMP)),
+                    snap.taken,
+                )
+                again.save(tmp_path / "b")
+                vm.reset_to(again)
+            assert vm.run(TIMEOUT).value == 0x21
+    for name in ("memory", "state.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_what_is_there_already_is_left_alone(accel, tmp_path):
+    (tmp_path / "there").mkdir()
+    with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
+        with pytest.raises(ConfigError, match="exists already; use another path"):
+            snap.save(tmp_path / "there")
+        with pytest.raises(VmexitError, match="No such file or directory; use another path"):
+            snap.save(tmp_path / "no" / "such")
+    assert os.listdir(tmp_path) == ["there"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "snap"
+    with Machine("2M", "soft") as vm:
+        vm.load_bytes(COUNTER, at=0x1000)
+        with vm.snapshot() as snap:
+            snap.save(folder)
+    return folder
+
+
+def damage(saved: Path, to: Path, name: str, change) -> Path:
+    to.mkdir()
+    for file in saved.iterdir():
+        data = file.read_bytes()
+        (to / file.name).write_bytes(change(data) if file.name == name else data)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("state.json", lambda d: d[:-9], "damaged: state.json is not what was written"),
+        ("state.json", lambda d: d.replace(b'"soft"', b'"SOFT"'), "damaged: state.json"),
+        ("state.json", lambda d: b"", "cannot be read as a snapshot: its state.json is damaged"),
+        ("state.json", lambda d: b"\x7fELF" + d, "cannot be read as a snapshot"),
+        ("state.json", lambda d: b"[" * 500, "cannot be read as a snapshot"),
+        ("state.json", lambda d: b"{}\n{}", "is no snapshot of vmexit"),
+        ("state.json", lambda d: d.replace(b'"version": 1', b'"version": 2', 1), "has version 2"),
+        ("memory", lambda d: d[:0x1000], "damaged: memory is not what was written"),
+        ("memory", lambda d: d.replace(COUNTER[:5], b"OTHER"), "damaged: memory"),
+    ],
+)
+def test_what_is_damaged_or_foreign_is_refused(saved, tmp_path, name, change, why):
+    with pytest.raises(ConfigError, match=why) as found:
+        Snapshot.load(damage(saved, tmp_path / "bad", name, change))
+    assert "\n" not in str(found.value) and ";" in str(found.value)
+
+
+def forged(saved: Path, to: Path, **fields: object) -> Path:
+    """With a right checksum, by somebody who means it."""
+    import hashlib
+
+    def change(data: bytes) -> bytes:
+        head, _, text = data.partition(b"\n")
+        text = json.dumps(json.loads(text) | fields).encode()
+        start = json.loads(head) | {"sha256": hashlib.sha256(text).hexdigest()}
+        return json.dumps(start).encode() + b"\n" + text
+
+    return damage(saved, to, "state.json", change)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"config": 5}, {"config": {"memory": "x"}}, {"config": {"nothing": 1}}, {"vcpus": {}},
+        {"config": {"memory": -4096}}, {"memory": [[0, 1 << 40, 0]]}, {"memory": [[-4096, 1, 0]]},
+        {"memory": [[0, 1]]}, {"memory": 7}, {"disks": {"../x": {}}}, {"disks": {"disk0": {}}},
+        {"loaded": {}}, {"taken": "now"}, {"devices": []}, {"roms": {"0x0": 1}},
+        {"loaded": {"pieces": [[0, 1]], "entry": 0, "mode": "real", "image": [0, 0]}},
+    ],
+)  # fmt: skip
+def test_what_nobody_has_saved_is_refused(saved, tmp_path, fields):
+    with pytest.raises(VmexitError) as found:
+        Snapshot.load(forged(saved, tmp_path / "bad", **fields))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"vcpus": []}, {"vcpus": [{}]}, {"vm": {}}, {"devices": {}}, {"roms": {"0x0": "00"}},
+     {"accel": "kvm"}, {"accel": "none"}, {"devices": {"disk0": {}}}],
+)  # fmt: skip
+def test_a_state_that_no_machine_has_is_refused(saved, tmp_path, fields):
+    snap = Snapshot.load(forged(saved, tmp_path / "bad", **fields))
+    with snap, pytest.raises(VmexitError) as found:
+        snap.clone()
+    assert "\n" not in str(found.value)
+
+
+# Disks and other devices.
+
+
+def test_a_disk_that_the_guest_writes_to_is_refused(tmp_path):
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    options = {"machine": "microvm", "memory": "16M", "accel": "soft"}
+    with Machine(drives=[f"file={disk}"], **options) as vm, vm.snapshot() as snap:
+        for go_back in (snap.clone, lambda: vm.reset_to(snap)):
+            with pytest.raises(ConfigError, match=r"disk0 is not as it was.*snapshot=on"):
+                go_back()
+        with pytest.raises(ConfigError, match="in use"):  # it is the user's to give a copy
+            snap.clone(drives=[f"file={disk}"])
+        snap.clone(drives=[f"file={copy(disk)}"]).close()
+    for more in ("readonly=on", "snapshot=on"):
+        with Machine(drives=[f"file={disk},{more}"], **options) as vm, vm.snapshot() as snap:
+            vm.reset_to(snap)
+            snap.clone().close()
+
+
+def copy(disk: Path) -> Path:
+    other = disk.with_suffix(".copy")
+    other.write_bytes(disk.read_bytes())
+    return other
