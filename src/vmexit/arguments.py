@@ -280,6 +280,12 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "no such port)",
     )  # fmt: skip
     run.add_argument(
+        "--restore", metavar="DIR",
+        help="go on from a snapshot that a program has saved (Snapshot.save), in place of an "
+        "IMAGE; only with options about the host: --serial, --console, --drive, --net, --share, "
+        "--vsock, and those below",
+    )  # fmt: skip
+    run.add_argument(
         "--symbols", metavar="F",
         help="names for addresses in the report of a crash: from an ELF file, a System.map, or a "
         "Linux kernel, which carries its own (default: from a --kernel that is an ELF file)",

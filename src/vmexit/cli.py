@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmexit.core.chrome_trace import ChromeTrace
     from vmexit.core.exit_stats import ExitStats
     from vmexit.core.trace import ExitObserver
+    from vmexit.machine.config import MachineConfig
     from vmexit.machine.machine import Machine
 
 
@@ -98,67 +99,34 @@ def _version_or_help(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
-    from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 
-    if arguments.image is None and arguments.firmware is None and arguments.kernel is None:
-        raise ConfigError("nothing to run; give an IMAGE, --kernel F or --firmware F")
     if arguments.serial is None:
         taken = any(text.partition(",")[0] == "stdio" for text in arguments.console)
         arguments.serial = "null" if taken else "stdio"
-    entry, segment = arguments.entry
-    other = "firmware knows" if arguments.firmware is not None else "a kernel knows"
-    if (arguments.firmware is not None or arguments.kernel is not None) and (
-        arguments.load_address is not None or entry is not None or arguments.mode != "real"
-    ):
-        raise ConfigError(f"{other} where it starts; leave out --load-address, --entry and --mode")
     with ExitStack() as stack:
         stats = None
         if arguments.stats:
             from vmexit.core.exit_stats import ExitStats
 
             stats = ExitStats()
-        config = MachineConfig(
-            memory=parse_size(arguments.memory),
-            accel=arguments.accel,
-            image=arguments.image,
-            load_address=_or(arguments.load_address, FLAT_LOAD_ADDRESS),
-            entry=_or(entry, FLAT_ENTRY),
-            segment=segment,
-            mode=arguments.mode,
-            firmware=arguments.firmware,
-            serial=arguments.serial,
-            debugcon=arguments.debugcon,
-            debug_exit=arguments.debug_exit,
-            machine=arguments.machine or ("microvm" if arguments.kernel is not None else "bare"),
-            smp=arguments.smp,
-            kernel=arguments.kernel,
-            initrd=arguments.initrd,
-            append=arguments.append,
-            protocol=arguments.protocol,
-            cpu=arguments.cpu,
-            devices=tuple(arguments.device),
-            drives=tuple(arguments.drive),
-            nets=tuple(arguments.net),
-            shares=tuple(arguments.share),
-            rng=arguments.rng,
-            balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
-            vsock=arguments.vsock,
-            consoles=tuple(arguments.console),
-            symbols=arguments.symbols,
-        )
+        config = None if arguments.restore is not None else _config(arguments)
         observer, outputs, chrome = _observer(arguments, stats, stack)
-        vm = stack.enter_context(Machine.from_config(config, observer))
+        if config is None:
+            from vmexit.restore import restore
+
+            vm = stack.enter_context(restore(arguments, observer))
+        else:
+            vm = stack.enter_context(Machine.from_config(config, observer))
         for output in outputs:
             output.start(lambda: vm.stopping)
         if chrome is not None:
             vm.begin_trace(chrome)
-        if arguments.accel == "auto":
+        if arguments.accel == "auto" and config is not None:
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
             _say(f"serial port at {vm.serial_where}")
-        for text, where in zip(config.consoles, vm.console_where, strict=True):
+        for text, where in zip(vm.config.consoles, vm.console_where, strict=True):
             if where:
                 _say(f"{_console(text)} at {where}")
         if _is_mute(arguments):
@@ -178,6 +146,51 @@ def _run(arguments: argparse.Namespace) -> int:
         elif stop.status == 124:
             _say(f"timeout: the guest still ran after {arguments.timeout:g} s")
         return stop.status & 0xFF
+
+
+def _config(arguments: argparse.Namespace) -> "MachineConfig":
+    from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
+    from vmexit.machine.config import MachineConfig, parse_size
+
+    if arguments.image is None and arguments.firmware is None and arguments.kernel is None:
+        raise ConfigError(
+            "nothing to run; give an IMAGE, --kernel F, --firmware F or --restore DIR"
+        )
+    entry, segment = arguments.entry
+    other = "firmware knows" if arguments.firmware is not None else "a kernel knows"
+    if (arguments.firmware is not None or arguments.kernel is not None) and (
+        arguments.load_address is not None or entry is not None or arguments.mode != "real"
+    ):
+        raise ConfigError(f"{other} where it starts; leave out --load-address, --entry and --mode")
+    return MachineConfig(
+        memory=parse_size(arguments.memory),
+        accel=arguments.accel,
+        image=arguments.image,
+        load_address=_or(arguments.load_address, FLAT_LOAD_ADDRESS),
+        entry=_or(entry, FLAT_ENTRY),
+        segment=segment,
+        mode=arguments.mode,
+        firmware=arguments.firmware,
+        serial=arguments.serial,
+        debugcon=arguments.debugcon,
+        debug_exit=arguments.debug_exit,
+        machine=arguments.machine or ("microvm" if arguments.kernel is not None else "bare"),
+        smp=arguments.smp,
+        kernel=arguments.kernel,
+        initrd=arguments.initrd,
+        append=arguments.append,
+        protocol=arguments.protocol,
+        cpu=arguments.cpu,
+        devices=tuple(arguments.device),
+        drives=tuple(arguments.drive),
+        nets=tuple(arguments.net),
+        shares=tuple(arguments.share),
+        rng=arguments.rng,
+        balloon=None if arguments.balloon is None else parse_size(arguments.balloon),
+        vsock=arguments.vsock,
+        consoles=tuple(arguments.console),
+        symbols=arguments.symbols,
+    )
 
 
 def _open_control(arguments: argparse.Namespace, vm: "Machine", stack: ExitStack) -> None:
