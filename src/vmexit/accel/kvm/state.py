@@ -68,11 +68,14 @@ _LAST = (
 )
 
 
+_CR4_VMXE, _EFER_SVME = 1 << 13, 1 << 12
+
 # KVM_GET_MSR_INDEX_LIST leaves them out: memory types, fixed and by range, and the default one.
 _MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 
 _WORD = (1 << 64) - 1
 _MOST_MSRS = 4096
+_MOST_KHZ = (1 << 31) - 1
 
 
 class VcpuState(NamedTuple):
@@ -80,11 +83,14 @@ class VcpuState(NamedTuple):
 
     parts: dict[str, bytes]
     msrs: dict[int, int]
+    tsc_khz: int
+    """The frequency of the TSC, 0 where this KVM does not tell."""
 
     def plain(self) -> State:
         """What `StateAccess.parse()` reads."""
         msrs = {f"{index:#x}": value for index, value in self.msrs.items()}
-        return {"version": 1, "accel": "kvm", "parts": self.parts.copy(), "msrs": msrs}
+        head = {"version": 1, "accel": "kvm", "tsc_khz": self.tsc_khz}
+        return {**head, "parts": self.parts.copy(), "msrs": msrs}
 
 
 class StateAccess:
@@ -107,7 +113,18 @@ class StateAccess:
             vcpu.get(part.name, part.get, buffer)
             parts[part.name] = bytes(buffer)
         indices = dict.fromkeys((*self._system.msr_indices(), *_MTRRS))
-        return VcpuState(parts, vcpu.msrs_that_exist(indices))
+        return VcpuState(parts, vcpu.msrs_that_exist(indices), vcpu.tsc_khz())
+
+    def plain(self, vcpu: "KvmVcpu") -> State:
+        """The state of `vcpu` as plain data. Raises ConfigError, HostError."""
+        state = self.save(vcpu)
+        sregs = kvm_sregs.from_buffer_copy(state.parts["sregs"])
+        if sregs.cr4 & _CR4_VMXE or sregs.efer & _EFER_SVME:
+            raise ConfigError(
+                "the guest is a hypervisor itself, whose guests are not saved; end them, and "
+                "unload its kvm module"
+            )
+        return state.plain()
 
     def parse(self, state: State) -> VcpuState:
         """What `VcpuState.plain()` gave. Raises ConfigError for anything else."""
@@ -133,6 +150,7 @@ class StateAccess:
         return VcpuState(
             {name: images.data(name, size, size) for name, size in layouts.items()},
             {index: values.number(name, _WORD) for index, name in indices.items()},
+            saved.number("tsc_khz", _MOST_KHZ),
         )
 
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
@@ -149,6 +167,8 @@ class StateAccess:
         for part in self._first:
             vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
         vcpu.load_cr8(state.parts["sregs"])
+        if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
+            vcpu.set_tsc_khz(state.tsc_khz)
         current = vcpu.msrs_that_exist(state.msrs)
         refused = vcpu.set_msrs({i: v for i, v in state.msrs.items() if current.get(i) != v})
         for part in self._last:

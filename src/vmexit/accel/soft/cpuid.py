@@ -85,6 +85,17 @@ class Cpuid:
             self._tsc_khz = (tsc - tsc0) * 1_000_000 // max(now - time0, 1)
         return self._tsc_khz
 
+    @property
+    def known_khz(self) -> int:
+        """That frequency if somebody has asked for it, else 0. A machine that goes on elsewhere
+        tells it once more.
+        """
+        return self._tsc_khz
+
+    @known_khz.setter
+    def known_khz(self, value: int) -> None:
+        self._tsc_khz = value
+
     def query(self, leaf: int, subleaf: int, cpu: int, apic: bool) -> Registers:
         """The answer for vCPU number `cpu`, which has a LAPIC or not (Intel SDM vol. 2, CPUID)."""
         answer = self._query(leaf, subleaf, cpu, apic)

@@ -19,6 +19,7 @@ from vmexit.core.saved import Saved
 from vmexit.core.trace import ExitObserver
 
 _WORD = (1 << 64) - 1
+_MOST_KHZ = (1 << 32) - 1
 
 if TYPE_CHECKING:
     from vmexit.accel.soft.debug import SoftDebugger
@@ -153,17 +154,19 @@ class SoftVm:
             vcpu.power_on()
 
     def state(self) -> State:
-        """By how much the TSC of each vCPU differs from the first one's."""
+        """By how much the TSC of each vCPU differs from the first one's, and its frequency."""
         offsets = []
         for vcpu in self._vcpus:
             self._processor.select(vcpu)
             offsets.append(self._processor.tsc_offset)
-        return {"version": 1, "tsc": [x - offsets[0] & _WORD for x in offsets]}
+        differences = [x - offsets[0] & _WORD for x in offsets]
+        return {"version": 1, "tsc": differences, "tsc_khz": self._processor.tsc_khz}
 
     def restore(self, state: State) -> None:
         """They differ by as much again: their states were loaded one after the other."""
         saved = Saved(state, "the software CPU", 1)
         differences = saved.numbers("tsc", _WORD, len(self._vcpus))
+        self._processor.tsc_khz = saved.number("tsc_khz", _MOST_KHZ)
         first = 0
         for vcpu, difference in zip(self._vcpus, differences, strict=True):
             self._processor.select(vcpu)

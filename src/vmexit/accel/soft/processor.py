@@ -514,6 +514,15 @@ class Processor:
         self._saving.load(saved)
 
     @property
+    def tsc_khz(self) -> int:
+        """The frequency of the TSC, as the guest was told; 0 if it has not asked."""
+        return self._cpuid.known_khz
+
+    @tsc_khz.setter
+    def tsc_khz(self, value: int) -> None:
+        self._cpuid.known_khz = value
+
+    @property
     def tsc_offset(self) -> int:
         """What the TSC of the selected vCPU is ahead of the host's, modulo 2^64."""
         return self._state.u64[TSC_OFFSET // 8]

@@ -273,6 +273,8 @@ class MmioTransport:
             raise saved.error()
         with self._lock:
             self.reset()
+            if self.device.unsaved:
+                raise ConfigError(self.device.unsaved)
             for index, queue in enumerate(self._queues):
                 queue.restore(queues.part(str(index)))
             self.device.restore(device)
