@@ -68,11 +68,12 @@ def test_commands_print_what_is_shown(block):
         assert matches(expected, printed), f"$ {command}\n{printed}"
 
 
-def test_programs_in_the_documentation_run():
-    programs = blocks(ROOT / "README.md", "python") + blocks(ROOT / "docs" / "traces.md", "python")
-    assert len(programs) >= 2
+def test_programs_in_the_documentation_run(tmp_path):
+    pages = [ROOT / "README.md", ROOT / "docs" / "traces.md", ROOT / "docs" / "snapshots.md"]
+    programs = [program for page in pages for program in blocks(page, "python")]
+    assert len(programs) >= 3
     for program in programs:
-        subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=100, cwd=tmp_path)
 
 
 def test_there_are_sessions_in_the_documentation():

@@ -94,9 +94,12 @@ def test_a_device_carries_messages(folder):
     ring.offer(ring.chain([(0x8_0000, 23)], [(0x9_0000, 100)]))
     driver.kick()
     assert ring.done() == [(0, 20)] and server._fids
+    with pytest.raises(ConfigError, match="mounted; unmount it first"):
+        driver.registers.state()
     driver.set(v.MMIO_STATUS, 0)
     assert not server._fids
     driver.start()
+    driver.registers.restore(driver.registers.state())
     ring = driver.rings[0]
     ring.offer(ring.chain([], [(0x9_0000, 11)]))  # no message is one that ends early
     driver.kick()

@@ -391,3 +391,34 @@ def test_an_overlay_is_no_disk_by_itself(tmp_path):
     (tmp_path / "o").write_bytes(b"VMEXITOV".ljust(1024, b"\0"))
     with pytest.raises(ConfigError, match=r"is an overlay of vmexit; use it with its image: file="):
         Disk(str(tmp_path / "o"))
+
+
+def test_what_was_written_goes_on_over_another_overlay(base):
+    """A snapshot of the disk: later writes are not in it, and it can be gone back to."""
+    with opened(base, "") as one, opened(base, "") as other:
+        one.write_from([memoryview(b"x" * 5000)], 3000)
+        one.discard(SIZE // 2 // 4096 * 4096, 8192)
+        expected = content(one)
+        image = one.capture()
+        one.write_from([memoryview(b"later")], 100_000 % SIZE)
+        other.write_from([memoryview(b"other")], 0)
+        for disk in (other, one, one):
+            disk.restore(image)
+            assert content(disk) == expected
+            disk.write_from([memoryview(b"again")], 4096)
+        image.close()
+
+
+def test_what_was_written_belongs_to_one_image(base, tmp_path):
+    changed = tmp_path / "changed"
+    changed.write_bytes(b"#" + BASE[1:])
+    with opened(base, "") as one, opened(changed, "") as other:
+        other.write_from([memoryview(b"mine")], 0)
+        before = content(other)
+        image = one.capture()
+        with pytest.raises(ConfigError, match="another disk, or the disk's image has changed"):
+            other.restore(image)
+        with pytest.raises(ConfigError, match="another disk"):
+            one.restore(image._replace(blocks=image.blocks[:-1] + b"x"))
+        assert content(other) == before
+        image.close()
