@@ -108,7 +108,9 @@ class StateAccess:
     def save(self, vcpu: "KvmVcpu") -> VcpuState:
         """The state of `vcpu`, which does not run. Raises HostError."""
         parts = {}
-        for part in self._first + self._last:
+        # The MP state first: to tell it, KVM does what an INIT or a SIPI asks for, and that changes
+        # CS and RIP.
+        for part in sorted(self._first + self._last, key=lambda part: part.name != "mp_state"):
             buffer = bytearray(sizeof(part.layout))
             vcpu.get(part.name, part.get, buffer)
             parts[part.name] = bytes(buffer)
