@@ -154,7 +154,7 @@ def _config(arguments: argparse.Namespace) -> "MachineConfig":
 
     if arguments.image is None and arguments.firmware is None and arguments.kernel is None:
         raise ConfigError(
-            "nothing to run; give an IMAGE, --kernel F, --firmware F or --restore DIR"
+            "nothing to run; give an IMAGE, --kernel F or --firmware F, or --restore DIR"
         )
     entry, segment = arguments.entry
     other = "firmware knows" if arguments.firmware is not None else "a kernel knows"

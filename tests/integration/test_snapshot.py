@@ -1,6 +1,7 @@
 """Snapshots: going back, clones, folders. A guest goes on as it would have gone on."""
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -8,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import assert_one_line, vmexit
 
-from vmexit import ConfigError, Machine, RunState, Snapshot, StopReason, VmexitError
+from vmexit import ConfigError, JsonTrace, Machine, RunState, Snapshot, StopReason, VmexitError
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
@@ -323,3 +325,59 @@ def copy(disk: Path) -> Path:
     other = disk.with_suffix(".copy")
     other.write_bytes(disk.read_bytes())
     return other
+
+
+# The command, and where a clone speaks.
+
+HELLO = SMP.with_name("hello.bin")
+
+
+def test_a_clone_speaks_where_it_is_told_to(accel, tmp_path):
+    first, other = tmp_path / "first", tmp_path / "other"
+    with Machine("2M", accel, image=HELLO, serial=f"file:{first}") as vm, vm.snapshot() as snap:
+        with snap.clone() as silent:
+            assert silent.run(TIMEOUT).reason is StopReason.HALT
+        assert first.read_text() == ""
+        with snap.clone(serial=f"file:{other}") as clone:
+            assert clone.run(TIMEOUT).reason is StopReason.HALT
+        vm.run(TIMEOUT)
+    assert first.read_text() == other.read_text() != ""
+
+
+def test_the_command_goes_on_from_a_folder(accel, tmp_path):
+    with Machine("2M", accel, image=HELLO, serial="null") as vm, vm.snapshot() as snap:
+        snap.save(tmp_path / "snap")
+    plain = vmexit("run", HELLO, "--accel", accel)
+    done = vmexit("run", "--restore", tmp_path / "snap", "--stats")
+    assert (done.status, done.out) == (plain.status, plain.out) and plain.out
+    other = "kvm" if accel == "soft" else "soft"
+    done = vmexit("run", "--restore", tmp_path / "snap", "--accel", other)
+    assert_one_line(done, 2, f"is of a machine on {accel}; use --accel {accel}")
+
+
+def test_an_observer_sees_what_a_clone_does(accel):
+    trace = io.StringIO()
+    with (
+        stopped_at(accel, 100) as vm,
+        vm.snapshot() as snap,
+        snap.clone(observer=JsonTrace(trace)) as clone,
+    ):
+        assert finish(clone) == 1000
+    exits = [json.loads(line) for line in trace.getvalue().splitlines()]
+    assert [exit.get("data") for exit in exits[:2]] == ["65", "66"]  # 101, 102
+    assert (len(exits), exits[-1]["exit"]) == (900 + 1, "hlt")
+
+
+def test_a_snapshot_from_within_an_access_is_refused(accel):
+    seen = []
+
+    def access(_access: object) -> None:
+        with pytest.raises(VmexitError, match="within its own access"):
+            vm.snapshot()
+        seen.append(1)
+
+    with Machine("2M", accel) as vm:
+        vm.load_bytes(bytes.fromhex("e610 f4"), at=0x1000)
+        vm.on_pio(0x10, write=access)
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+        assert seen == [1]

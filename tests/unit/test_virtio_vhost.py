@@ -19,7 +19,7 @@ from vmexit.backends import vhost_user
 from vmexit.backends.storage_daemon import serve_image
 from vmexit.backends.vhost_ring import SLOTS
 from vmexit.backends.vhost_user import Shared, VhostUser
-from vmexit.core.errors import HostError
+from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.devices.virtio.vhost import Vhost
@@ -320,3 +320,9 @@ def test_a_queue_that_was_taken_away_is_not_written_to(rig):
     while rig.device._under_way[0]:
         assert rig.told.acquire(timeout=SOON)
     assert rig.driver.rings[0].done() == [] and not rig.failures
+
+
+def test_its_state_is_another_programs(rig):
+    """No snapshot has it, so that none is made."""
+    with pytest.raises(ConfigError, match="the back end keeps a state of its own; use"):
+        rig.driver.registers.state()
