@@ -1,5 +1,7 @@
 """A vCPU's state goes to another machine as plain data, and the guest does not notice."""
 
+import contextlib
+import copy
 import json
 import random
 import struct
@@ -235,12 +237,58 @@ def broken(state: State):
         yield {**state, "cpu": {**state["cpu"], "general": [1 << 64] * 18}}
         segments = state["cpu"]["segments"]
         yield {**state, "cpu": {**state["cpu"], "segments": {**segments, "cs": [1 << 16] * 11}}}
+        for field, value in ((3, 2), (3, 0), (6, 0)):  # no task, no task, one that is not present
+            task = segments["tr"].copy()
+            task[field] = value
+            yield {**state, "cpu": {**state["cpu"], "segments": {**segments, "tr": task}}}
         yield {**state, "waits_for_sipi": True}
     else:
         yield {**state, "msrs": {"0x10": -1}}
         yield {**state, "msrs": {"-1": 1}}
         for name in state["parts"]:
             yield {**state, "parts": {**state["parts"], name: b"x"}}
+
+
+def anything(chance: random.Random, bits: int) -> int:
+    return chance.choice([0, 1, (1 << bits) - 1, 1 << bits - 1, chance.getrandbits(bits)])
+
+
+def change(chance: random.Random, cpu: State) -> None:
+    part = chance.choice(["general", "segments", "tables", "control", "fpu", "msrs", "debug"])
+    if part == "segments":
+        segment, field = chance.choice(list(cpu[part])), chance.randrange(11)
+        top = (16, 64, 32, 4, 1, 2, 1, 1, 1, 1, 1)[field]
+        cpu[part][segment][field] = anything(chance, top) & (1 << top) - 1
+    elif part == "tables":
+        cpu[part][chance.choice(["gdt", "idt"])] = [anything(chance, 64), anything(chance, 32)]
+    elif part == "fpu":
+        cpu[part] = chance.randbytes(512)
+    elif part == "control":
+        cpu[part][chance.randrange(len(cpu[part]))] ^= 1 << chance.randrange(40)
+    else:
+        cpu[part][chance.randrange(len(cpu[part]))] = anything(chance, 64)
+
+
+@pytest.mark.parametrize("name", ["exceptions-long", "exceptions-protected", "task-gate"])
+def test_a_hostile_state_harms_its_guest_only(name):
+    """It is refused, or the guest does something; this process goes on."""
+    chance = random.Random(name)
+    with guest("soft", name) as vm:
+        for _ in range(60):
+            vm.step(timeout=30)
+        (vcpu,) = vm._vcpus()
+        saved, restored = vcpu.state(), 0
+        for _ in range(60):
+            state = copy.deepcopy(saved)
+            for _ in range(chance.randint(1, 4)):
+                change(chance, state["cpu"])
+            with contextlib.suppress(ConfigError):
+                vcpu.restore(state)
+                restored += 1
+                vm.run(timeout=0.01)
+        assert restored > 10
+        vcpu.restore(saved)
+        assert vm.run(timeout=60).reason in (StopReason.HALT, StopReason.SHUTDOWN)
 
 
 def test_what_is_no_state_is_refused_and_changes_nothing(accel):

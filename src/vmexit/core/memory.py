@@ -183,7 +183,7 @@ class GuestMemory:
             try:
                 self.restore(image)
                 try:
-                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+                    image.seal()
                 except OSError:  # EBUSY: somebody else can write to it
                     image.close()
                     image = MemoryImage(self._copy(), ranges)

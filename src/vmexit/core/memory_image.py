@@ -1,6 +1,7 @@
 """What guest memory held at some moment: a file in memory that nobody can change any more."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,10 @@ class MemoryImage:
     def size(self) -> int:
         """Bytes in all, zeros included."""
         return sum(size for _, size in self.ranges)
+
+    def seal(self) -> None:
+        """Nobody can change it from now on. Raises OSError where somebody still could."""
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """First and end in `fd` of what is not zeros, or may not be."""

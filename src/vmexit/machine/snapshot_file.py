@@ -229,6 +229,7 @@ def _unpack(data: dict[str, object], folder: Path, path: str, stack: ExitStack) 
     memory = MemoryImage(fd, ranges)
     stack.callback(memory.close)
     _read_sparse(folder / _MEMORY, fd, memory.size, _list(data["memory"]), path)
+    memory.seal()
     disks = {}
     for name, found in _dict(data["disks"]).items():
         if "/" in name or name not in state.devices:
