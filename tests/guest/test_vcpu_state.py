@@ -164,6 +164,16 @@ def tsc_of(vm: Machine) -> int:
     return regs.rdx << 32 | regs.rax
 
 
+def test_setting_tr_to_what_it_is_changes_nothing():
+    """A task that is busy is none to the engine, which ended the process at the next exception."""
+    with guest("soft", "exceptions-protected") as vm:
+        for _ in range(60):
+            vm.step(timeout=30)
+        regs = vm.vcpus[0].regs
+        regs.tr = regs.tr
+        assert vm.run(timeout=60).reason is StopReason.HALT
+
+
 def test_the_time_stamp_counter_goes_on_from_where_it_was(accel):
     with Machine("1M", accel) as vm, Machine("1M", accel) as twin:
         (vcpu,), (other,) = vm._vcpus(), twin._vcpus()
