@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import VMEXIT, assert_one_line, vmexit
+from command import SLOW, VMEXIT, assert_one_line, vmexit
 from kernels import debian_kernel, initrd_with
 from linux_guest import ACCEL, PROMPT, SECONDS, Guest
 from test_linux_virtio import ext4
 
-pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(300 * SLOW)]
 
 MODULES = ("virtio_blk", "ext4")
 
