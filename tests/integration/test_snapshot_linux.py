@@ -14,9 +14,9 @@ pytestmark = [pytest.mark.linux, pytest.mark.timeout(300 * SLOW)]
 
 MODULES = ("virtio_blk", "ext4")
 
-# Boots, and saves itself once somebody types a line with a dot, which no shell sees.
+# Boots, and saves itself for each line that it reads: the end of the name of the folder.
 SAVED = """
-import sys, threading
+import sys
 from vmexit import Machine
 folder, kernel, initrd, smp, drive, accel = sys.argv[1:]
 with Machine("256M", accel, kernel=kernel, initrd=initrd, append="console=ttyS0 quiet",
