@@ -158,6 +158,14 @@ class GuestMemory:
         region = self.region(gpa)
         return region.hva + gpa - region.gpa
 
+    @property
+    def resident(self) -> int:
+        """Bytes of RAM that the host has given, swapped or not: what was used and not discarded."""
+        try:
+            return 0 if self._closed else os.fstat(self.fd).st_blocks * 512
+        except OSError:  # it is closed just now
+            return 0
+
     def view(self, gpa: int, size: int) -> memoryview:
         """`size` bytes at `gpa` as a writable view of the guest's own bytes."""
         return self.region(gpa, size).part(gpa, size)

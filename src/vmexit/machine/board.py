@@ -11,6 +11,7 @@ from vmexit.core.loop import EventLoop
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.console import GuestConsole
+from vmexit.machine.counters import DeviceCounters
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
@@ -53,6 +54,7 @@ class Board:
         self.balloon: MemoryBalloon | None = None
         self.undriven: Callable[[], list[str]] = list
         """The names of the virtio devices that no driver has ever made ready."""
+        self.virtio_counters: Callable[[], tuple[DeviceCounters, ...]] = tuple
         self.console: GuestConsole | None = None
         self.console_where: list[str] = []
         self.power_button: Callable[[], None] | None = None
@@ -179,6 +181,7 @@ class Board:
             self.devices[name] = slots.attach(name, device)
         self._when_running.append(slots.running)
         self.undriven = slots.undriven
+        self.virtio_counters = slots.counters
         self.balloon = parts.balloon
         if parts.console is not None:
             self.console, self.console_where = parts.console, parts.console_where

@@ -28,6 +28,7 @@ from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.board import Board, StatefulIrqChip
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.console import GuestConsole
+from vmexit.machine.counters import DeviceCounters
 from vmexit.machine.runner import StopRequest
 
 _Path = str | os.PathLike[str]
@@ -58,6 +59,7 @@ class Parts(NamedTuple):
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
     undriven: Callable[[], list[str]]
+    virtio_counters: Callable[[], tuple[DeviceCounters, ...]]
     balloon: MemoryBalloon | None
     console: GuestConsole | None
     console_where: Sequence[str]
@@ -211,6 +213,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
             board.power_button,
             board.running,
             board.undriven,
+            board.virtio_counters,
             board.balloon,
             board.console,
             board.console_where,

@@ -22,6 +22,7 @@ from vmexit.machine.config import (
     parse_size,
 )
 from vmexit.machine.console import GuestConsole
+from vmexit.machine.counters import CounterReader, MachineCounters
 from vmexit.machine.debug import ALL, DebuggedRunner, Turn
 from vmexit.machine.events import EventKind, RunState, Subscriber
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
@@ -164,6 +165,9 @@ class Machine(Inspection):
         self._runner = Runner(parts.vm.executors, self._request, parts.running)
         self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus)
         self._life = Lifecycle(self._debug, self._request, self._begin_again)
+        self._reader = CounterReader(
+            config.memory, parts.memory, parts.pio, parts.mmio, parts.balloon, parts.virtio_counters
+        )
         self._loads: list[tuple[int, bytes]] = []  # what load_bytes() did, for a reset
         self._start: _Start | None = None
         self._background: Background | None = None
@@ -242,6 +246,17 @@ class Machine(Inspection):
         """How many accesses no device answered: reads gave all ones, writes went nowhere."""
         buses = (self._parts.pio, self._parts.mmio)
         return sum(bus.unclaimed_reads + bus.unclaimed_writes for bus in buses)
+
+    def counters(self) -> MachineCounters:
+        """How much has happened so far; from any thread, also while vCPUs run, and never waits.
+
+        Exits are counted by an observer: `ExitStats`, whose `snapshot()` is such numbers, too.
+        """
+        return self._reader.read(self.state)
+
+    def device_at(self, address: int, *, mmio: bool) -> str:
+        """The name of the device at a port, or at a GPA; empty where there is none."""
+        return (self._parts.mmio if mmio else self._parts.pio).name_at(address)
 
     def load(
         self,

@@ -6,6 +6,7 @@ from typing import Protocol
 from vmexit.core.bus import State
 from vmexit.core.rate import Limit
 from vmexit.devices.saved import Saved
+from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Queue
 
 
@@ -49,6 +50,9 @@ class VirtioDevice:
 
     limit: Limit | None = None
     """How much there may be in a time, on all queues together."""
+
+    flows: Sequence[Flow] = ()
+    """What it counts of its operations; where that is nothing, its queues count bytes."""
 
     queues: Sequence[Queue] = ()
     """Those that the driver has set up; none before it is ready."""

@@ -15,6 +15,7 @@ from vmexit.core.irq import EdgeLine
 from vmexit.core.memory import GuestMemory
 from vmexit.devices.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
+from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Queue, QueueError
 
 _VENDOR = int.from_bytes(b"VMEX", "little")
@@ -73,6 +74,25 @@ class MmioTransport:
     def _kick_later(self, index: int, clock: Clock) -> Callable[[int | None], None]:
         timer = clock.timer(lambda: self.kick(index))
         return lambda when: timer.set(clock.now() if when is None else when)
+
+    # Counters.
+
+    def flows(self) -> list[Flow]:
+        """How much has gone through the device; from any thread."""
+        if self.device.flows:
+            return list(self.device.flows)
+        totals = [Flow("from_guest"), Flow("to_guest")]
+        for queue in self._queues:
+            for total, one in zip(totals, (queue.from_guest, queue.to_guest), strict=True):
+                total.operations += one.operations
+                total.size += one.size
+        return totals
+
+    @property
+    def waited_ns(self) -> int | None:
+        """How long limits have held requests back; None where there can be none."""
+        limits = {self.device.limit, *(queue.limit for queue in self._queues)} - {None}
+        return sum(limit.waited_ns for limit in limits if limit is not None) if limits else None
 
     # Interrupts.
 

@@ -21,6 +21,7 @@ from vmexit.core.errors import GuestAddressError, VmexitError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.rate import Limit
 from vmexit.devices.saved import Saved
+from vmexit.devices.virtio.flow import Flow
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
 _U16 = struct.Struct("<H")
@@ -116,6 +117,8 @@ class Queue:
         # but not across the locked instruction that this takes (Intel SDM vol. 3, 9.2.3.4).
         self._fence = threading.Lock()
         self.size_max = size_max
+        self.from_guest, self.to_guest = Flow("from_guest"), Flow("to_guest")
+        """Requests that are done, of those that had bytes for the device, and for the driver."""
         self.limit: Limit | None = None
         """How much `serve()` does in a time."""
         self.reset()
@@ -191,6 +194,8 @@ class Queue:
         """Whether the limit forbids another request now: then `again` is called in time."""
         if self.limit is None or (later := self.limit.ready_at()) is None:
             return False
+        if self.ready and self._avail_index() != self._next_avail:
+            self.limit.waits_until(later)
         self._again(later)
         return True
 
@@ -271,6 +276,10 @@ class Queue:
             return
         for chain, written in done:
             self._memory.host_wrote(chain.ranges, written)
+            if chain.sources:
+                self.from_guest.count(sum([size for _, size in chain.sources]))
+            if written:
+                self.to_guest.count(written)
             at = _RING + 8 * (self._next_used & self.size - 1)
             # Buffers may name the same memory many times, and have more than there is.
             _USED.pack_into(self._used, at, chain.head, min(written, _MASK32))
