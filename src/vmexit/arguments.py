@@ -293,6 +293,11 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--paused", action="store_true",
         help="do not run a single instruction until a debugger says so",
     )  # fmt: skip
+    run.add_argument(
+        "--metrics", metavar="WHERE",
+        help="numbers of the running machine for Prometheus, at unix:PATH or tcp:127.0.0.1:9100: "
+        "GET /metrics; exits are among them only with --stats, too, which costs",
+    )  # fmt: skip
     run.add_argument("--log-exits", action="store_true", help="one line an exit on stderr")
     run.add_argument("--trace", metavar="F", help="write one JSON object an exit, one a line, to F")
     run.add_argument(

@@ -164,6 +164,11 @@ def _run(arguments: argparse.Namespace) -> int:
         if _is_mute(arguments):
             _say("without --append console=ttyS0 Linux says nothing on the serial port")
         _open_control(arguments, vm, stack)
+        if arguments.metrics is not None:
+            from vmexit.control.metrics import MetricsServer
+
+            metrics = stack.enter_context(MetricsServer(vm, arguments.metrics, stats))
+            _say(f"metrics at {metrics.where}")
         gc.enable()
         try:
             stop = vm.run(arguments.timeout)
