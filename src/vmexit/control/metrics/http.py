@@ -77,9 +77,9 @@ def receive(client: socket.socket) -> Request | None:
     data = bytearray()
     while (found := _END.search(data)) is None:
         if b"\n" not in data and len(data) > MOST_LINE:
-            raise RefusedError(431, f"a request line has {MOST_LINE} bytes at most")
+            raise _line_too_long()
         if len(data) > MOST_HEAD:
-            raise RefusedError(431, f"a request has {MOST_HEAD} bytes at most")
+            raise _too_long()
         client.settimeout(max(end - time.monotonic(), 0.001))
         try:
             piece = client.recv(_PIECE)
@@ -90,14 +90,24 @@ def receive(client: socket.socket) -> Request | None:
                 raise RefusedError(400, "the request has no end")
             return None
         data += piece
+    if found.start() > MOST_HEAD:
+        raise _too_long()
     return parse(bytes(data[: found.start()]))
+
+
+def _line_too_long() -> RefusedError:
+    return RefusedError(431, f"a request line has {MOST_LINE} bytes at most")
+
+
+def _too_long() -> RefusedError:
+    return RefusedError(431, f"a request has {MOST_HEAD} bytes at most")
 
 
 def parse(head: bytes) -> Request:
     """A request line and its header. Raises RefusedError."""
     line, *fields = head.replace(b"\r\n", b"\n").split(b"\n")
     if len(line) > MOST_LINE:
-        raise RefusedError(431, f"a request line has {MOST_LINE} bytes at most")
+        raise _line_too_long()
     found = _REQUEST.fullmatch(line)
     if found is None:
         raise RefusedError(400, "this is no request of HTTP/1.1; use GET /metrics HTTP/1.1")
