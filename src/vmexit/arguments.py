@@ -69,6 +69,9 @@ _OF_QEMU = {
     "-bios": "--firmware", "-device": "--drive, --net, --share, --rng, --console or --balloon",
     "-nographic": "nothing: there is no screen", "-debugcon": "--debugcon", "-M": "--machine",
     "-machine": "--machine", "-chardev": "--console", "-display": "nothing: there is no screen",
+    "-qmp": "--qmp", "-S": "--paused", "-name": "--name", "-action": "--action",
+    "-no-shutdown": "--action shutdown=pause", "-no-reboot": "nothing: a reboot ends it anyway",
+    "-monitor": "--qmp, and human-monitor-command",
 }  # fmt: skip
 
 
@@ -246,6 +249,22 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument(
         "--stats", action="store_true", help="a table of exits by reason and address at the end"
     )
+    run.add_argument(
+        "--qmp", metavar="WHERE", action="append", default=[],
+        help="let other programs steer the machine by QEMU's machine protocol (qmp-shell PATH): "
+        "listen at unix:PATH or tcp:127.0.0.1:PORT, or with ,server=off connect to it. Who reaches "
+        "it may do with the machine what you may",
+    )  # fmt: skip
+    run.add_argument("--name", metavar="NAME", default="", help="what QMP tells its clients")
+    run.add_argument(
+        "--paused", action="store_true",
+        help="begin paused: nothing runs until somebody says cont, by --qmp",
+    )  # fmt: skip
+    run.add_argument(
+        "--action", metavar="EVENT=WHAT", action="append", default=[],
+        help="what comes after the guest's end: shutdown=, reboot= (default for the two: exit) and "
+        "panic=, for any crash, each exit, pause (for --qmp to look at it) or reset (begin again)",
+    )  # fmt: skip
     run.add_argument(
         "--timeout", metavar="SECONDS", type=_seconds, help="end the run after so long, status 124"
     )

@@ -17,7 +17,9 @@ from vmexit.backends.wait import PATIENCE, never, write_all
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
+    from vmexit.control.qmp import QmpServer
     from vmexit.core.trace import ExitObserver, ExitStats
+    from vmexit.machine.machine import Machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +99,7 @@ def _version_or_help(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
     from vmexit.core.trace import ExitStats
+    from vmexit.machine.actions import Actions
     from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 
@@ -145,6 +148,8 @@ def _run(arguments: argparse.Namespace) -> int:
         vm = stack.enter_context(Machine.from_config(config, observer))
         for output in outputs:
             output.start(lambda: vm.stopping)
+        vm.decide(Actions.parse(arguments.action).decide)
+        served = _serve_qmp(arguments, vm, stats, stack)
         if arguments.accel == "auto":
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
@@ -154,10 +159,14 @@ def _run(arguments: argparse.Namespace) -> int:
                 _say(f"{_console(text)} at {where}")
         if _is_mute(arguments):
             _say("without --append console=ttyS0 Linux says nothing on the serial port")
+        if arguments.paused:
+            vm.pause()
         gc.enable()
         try:
             stop = vm.run(arguments.timeout)
         finally:
+            for server in served:
+                server.tell_end()
             if stats is not None:
                 print(stats.table(), file=sys.stderr)
         if arguments.kernel is not None and vm.without_driver:
@@ -168,6 +177,25 @@ def _run(arguments: argparse.Namespace) -> int:
         elif stop.status == 124:
             _say(f"timeout: the guest still ran after {arguments.timeout:g} s")
         return stop.status & 0xFF
+
+
+def _serve_qmp(
+    arguments: argparse.Namespace, vm: "Machine", stats: "ExitStats | None", stack: ExitStack
+) -> "list[QmpServer]":
+    """Who steers the machine from outside, from now until all is closed."""
+    if not arguments.qmp:
+        if arguments.paused:
+            raise ConfigError("--paused waits for somebody who lets it run; give --qmp, too")
+        return []
+    from vmexit.control.qmp import QmpServer
+
+    served = []
+    for address in arguments.qmp:
+        server = stack.enter_context(QmpServer(vm, address, name=arguments.name, exits=stats))
+        if address.startswith("tcp:"):
+            _say(f"QMP at {server.where}")
+        served.append(server)
+    return served
 
 
 def _console(text: str) -> str:
