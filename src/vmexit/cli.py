@@ -99,7 +99,6 @@ def _version_or_help(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
     from vmexit.core.trace import ExitStats
-    from vmexit.machine.actions import Actions
     from vmexit.machine.config import MachineConfig, parse_size
     from vmexit.machine.machine import Machine
 
@@ -148,7 +147,10 @@ def _run(arguments: argparse.Namespace) -> int:
         vm = stack.enter_context(Machine.from_config(config, observer))
         for output in outputs:
             output.start(lambda: vm.stopping)
-        vm.decide(Actions.parse(arguments.action).decide)
+        if arguments.action:
+            from vmexit.machine.actions import Actions
+
+            vm.decide(Actions.parse(arguments.action).decide)
         served = _serve_qmp(arguments, vm, stats, stack)
         if arguments.accel == "auto":
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")

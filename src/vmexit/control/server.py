@@ -12,6 +12,8 @@ from vmexit.core.unix_socket import SocketFile
 
 # A client that does not read for so long, in seconds, is cut off.
 _PATIENCE = 10
+# So many may come at once, before they are looked at.
+_BACKLOG = 64
 
 
 class Address(NamedTuple):
@@ -102,7 +104,7 @@ class Server:
             end.bind(place)
             host, port = end.getsockname()[:2]
             self.where = f"tcp:{host}:{port}"
-        end.listen(4)
+        end.listen(_BACKLOG)
         self._listener = end
         self._thread = self._new_thread(self._accept, end)
         self._thread.start()

@@ -56,11 +56,12 @@ class Outbox:
                 self._cut_off()
             self._changed.notify_all()
 
-    def room(self) -> None:
-        """Wait until half of the queue is free, or the client is gone."""
+    def room(self) -> bool:
+        """Wait until half of the queue is free; False once the client is gone."""
         with self._changed:
             while self._size > LIMIT // 2 and not self._closed:
                 self._changed.wait()
+            return not self._closed
 
     def flush(self, seconds: float) -> bool:
         """Wait until all is sent, or the client is gone; False after so long."""

@@ -50,7 +50,8 @@ class Session:
                 for message in reader.feed(data):
                     with self._busy:
                         self._send(self._answer(message))
-                    self._out.room()
+                    if not self._out.room():
+                        return
         except OSError:
             return  # it has gone
         finally:
