@@ -36,13 +36,20 @@ class ImageInfo(NamedTuple):
     virtual_size: int
 
 
+class BlockdevDetectZeroesOptions(Enum):
+    OFF = "off"
+
+
 class BlockdevCacheInfo(NamedTuple):
     writeback: bool
     direct: bool
     no_flush: bool
 
 
-@underscored("backing_file_depth", "bps_rd", "bps_wr", "iops_rd", "iops_wr")
+@underscored(
+    "backing_file_depth", "bps_rd", "bps_wr", "iops_rd", "iops_wr", "detect_zeroes",
+    "write_threshold",
+)  # fmt: skip
 class BlockDeviceInfo(NamedTuple):
     file: str
     ro: bool
@@ -56,8 +63,9 @@ class BlockDeviceInfo(NamedTuple):
     iops_rd: int
     iops_wr: int
     cache: BlockdevCacheInfo
-    image: ImageInfo | None = None
-    """None where another program reads the image."""
+    detect_zeroes: BlockdevDetectZeroesOptions
+    write_threshold: int
+    image: ImageInfo
 
 
 class BlockInfo(NamedTuple):
@@ -66,6 +74,7 @@ class BlockInfo(NamedTuple):
     removable: bool
     locked: bool
     inserted: BlockDeviceInfo | None = None
+    """None where another program reads the image, and only that knows its size."""
 
 
 class ChardevInfo(NamedTuple):
@@ -104,12 +113,13 @@ def query_block(session: Session) -> list[BlockInfo]:
 
 def _block(disk: hardware.Disk) -> BlockInfo:
     drive, size = disk.drive, disk.size
-    kind = drive.format or ("vhost-user" if drive.socket else "raw")
-    inserted = BlockDeviceInfo(
-        disk.where, drive.readonly, kind, 0, False, drive.bps, 0, 0, drive.iops, 0, 0,
-        BlockdevCacheInfo(writeback=True, direct=drive.direct, no_flush=False),
-        None if size is None else ImageInfo(disk.where, kind, size),
-    )  # fmt: skip
+    inserted = None
+    if size is not None:
+        inserted = BlockDeviceInfo(
+            disk.where, drive.readonly, "raw", 0, False, drive.bps, 0, 0, drive.iops, 0, 0,
+            BlockdevCacheInfo(writeback=True, direct=drive.direct, no_flush=False),
+            BlockdevDetectZeroesOptions.OFF, 0, ImageInfo(disk.where, "raw", size),
+        )  # fmt: skip
     return BlockInfo(disk.device, "unknown", False, False, inserted)
 
 
