@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 
 from vmexit.control.qmp.wire import MAX_DEPTH, MAX_MESSAGE, Malformed, MessageReader, encode
 
+texts = st.text(max_size=8)
 values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(1 << 63), (1 << 64) - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text("ab{[\"\\\n]}'é"), inner),
+    | texts,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text("ab{[\"\\\n]}'é", max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
 )
+objects = st.dictionaries(texts, values, max_size=3)
 
 
 def read(*pieces: bytes) -> list:
@@ -30,7 +36,7 @@ def reason(message) -> str:
     return message.reason
 
 
-@given(st.lists(st.dictionaries(st.text(), values) | st.lists(values)), st.data())
+@given(st.lists(objects | st.lists(values, max_size=3), max_size=4), st.data())
 def test_values_are_found_however_they_are_cut(messages, data):
     text = b""
     for message in messages:
@@ -38,12 +44,12 @@ def test_values_are_found_however_they_are_cut(messages, data):
         ascii_only = data.draw(st.booleans())
         text += json.dumps(message, indent=indent, ensure_ascii=ascii_only).encode()
         text += data.draw(st.sampled_from([b"", b"\n", b"\r\n \t"]))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert read(*pieces) == messages
 
 
-@given(st.dictionaries(st.text(), values))
+@given(objects)
 def test_what_is_encoded_is_one_line_of_ascii(value):
     line = encode(value)
     assert line.endswith(b"\r\n") and line.isascii()
