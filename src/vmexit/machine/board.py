@@ -12,6 +12,7 @@ from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.console import GuestConsole
 from vmexit.machine.counters import DeviceCounters
+from vmexit.machine.events import EventKind
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 
 OnClose = Callable[[Callable[[], None]], object]
+
+
+class Tell(Protocol):
+    """Tells of an event; for devices, in any thread."""
+
+    def __call__(self, kind: EventKind, /, *, value: int = 0) -> None: ...
 
 
 class StatefulIrqChip(IrqChip, Stateful, Protocol):
@@ -41,6 +48,7 @@ class Board:
         request: StopRequest,
         loop: EventLoop,
         on_close: OnClose,
+        tell: Tell,
     ) -> None:
         """`on_close` takes what is to be called at the end, last first."""
         self._config = config
@@ -49,6 +57,7 @@ class Board:
         self._request = request
         self._loop = loop
         self._on_close = on_close
+        self._tell = tell
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
         self.balloon: MemoryBalloon | None = None
@@ -182,7 +191,9 @@ class Board:
         self._when_running.append(slots.running)
         self.undriven = slots.undriven
         self.virtio_counters = slots.counters
-        self.balloon = parts.balloon
+        if parts.balloon is not None:
+            self.balloon = parts.balloon
+            self.balloon.on_change(lambda size: self._tell(EventKind.BALLOON, value=size))
         if parts.console is not None:
             self.console, self.console_where = parts.console, parts.console_where
             self._when_running.append(parts.console.running)
@@ -193,6 +204,15 @@ class Board:
 
         device = FwCfg(memory, contents.items, contents.files)
         self._port("fw-cfg", layout.FW_CFG_PORT, SIZE, device, "fw_cfg")
+
+    def attach_pvpanic(self) -> None:
+        """What a guest tells by that it panics."""
+        from vmexit.devices.pvpanic import PvPanic
+
+        panicked = self._stop(StopReason.GUEST_CRASH, "the guest tells that it has panicked")
+        off = self._stop(StopReason.POWEROFF, "the guest tells that it has shut down")
+        device = PvPanic(panicked, lambda: self._tell(EventKind.CRASH_KERNEL), off)
+        self._port("pvpanic", layout.PVPANIC_PORT, 1, device, "pvpanic")
 
     def attach_testdev(self, chip: IrqChip | None) -> None:
         """What kvm-unit-tests have for a counterpart."""

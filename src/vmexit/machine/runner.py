@@ -20,7 +20,9 @@ _SETTLE_SECONDS = 0.05
 
 
 # What a guest asks of a device outlives what it does after that.
-_ASKED_BY_GUEST = (StopReason.DEBUG_EXIT, StopReason.POWEROFF, StopReason.RESET)
+_ASKED_BY_GUEST = (
+    StopReason.DEBUG_EXIT, StopReason.POWEROFF, StopReason.RESET, StopReason.GUEST_CRASH
+)  # fmt: skip
 
 _runners: "weakref.WeakSet[Runner]" = weakref.WeakSet()
 
@@ -231,6 +233,12 @@ class Runner:
     def in_vcpu_thread(self) -> bool:
         """Whether the caller is a device or a callback, on a vCPU's thread."""
         return self._executor() is not None
+
+    def native_id(self, vcpu: int) -> int:
+        """The system's number of the thread that runs `vcpu`; 0 before the first run."""
+        threads = self._threads
+        thread = threads[vcpu if len(threads) > 1 else 0].thread if threads else None
+        return (thread.native_id or 0) if thread is not None else 0
 
     def holds(self, vcpu: int) -> bool:
         """Whether the caller is within an access of `vcpu`, or of one that shares its thread."""
