@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fetch(commands)
     _add_symbols(commands)
     _add_report(commands)
+    _add_top(commands)
     return parser
 
 
@@ -146,6 +147,32 @@ def _add_symbols(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="write the unpacked kernel with a symbol table to FILE, and print nothing",
     )  # fmt: skip
     symbols.set_defaults(command="symbols")
+
+
+def _add_top(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    top = commands.add_parser(
+        "top",
+        help="watch a running machine: exits, vCPUs, devices and memory",
+        description="Show what a running machine does, second by second, in a terminal: exits by "
+        "reason and address, where vCPUs spend their time, devices and memory. The machine needs "
+        "--qmp, and for exits and vCPUs --stats. q or Ctrl-C quits.",
+        epilog="examples:\n"
+        "  vmexit run --kernel vmlinuz … --stats --qmp unix:vm.sock      in another terminal\n"
+        "  vmexit top vm.sock\n"
+        "  vmexit top vm.sock --once --interval 5\n",
+    )
+    top.add_argument(
+        "machine", metavar="QMP-SOCKET", help="what --qmp says: unix:PATH, tcp:HOST:PORT, or a PATH"
+    )
+    top.add_argument(
+        "--interval", metavar="SECONDS", type=_seconds, default=1.0,
+        help="how often to look (default 1)",
+    )  # fmt: skip
+    top.add_argument(
+        "--once", action="store_true",
+        help="print the table of one interval, and end; for scripts",
+    )  # fmt: skip
+    top.set_defaults(command="top")
 
 
 def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -452,6 +452,21 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _top(arguments: argparse.Namespace) -> int:
+    from vmexit import top
+    from vmexit.top.client import GoneError
+
+    if not arguments.once:
+        if said := top.watch(arguments.machine, arguments.interval):
+            _say(said)
+        return 0
+    try:
+        _print(top.once(arguments.machine, arguments.interval))
+    except GoneError as error:
+        _say(str(error))
+    return 0
+
+
 _COMMANDS = {
     "": _version_or_help,
     "run": _run,
@@ -460,4 +475,5 @@ _COMMANDS = {
     "fetch": _fetch,
     "symbols": _symbols,
     "report": _report,
+    "top": _top,
 }

@@ -11,7 +11,7 @@ from vmexit import Machine
 from vmexit.control.qmp import QmpServer
 
 # Ours alone, and one that QEMU had until 6.0.
-OURS = {"x-query-exits", "query-events"}
+OURS = {"x-query-exits", "x-query-counters", "query-events"}
 # What QEMU has given up since (9.0): nobody can rely on it.
 GONE = {("query-status", "singlestep")}
 
@@ -37,7 +37,7 @@ def answers(tmp_path_factory):
         commands = client.say(b'{"execute":"query-commands"}')["return"]
         found = {}
         for name in (command["name"] for command in commands):
-            if name.startswith("query-"):
+            if name.startswith("query-") or name == "x-query-counters":
                 found[name] = client.say(b'{"execute":"%s"}' % name.encode())["return"]
         return found
 

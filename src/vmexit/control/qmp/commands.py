@@ -30,7 +30,10 @@ _commands: dict[str, Command] = {}
 _events: dict[str, type] = {}
 
 # Who adds to the table.
-_MODULES = ("negotiation", "query", "lifecycle", "memory", "hardware", "introspection", "events")
+_MODULES = (
+    "negotiation", "query", "counters", "lifecycle", "memory", "hardware", "introspection",
+    "events",
+)  # fmt: skip
 
 
 def command(name: str) -> Callable[[_F], _F]:

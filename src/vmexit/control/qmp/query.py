@@ -28,7 +28,10 @@ class UuidInfo(NamedTuple):
 
 
 class ExitRow(NamedTuple):
-    """Exits of one reason at one address; times in nanoseconds."""
+    """Exits of one reason at one address; times in nanoseconds.
+
+    `device` is who answers there, `elsewhere` that these are addresses too many to be told apart.
+    """
 
     reason: str
     exits: int
@@ -36,6 +39,8 @@ class ExitRow(NamedTuple):
     address: int | None = None
     size: int | None = None
     median_ns: int | None = None
+    device: str | None = None
+    elsewhere: bool | None = None
 
 
 class VcpuTime(NamedTuple):
@@ -101,8 +106,16 @@ def query_exits(session: Session) -> ExitInfo:
             row.address,
             row.size if row.address is not None else None,
             row.median_ns if row.timed else None,
+            _device(session, row.reason, row.address),
+            row.elsewhere or None,
         )
         for row in now.rows
     ]
     times = [VcpuTime(t.vcpu, t.guest_ns, t.host_ns, t.elsewhere_ns) for t in now.vcpus]
     return ExitInfo(sum(row.exits for row in rows), rows, times)
+
+
+def _device(session: Session, reason: str, address: int | None) -> str | None:
+    if address is None:
+        return None
+    return session.vm.device_at(address, mmio=reason.startswith("mmio")) or None
