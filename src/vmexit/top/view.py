@@ -34,11 +34,13 @@ def _head(rates: Rates) -> Iterator[RenderableType]:
         f"  {shown(now.machine)} on {shown(now.accelerator)}  ",
         (shown(now.state), _STYLES.get(now.state, "bold")),
         f"  up {up}  CPU {rates.cpu:.0%}  process {_bytes(now.process_resident)}",
+        no_wrap=True,
     )
     balloon = "" if now.balloon is None else f", balloon {_bytes(now.balloon)}"
     yield Text(
         f"memory {_bytes(now.memory)}, resident {_bytes(now.resident)}{balloon}; "
-        f"unclaimed accesses {now.unclaimed}"
+        f"unclaimed accesses {now.unclaimed}",
+        no_wrap=True,
     )
     yield Text()
 
@@ -68,7 +70,7 @@ def _devices(rates: Rates) -> Iterator[RenderableType]:
     flows = [flow for flow in rates.flows if rates.now.flows[flow.name].operations]
     if not flows:
         return
-    table = _table("device", "type", "operation", ">ops/s", ">bytes/s", ">limited", ">total")
+    table = _table("device", "type", "operation", ">ops/s", ">bytes/s", ">limited", ">bytes")
     for flow in flows:
         table.add_row(*_device(flow), _bytes(rates.now.flows[flow.name].size))
     yield table
