@@ -165,8 +165,10 @@ class KvmDebugger:
         if dr6 & _DR6_STEP and vcpu.index == self._step:
             return Exit(ExitReason.DEBUG, vcpu=vcpu.index)
         if dr6 & _DR6_STEP and self._stepped:
-            point = self._stepped.get(rip)
-            return point and Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+            if (point := self._stepped.get(rip)) is not None:
+                return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+            self._load(vcpu)  # once more: what sets flags, as POPF, ends the stepping
+            return None
         self._load(vcpu, KVM_GUESTDBG_INJECT_DB)
         return None
 
