@@ -143,6 +143,7 @@ class Way(Enum):
 
     SOFTWARE = "software"  # an INT3 in its place while the guest runs
     HARDWARE = "hardware"  # a debug register
+    PORT = "port"  # an OUT in its place: for a processor that tells its KVM of neither
     STEPPING = "single-stepping"  # looking at each instruction: thousands of times as slow
     ENGINE = "engine"  # the software CPU's own
 

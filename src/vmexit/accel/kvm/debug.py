@@ -15,7 +15,7 @@ from vmexit.abi.kvm_state import (
     KVM_GUESTDBG_USE_SW_BP,
 )
 from vmexit.accel.base import Exit, ExitReason, Linked, Point, PointKind, Way, nowhere
-from vmexit.accel.kvm.vcpu import KvmVcpu
+from vmexit.accel.kvm.vcpu import TRAP_PORT, KvmVcpu
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import GuestAddressError, HostError
@@ -24,7 +24,9 @@ from vmexit.core.memory import GuestMemory
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
 
-_INT3 = 0xCC
+_INT3 = b"\xcc"
+# out TRAP_PORT, al: an exit of ring 0 on every KVM, which others have only by mistake.
+_OUT = bytes((0xE6, TRAP_PORT))
 _BREAKPOINT = 3  # the vector of #BP
 
 # Debug registers (Intel SDM vol. 3, 18.2.3, 18.2.4).
@@ -44,7 +46,8 @@ class KvmDebugger:
         self._memory = memory
         self._vcpus = vcpus
         self._armed = False
-        self._replaced: dict[int, int] = {}  # the bytes that an INT3 stands for, by GPA
+        # What is in memory for the point at a GPA, and what was there.
+        self._replaced: dict[int, tuple[bytes, bytes]] = {}
         self._software: dict[int, Point] = {}  # by GPA
         self._stepped: dict[int, Point] = {}  # by linear address
         self._slots: list[tuple[int, int, Point]] = []  # address, length
@@ -76,6 +79,8 @@ class KvmDebugger:
             for vcpu in self._vcpus:
                 self._load(vcpu)
                 vcpu.on_debug = partial(self._judge, vcpu)
+                if Way.PORT in ways.values():
+                    vcpu.is_trap = partial(self._is_trap, vcpu)
         except BaseException:
             self.disarm()
             raise
@@ -103,21 +108,30 @@ class KvmDebugger:
         gpa = self._gpa(point.gva)
         if gpa is None:
             gpa = linked(point.gva)
-        if gpa is not None and int3_exits(self._system):
-            try:
-                byte = self._memory.view(gpa, 1)
-            except GuestAddressError:
-                byte = None
-            if byte is not None:
-                self._replaced.setdefault(gpa, byte[0])
-                byte[0] = _INT3
-                self._software[gpa] = point
-                return Way.SOFTWARE
-        if len(self._slots) < _SLOTS and breaks_by_register(self._system):
-            self._slots.append((point.gva, 1, point))
-            return Way.HARDWARE
+        if int3_exits(self._system) and self._replace(gpa, _INT3, point):
+            return Way.SOFTWARE
+        if breaks_by_register(self._system):
+            if len(self._slots) < _SLOTS:
+                self._slots.append((point.gva, 1, point))
+                return Way.HARDWARE
+        elif self._replace(gpa, _OUT, point):
+            return Way.PORT
         self._stepped[point.gva] = point
         return Way.STEPPING
+
+    def _replace(self, gpa: int | None, code: bytes, point: Point) -> bool:
+        """Put `code` where `point` is; False if there is no memory."""
+        if gpa is None:
+            return False
+        try:
+            place = self._memory.view(gpa, len(code))
+        except GuestAddressError:
+            return False
+        if gpa not in self._replaced:
+            self._replaced[gpa] = code, bytes(place)
+            place[:] = code
+        self._software[gpa] = point
+        return True
 
     def _gpa(self, gva: int) -> int | None:
         for vcpu in self._vcpus:
@@ -152,9 +166,12 @@ class KvmDebugger:
 
         Called on the vCPU's thread.
         """
+        if vcpu.is_trap is not None and (point := self._software_at(vcpu, rip - len(_OUT))):
+            registers = vcpu.registers()
+            vcpu.set_registers(registers | {"rip": registers["rip"] - len(_OUT)})
+            return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
         if vector == _BREAKPOINT:
-            gpa = translate(self._memory, vcpu.system_registers(), rip)
-            point = None if gpa is None else self._software.get(gpa)
+            point = self._software_at(vcpu, rip)
             if point is None:
                 self._load(vcpu, KVM_GUESTDBG_INJECT_BP)
                 return None
@@ -172,16 +189,26 @@ class KvmDebugger:
         self._load(vcpu, KVM_GUESTDBG_INJECT_DB)
         return None
 
+    def _software_at(self, vcpu: KvmVcpu, rip: int) -> Point | None:
+        gpa = translate(self._memory, vcpu.system_registers(), rip)
+        return None if gpa is None else self._software.get(gpa)
+
+    def _is_trap(self, vcpu: KvmVcpu) -> bool:
+        """Whether its OUT is ours. KVM steps over it before or after this, as it happens."""
+        rip = self._rip(vcpu)
+        return any(self._software_at(vcpu, at) is not None for at in (rip, rip - len(_OUT)))
+
     def disarm(self) -> None:
         """See `vmexit.accel.base.Debugger`."""
         if not self._armed:
             return
-        for gpa, byte in self._replaced.items():
-            view = self._memory.view(gpa, 1)
-            if view[0] == _INT3:  # or the guest has written there since
-                view[0] = byte
+        # The last first: two may be one behind the other.
+        for gpa, (code, before) in reversed(self._replaced.items()):
+            place = self._memory.view(gpa, len(code))
+            if place == code:  # or the guest has written there since
+                place[:] = before
         for vcpu in self._vcpus:
-            vcpu.on_debug = None
+            vcpu.on_debug = vcpu.is_trap = None
             vcpu.set_guest_debug(0, [0] * 8)
         self._replaced.clear()
         self._software.clear()
