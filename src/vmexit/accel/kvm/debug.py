@@ -120,8 +120,8 @@ class KvmDebugger:
         return Way.STEPPING
 
     def _replace(self, gpa: int | None, code: bytes, point: Point) -> bool:
-        """Put `code` where `point` is; False if there is no memory."""
-        if gpa is None:
+        """Put `code` where `point` is; False if there is no memory, or another one's code."""
+        if gpa is None or any(0 < abs(gpa - other) < len(code) for other in self._replaced):
             return False
         try:
             place = self._memory.view(gpa, len(code))
@@ -202,8 +202,7 @@ class KvmDebugger:
         """See `vmexit.accel.base.Debugger`."""
         if not self._armed:
             return
-        # The last first: two may be one behind the other.
-        for gpa, (code, before) in reversed(self._replaced.items()):
+        for gpa, (code, before) in self._replaced.items():
             place = self._memory.view(gpa, len(code))
             if place == code:  # or the guest has written there since
                 place[:] = before
