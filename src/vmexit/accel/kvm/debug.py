@@ -120,8 +120,16 @@ class KvmDebugger:
         return Way.STEPPING
 
     def _replace(self, gpa: int | None, code: bytes, point: Point) -> bool:
-        """Put `code` where `point` is; False if there is no memory, or another one's code."""
+        """Put `code` where `point` is; False if there is no memory, or no room.
+
+        That is another one's code, and an instruction behind it at which a vCPU is.
+        """
         if gpa is None or any(0 < abs(gpa - other) < len(code) for other in self._replaced):
+            return False
+        if len(code) > 1 and any(
+            translate(self._memory, vcpu.system_registers(), self._rip(vcpu)) == gpa + 1
+            for vcpu in self._vcpus
+        ):
             return False
         try:
             place = self._memory.view(gpa, len(code))
