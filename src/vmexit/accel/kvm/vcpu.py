@@ -344,7 +344,8 @@ class KvmVcpu:
         start = self._u64[_IO_DATA_OFFSET]
         end = start + size * count
         observer = self._observer
-        if self.is_trap is not None and port == TRAP_PORT and self.is_trap():
+        is_trap = self.is_trap if port == TRAP_PORT else None
+        if is_trap is not None and is_trap():
             self._end_step()
             return
         generation = self._pio.generation
@@ -360,7 +361,7 @@ class KvmVcpu:
                 observer.io(self.index, False, port, size, count, data)
         if self._stepping:
             self._end_step()
-        elif observer is None and count == 1:
+        elif observer is None and count == 1 and is_trap is None:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             route = self._pio.route_write if write else self._pio.route_read
