@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, quoted, shown
-from vmexit.core.threads import block_signals
+from vmexit.core.threads import start_without_signals
 from vmexit.core.unix_socket import SocketFile
 
 # A client that does not read for so long, in seconds, is cut off.
@@ -107,16 +107,13 @@ class Server:
         end.listen(_BACKLOG)
         self._listener = end
         self._thread = self._new_thread(self._accept, end)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     def _new_thread(
         self, function: Callable[[socket.socket], None], end: socket.socket
     ) -> threading.Thread:
-        def main() -> None:
-            block_signals()
-            function(end)
-
-        return threading.Thread(target=main, name=f"vmexit-{self._name}", daemon=True)
+        name = f"vmexit-{self._name}"
+        return threading.Thread(target=function, args=(end,), name=name, daemon=True)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -144,7 +141,7 @@ class Server:
             if not full and not self._closing:
                 thread = self._new_thread(self._run, client)
                 self._clients[client] = thread
-                thread.start()
+                start_without_signals(thread)
                 return
         with client, suppress(OSError):
             self._refuse(client)

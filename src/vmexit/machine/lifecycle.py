@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from vmexit.core.errors import VmexitError
+from vmexit.core.threads import SIGNAL_SECONDS
 from vmexit.machine.debug import DebuggedRunner, Step
 from vmexit.machine.events import EventKind, RunState, Subscribers
 from vmexit.machine.runner import StopRequest
@@ -131,7 +132,7 @@ class Lifecycle:
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
                     return Stop(StopReason.TIMEOUT)
-                self._changed.wait(left)
+                self._changed.wait(SIGNAL_SECONDS if left is None else min(left, SIGNAL_SECONDS))
             self._woken = False
             if self._ending is None:
                 self._state = RunState.RUNNING
