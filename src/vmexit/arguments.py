@@ -69,6 +69,9 @@ _OF_QEMU = {
     "-bios": "--firmware", "-device": "--drive, --net, --share, --rng, --console or --balloon",
     "-nographic": "nothing: there is no screen", "-debugcon": "--debugcon", "-M": "--machine",
     "-machine": "--machine", "-chardev": "--console", "-display": "nothing: there is no screen",
+    "-qmp": "--qmp", "-S": "--paused", "-name": "--name", "-action": "--action",
+    "-no-shutdown": "--action shutdown=pause", "-no-reboot": "nothing: a reboot ends it anyway",
+    "-monitor": "--qmp, and human-monitor-command",
 }  # fmt: skip
 
 
@@ -221,7 +224,8 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )  # fmt: skip
     run.add_argument(
         "--device", metavar="NAME", action="append", default=[],
-        help="one more device: testdev, which test suites for KVM look for",
+        help="one more device: pvpanic, by which a guest tells that it panics: the run ends with "
+        "status 3 (Linux: module pvpanic_mmio); testdev, which test suites for KVM look for",
     )  # fmt: skip
     run.add_argument(
         "--drive", metavar="file=P", action="append", default=[],
@@ -289,10 +293,6 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="wait for gdb at tcp:127.0.0.1:1234 or unix:PATH (in gdb: target remote :1234), the "
         "guest running meanwhile; ,arch=i386 or i8086 for a guest of 32 or 16 bits",
     )  # fmt: skip
-    run.add_argument(
-        "--paused", action="store_true",
-        help="do not run a single instruction until a debugger says so",
-    )  # fmt: skip
     run.add_argument("--log-exits", action="store_true", help="one line an exit on stderr")
     run.add_argument("--trace", metavar="F", help="write one JSON object an exit, one a line, to F")
     run.add_argument(
@@ -304,6 +304,22 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--stats", action="store_true",
         help="at the end a table of exits by reason and address, with their time on the host, and "
         "how much of its time each vCPU was in the guest",
+    )  # fmt: skip
+    run.add_argument(
+        "--qmp", metavar="WHERE", action="append", default=[],
+        help="let other programs steer the machine by QEMU's machine protocol (qmp-shell PATH): "
+        "listen at unix:PATH or tcp:127.0.0.1:PORT, or with ,server=off connect to it. Who reaches "
+        "it may do with the machine what you may",
+    )  # fmt: skip
+    run.add_argument("--name", metavar="NAME", default="", help="what QMP tells its clients")
+    run.add_argument(
+        "--paused", action="store_true",
+        help="begin paused: nothing runs until somebody says so, by --gdb or --qmp",
+    )  # fmt: skip
+    run.add_argument(
+        "--action", metavar="EVENT=WHAT", action="append", default=[],
+        help="what comes after the guest's end: shutdown=, reboot= (default for the two: exit) and "
+        "panic=, for any crash, each exit, pause (for --qmp to look at it) or reset (begin again)",
     )  # fmt: skip
     run.add_argument(
         "--timeout", metavar="SECONDS", type=_seconds, help="end the run after so long, status 124"

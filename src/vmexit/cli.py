@@ -17,6 +17,7 @@ from vmexit.backends.wait import PATIENCE, never, write_all
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
+    from vmexit.control.qmp import QmpServer
     from vmexit.core.chrome_trace import ChromeTrace
     from vmexit.core.exit_stats import ExitStats
     from vmexit.core.trace import ExitObserver
@@ -154,6 +155,13 @@ def _run(arguments: argparse.Namespace) -> int:
             output.start(lambda: vm.stopping)
         if chrome is not None:
             vm.begin_trace(chrome)
+        if arguments.action:
+            from vmexit.machine.actions import Actions
+
+            vm.decide(Actions.parse(arguments.action).decide)
+        if arguments.paused:
+            vm.pause()
+        served = _serve(arguments, vm, stats, stack)
         if arguments.accel == "auto":
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
@@ -163,11 +171,12 @@ def _run(arguments: argparse.Namespace) -> int:
                 _say(f"{_console(text)} at {where}")
         if _is_mute(arguments):
             _say("without --append console=ttyS0 Linux says nothing on the serial port")
-        _open_control(arguments, vm, stack)
         gc.enable()
         try:
             stop = vm.run(arguments.timeout)
         finally:
+            for server in served:
+                server.tell_end()
             if stats is not None:
                 print(stats.table(), file=sys.stderr)
         if arguments.kernel is not None and vm.without_driver:
@@ -180,17 +189,27 @@ def _run(arguments: argparse.Namespace) -> int:
         return stop.status & 0xFF
 
 
-def _open_control(arguments: argparse.Namespace, vm: "Machine", stack: ExitStack) -> None:
-    """What others steer the machine by."""
-    if arguments.paused:
-        vm.pause()
-        if arguments.gdb is None:
-            raise ConfigError("--paused waits for somebody who resumes it; add --gdb WHERE")
+def _serve(
+    arguments: argparse.Namespace, vm: "Machine", stats: "ExitStats | None", stack: ExitStack
+) -> "list[QmpServer]":
+    """Who steers the machine from outside, from now until all is closed."""
+    if arguments.paused and not arguments.qmp and arguments.gdb is None:
+        raise ConfigError("--paused waits for somebody who lets it run; give --qmp or --gdb, too")
     if arguments.gdb is not None:
         from vmexit.control.gdb import GdbServer
 
-        gdb = stack.enter_context(GdbServer(vm, arguments.gdb))
-        _say(f"gdb at {gdb.where}")
+        _say(f"gdb at {stack.enter_context(GdbServer(vm, arguments.gdb)).where}")
+    if not arguments.qmp:
+        return []
+    from vmexit.control.qmp import QmpServer
+
+    served = []
+    for address in arguments.qmp:
+        server = stack.enter_context(QmpServer(vm, address, name=arguments.name, exits=stats))
+        if address.startswith("tcp:"):
+            _say(f"QMP at {server.where}")
+        served.append(server)
+    return served
 
 
 def _console(text: str) -> str:

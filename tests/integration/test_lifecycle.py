@@ -205,3 +205,83 @@ def test_anybody_at_any_time(spinning):
     assert not errors
     vm.resume()
     assert moves(vm)
+
+
+def test_quit_has_status_0_and_waits_for_a_run(spinning):
+    vm = spinning
+    told = []
+    vm.subscribe(lambda event: told.append((event.kind, event.stop)))
+    assert vm.stop(StopReason.QUIT)
+    stop = vm.wait(TIMEOUT)
+    assert (stop.reason, stop.status) == (StopReason.QUIT, 0)
+    assert [(kind, why.reason) for kind, why in told] == [(EventKind.SHUTDOWN, StopReason.QUIT)]
+    assert not vm.stop(StopReason.QUIT)  # before a run: it is over at once
+    assert vm.run(TIMEOUT).reason is StopReason.QUIT
+    assert vm.run(0.01).reason is StopReason.TIMEOUT
+    with pytest.raises(VmexitError, match="STOPPED or QUIT"):
+        vm.stop(StopReason.HALT)
+
+
+def test_nobody_is_told_of_a_brief_pause(spinning):
+    vm = spinning
+    assert moves(vm)
+    told = []
+    vm.subscribe(lambda event: told.append(event.kind))
+    for _ in range(20):
+        with vm.paused():
+            assert stands(vm)
+        assert moves(vm)
+    assert told == []
+    with vm.paused():
+        vm.pause()  # this one stays
+    assert told == [EventKind.PAUSED] and vm.state is RunState.PAUSED and stands(vm)
+    vm.resume()
+    assert moves(vm)
+    assert told == [EventKind.PAUSED, EventKind.RESUMED]
+
+
+def test_what_has_ended_by_itself_is_not_resumed(accel):
+    """The guest halts for good while somebody wants it to stand still for a moment."""
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        seen, halted = [], threading.Event()
+        vm.on_pio(0x10, write=lambda access: seen.append(access.value))
+
+        def decide(stop):
+            halted.set()
+            threading.Event().wait(0.2)  # within which the other thread wants it to stand
+            return After.HOLD
+
+        vm.decide(decide)
+        vm.start(TIMEOUT)
+        assert halted.wait(TIMEOUT)
+        with vm.paused():
+            assert vm.state is RunState.SHUTDOWN
+        assert vm.state is RunState.SHUTDOWN and vm.wait(0.1) is None
+        assert seen == [1]
+        vm.stop()
+        vm.wait()
+
+
+def test_events_say_whether_the_machine_is_held(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        answers = [After.RESET, After.HOLD]
+        vm.decide(lambda stop: answers.pop(0))
+        told, held = [], threading.Event()
+
+        def tell(event):
+            told.append((event.kind, event.held, event.stop and event.stop.reason))
+            if event.held:
+                held.set()
+
+        vm.subscribe(tell)
+        vm.start(TIMEOUT)
+        assert held.wait(TIMEOUT)
+        assert told == [
+            (EventKind.RESUMED, False, None),
+            (EventKind.RESET, False, StopReason.HALT),
+            (EventKind.SHUTDOWN, True, StopReason.HALT),
+        ]
+        vm.stop()
+        vm.wait()

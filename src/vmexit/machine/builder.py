@@ -25,7 +25,7 @@ from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.balloon import MemoryBalloon
-from vmexit.machine.board import Board, StatefulIrqChip
+from vmexit.machine.board import Board, StatefulIrqChip, Tell
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.console import GuestConsole
 from vmexit.machine.runner import StopRequest
@@ -158,10 +158,13 @@ def _create(wanted: _Wanted) -> tuple[_Engine, str]:
         raise HostError(f"no accelerator is usable: {no_kvm}, and {error}") from error
 
 
-def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | None) -> Parts:
+def build(
+    config: MachineConfig, request: StopRequest, observer: ExitObserver | None, tell: Tell
+) -> Parts:
     """Make all parts of a machine, its first vCPU where the guest begins.
 
-    Raises ConfigError, ImageError or HostError; nothing is left open then.
+    `tell` is for events of devices. Raises ConfigError, ImageError or HostError; nothing is left
+    open then.
     """
     with ExitStack() as stack:
         # The image before the accelerator: what is wrong with it shows on every host.
@@ -175,7 +178,7 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
         stack.callback(loop.close)
         engine, why = _create(_Wanted(config, memory, pio, mmio, loop, observer))
         stack.callback(engine.close)
-        board = Board(config, pio, mmio, request, loop, stack.callback)
+        board = Board(config, pio, mmio, request, loop, stack.callback, tell)
         board.attach_common(engine.chip)
         if engine.in_process is not None:
             board.attach_irqchip(*engine.in_process)
@@ -185,6 +188,8 @@ def build(config: MachineConfig, request: StopRequest, observer: ExitObserver | 
                 board.attach_virtio(engine.chip, memory, engine.notifier)
         if "testdev" in config.devices:
             board.attach_testdev(engine.chip)
+        if "pvpanic" in config.devices:
+            board.attach_pvpanic()
         if contents is not None:
             board.attach_fw_cfg(memory, contents)
         stack.callback(loop.close)  # again, and now before what it watches
@@ -275,7 +280,10 @@ def _for_firmware(config: MachineConfig, path: _Path, memory: GuestMemory) -> "C
 def _acpi(config: MachineConfig, at: int) -> bytes:
     from vmexit.arch.x86 import acpi
 
-    return acpi.build(config.smp, at, acpi.virtio_mmio(config.virtio_devices))
+    devices = acpi.virtio_mmio(config.virtio_devices)
+    if "pvpanic" in config.devices:
+        devices += acpi.pvpanic()
+    return acpi.build(config.smp, at, devices)
 
 
 def _load_kernel(

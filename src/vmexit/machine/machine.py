@@ -23,13 +23,13 @@ from vmexit.machine.config import (
 )
 from vmexit.machine.console import GuestConsole
 from vmexit.machine.debug import ALL, DebuggedRunner, Turn
-from vmexit.machine.events import EventKind, RunState, Subscriber
+from vmexit.machine.events import EventKind, RunState, Subscriber, Subscribers
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
 from vmexit.machine.inspection import Inspection
 from vmexit.machine.lifecycle import Decision, Lifecycle
 from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
-from vmexit.machine.stop import Stop
+from vmexit.machine.stop import Stop, StopReason
 
 if TYPE_CHECKING:
     from vmexit.core.chrome_trace import ChromeTrace
@@ -101,7 +101,8 @@ class Machine(Inspection):
         (`auto`, `pvh`, `elf`, `64`, `32`, `16`), on `machine` `microvm`: a PC without PCI, with
         `smp` vCPUs. The other machine is `bare`, which has no interrupts. `cpu` is `host`, all that
         the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
-        name: `testdev`, the test device of QEMU that test suites for KVM look for.
+        name: `testdev`, the test device of QEMU that test suites for KVM look for, and `pvpanic`,
+        by which a guest tells that it panics.
         `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, `nets` network interfaces,
         `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
         `balloon` is how much memory to take back from the guest at first, None for no balloon.
@@ -160,10 +161,11 @@ class Machine(Inspection):
         self.within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
-        self._parts = parts = builder.build(config, self._request, observer)
+        subscribers = Subscribers()
+        self._parts = parts = builder.build(config, self._request, observer, subscribers.tell)
         self._runner = Runner(parts.vm.executors, self._request, parts.running)
         self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)
-        self._life = Lifecycle(self._debug, self._request, self._begin_again)
+        self._life = Lifecycle(self._debug, self._request, self._begin_again, subscribers)
         self._loads: list[tuple[int, bytes]] = []  # what load_bytes() did, for a reset
         self._start: _Start | None = None
         self._background: Background | None = None
@@ -493,9 +495,19 @@ class Machine(Inspection):
         """Whether a run under way is to end: what writes for it should not wait any more."""
         return self._request.pending()
 
-    def stop(self) -> bool:
-        """Make the `run()` under way return, from any thread or callback; False without one."""
-        return self._life.stop()
+    def stop(self, reason: StopReason = StopReason.STOPPED) -> bool:
+        """Make the `run()` under way return, from any thread or callback; False without one.
+
+        `reason` is what it returns: STOPPED, or QUIT, whose exit status is 0. QUIT ends the next
+        run if none is under way.
+        """
+        if reason not in (StopReason.STOPPED, StopReason.QUIT):
+            raise ConfigError(f"stop() cannot be for {reason}; use STOPPED or QUIT")
+        return self._life.stop(reason)
+
+    def thread_id(self, vcpu: int) -> int:
+        """The system's number of the thread that runs `vcpu`; 0 before the first run."""
+        return self._runner.native_id(vcpu)
 
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards."""

@@ -10,6 +10,7 @@ from vmexit.arch.x86.registers import (
     RFLAGS_VM,
     SEGMENTS,
     TABLES,
+    Registers,
     Segment,
     SystemRegisters,
     Table,
@@ -148,6 +149,16 @@ class RegisterView:
 
     def __dir__(self) -> list[str]:
         return [*GENERAL, *SystemRegisters._fields]
+
+    def general(self) -> Registers:
+        """General registers, RIP and RFLAGS by name."""
+        self._owner.require_still(self._vcpu.index)
+        return self._vcpu.registers()
+
+    def system(self) -> SystemRegisters:
+        """Segments, descriptor tables, control registers and EFER."""
+        self._owner.require_still(self._vcpu.index)
+        return self._vcpu.system_registers()
 
     def as_dict(self) -> dict[str, int | Segment | Table]:
         """All registers by name."""
