@@ -346,7 +346,7 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument("--name", metavar="NAME", default="", help="what QMP tells its clients")
     run.add_argument(
         "--paused", action="store_true",
-        help="begin paused: nothing runs until somebody says so, by --qmp or --gdb",
+        help="begin paused: nothing runs until somebody says so, by --gdb or --qmp",
     )  # fmt: skip
     run.add_argument(
         "--action", metavar="EVENT=WHAT", action="append", default=[],

@@ -159,7 +159,9 @@ def _run(arguments: argparse.Namespace) -> int:
             from vmexit.machine.actions import Actions
 
             vm.decide(Actions.parse(arguments.action).decide)
-        served = _serve_qmp(arguments, vm, stats, stack)
+        if arguments.paused:
+            vm.pause()
+        served = _serve(arguments, vm, stats, stack)
         if arguments.accel == "auto":
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
@@ -169,7 +171,6 @@ def _run(arguments: argparse.Namespace) -> int:
                 _say(f"{_console(text)} at {where}")
         if _is_mute(arguments):
             _say("without --append console=ttyS0 Linux says nothing on the serial port")
-        _open_control(arguments, vm, stats, stack)
         gc.enable()
         try:
             stop = vm.run(arguments.timeout)
@@ -188,32 +189,20 @@ def _run(arguments: argparse.Namespace) -> int:
         return stop.status & 0xFF
 
 
-def _open_control(
+def _serve(
     arguments: argparse.Namespace, vm: "Machine", stats: "ExitStats | None", stack: ExitStack
-) -> None:
-    """What others steer the machine by, and look at it."""
-    if arguments.paused:
-        vm.pause()
-        if arguments.gdb is None and not arguments.qmp:
-            raise ConfigError(
-                "--paused waits for somebody who lets it run; give --qmp or --gdb, too"
-            )
+) -> "list[QmpServer]":
+    """Who steers the machine, and looks at it, from outside, from now until all is closed."""
+    if arguments.paused and not arguments.qmp and arguments.gdb is None:
+        raise ConfigError("--paused waits for somebody who lets it run; give --qmp or --gdb, too")
     if arguments.gdb is not None:
         from vmexit.control.gdb import GdbServer
 
-        gdb = stack.enter_context(GdbServer(vm, arguments.gdb))
-        _say(f"gdb at {gdb.where}")
+        _say(f"gdb at {stack.enter_context(GdbServer(vm, arguments.gdb)).where}")
     if arguments.metrics is not None:
         from vmexit.control.metrics import MetricsServer
 
-        metrics = stack.enter_context(MetricsServer(vm, arguments.metrics, stats))
-        _say(f"metrics at {metrics.where}")
-
-
-def _serve_qmp(
-    arguments: argparse.Namespace, vm: "Machine", stats: "ExitStats | None", stack: ExitStack
-) -> "list[QmpServer]":
-    """Who steers the machine from outside, from now until all is closed."""
+        _say(f"metrics at {stack.enter_context(MetricsServer(vm, arguments.metrics, stats)).where}")
     if not arguments.qmp:
         return []
     from vmexit.control.qmp import QmpServer

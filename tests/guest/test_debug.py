@@ -3,6 +3,7 @@
 import pytest
 
 from vmexit import HostError, Machine, Point, PointKind, StopReason, Way
+from vmexit.accel.kvm import probe
 
 TIMEOUT = 30
 
@@ -46,9 +47,38 @@ def test_more_breakpoints_than_the_processor_has(vm):
         assert vm.run(TIMEOUT).point == Point(START + place)
         assert rip(vm) == START + place
     ways = set(vm.breakpoints.values())
-    kvm = {Way.HARDWARE, Way.STEPPING}, {Way.SOFTWARE}
+    kvm = {Way.HARDWARE, Way.STEPPING}, {Way.SOFTWARE}, {Way.PORT, Way.STEPPING}
     assert ways in ([{Way.ENGINE}] if vm.accel == "soft" else kvm)
     assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+
+
+@pytest.mark.kvm
+def test_where_kvm_is_told_of_nothing_an_out_does_it(monkeypatch):
+    """As in the KVM lab, whose processor is emulated."""
+    monkeypatch.setattr(probe, "int3_exits", lambda system: False)
+    monkeypatch.setattr(probe, "breaks_by_register", lambda system: False)
+    with Machine(memory="1M", accel="kvm") as vm:
+        vm.load_bytes(COUNTER, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        seen = []
+        vm.on_pio(0xEF, write=lambda access: seen.append(access.value))
+        places = (2, 3, 6, 0xA, 0xC, 0xF)  # at 3 there is no room for another one
+        for place in places:
+            vm.add_breakpoint(Point(START + place))
+        for place in places * 2:
+            assert vm.run(TIMEOUT).point == Point(START + place)
+            assert rip(vm) == START + place
+        assert set(vm.breakpoints.values()) == {Way.PORT, Way.STEPPING}
+        assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+        for place in places:
+            vm.remove_breakpoint(Point(START + place))
+        # The guest's own access to that port is its own: out 0xef, al; nop; hlt
+        vm.load_bytes(bytes.fromhex("e6ef 90 f4"), at=START)
+        vm.vcpus[0].regs.rip = 0
+        vm.vcpus[0].regs.rax = 5
+        vm.add_breakpoint(Point(START + 3))
+        assert vm.run(TIMEOUT).point == Point(START + 3)
+        assert seen == [5]
 
 
 def test_steps_stop_behind_each_instruction_once(vm):

@@ -73,8 +73,10 @@ def test_a_kernel_that_runs(tmp_path, kernel):
         )  # fmt: skip
         assert re.search(r"Breakpoint 1, .* in version_proc_show \(\)", said), said
         assert re.search(r"#1 .* in seq_read_iter \(\)", said)
-        assert said.count("Hardware watchpoint 2: *(long*)&jiffies") >= 3
-        assert re.search(r"#0 .* in (do_timer|tick_\w+) \(\)", said), said
+        # Not on each KVM: the lab's processor is emulated, and does not watch for its guests.
+        if ACCEL == "soft" or "Could not insert hardware" not in said:
+            assert said.count("Hardware watchpoint 2: *(long*)&jiffies") >= 3
+            assert re.search(r"#0 .* in (do_timer|tick_\w+) \(\)", said), said
         assert guest.run("echo $((6*7))") == "42"
         guest.power_off()
 

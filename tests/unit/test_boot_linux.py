@@ -141,7 +141,7 @@ def test_pvh_without_an_initrd_has_no_module(memory) -> None:
 def test_pvh_starts_in_the_state_that_the_abi_asks_for(memory) -> None:
     """Xen docs/misc/pvh.pandoc."""
     boot = load(memory, PVH_KERNEL)
-    registers, system = boot.entry
+    registers, system, _ = boot.entry
     assert registers["rip"] == 0x100_0040
     assert (system.cr0 & ~(1 << 4), system.cr4, system.efer) == (1, 0, 0)  # PE; ET is fixed
     assert system.cs.base == 0 and system.cs.limit == 0xFFFF_FFFF
@@ -209,7 +209,7 @@ def test_the_entry_and_the_state_are_those_of_the_protocol(
 ) -> None:
     """boot.rst, "32-bit Boot Protocol" and "64-bit Boot Protocol"."""
     boot = load(memory, kernel, protocol=protocol)
-    registers, system = boot.entry
+    registers, system, _ = boot.entry
     assert registers["rip"] == rip and registers["rflags"] == 2
     assert registers["rbp"] == registers["rdi"] == registers["rbx"] == 0
     assert system.cs.selector == 0x10
@@ -252,7 +252,7 @@ def test_what_the_kernel_needs_to_unpack_itself_is_kept_free(memory, kernel, tak
 def test_real_mode_setup_code_gets_its_segments_and_its_header(memory) -> None:
     """boot.rst, "Running the Kernel"."""
     boot = load(memory, PVH_BZIMAGE, protocol="16")
-    registers, system = boot.entry
+    registers, system, _ = boot.entry
     base = system.ds.base
     assert system.cr0 & 1 == 0
     assert {s.selector for s in (system.ds, system.es, system.fs, system.gs, system.ss)} == {

@@ -28,7 +28,7 @@ def memory():
 
 def flows(driver: Driver) -> dict[str, tuple[int, int]]:
     """Operations and bytes, of those that there were any of."""
-    counted = driver.registers.flows()
+    counted = driver.registers.flows
     return {flow.name: (flow.operations, flow.size) for flow in counted if flow.operations}
 
 

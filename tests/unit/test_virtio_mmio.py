@@ -23,6 +23,7 @@ class Echo:
     device_id = 42
     features = 1 << 3 | 1 << 40
     queue_sizes = (64, 8)
+    flows = ()
 
     def __init__(self) -> None:
         self.data = bytearray(b"config!!")

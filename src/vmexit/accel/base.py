@@ -4,7 +4,7 @@ Running answers port I/O and MMIO itself, from the buses that were given, and re
 what is not I/O.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -143,20 +143,34 @@ class Way(Enum):
 
     SOFTWARE = "software"  # an INT3 in its place while the guest runs
     HARDWARE = "hardware"  # a debug register
+    PORT = "port"  # an OUT in its place: for a processor that tells its KVM of neither
     STEPPING = "single-stepping"  # looking at each instruction: thousands of times as slow
     ENGINE = "engine"  # the software CPU's own
+
+
+Linked = Callable[[int], int | None]
+
+
+def nowhere(gva: int) -> int | None:
+    """Nothing is known of code that is not mapped."""
+    return None
 
 
 class Debugger(Protocol):
     """Stops vCPUs at points, or after an instruction. For whoever knows that none runs."""
 
     def arm(
-        self, points: Collection[Point], step: int | None = None, only: int | None = None
+        self,
+        points: Collection[Point],
+        step: int | None = None,
+        only: int | None = None,
+        linked: Linked = nowhere,
     ) -> dict[Point, Way]:
         """For the run to come: stop at `points`, and vCPU `step` behind one instruction.
 
-        `only` is the one vCPU that will run, if not all do. Such stops are DEBUG exits. Tells how
-        it is done for each point. Raises HostError if that cannot be, and nothing is armed then.
+        `only` is the one vCPU that will run, if not all do. `linked` tells the GPA of code at a
+        linear address that is not mapped yet. Such stops are DEBUG exits. Tells how it is done for
+        each point. Raises HostError if that cannot be, and nothing is armed then.
         """
         ...
 

@@ -22,7 +22,7 @@ from vmexit.arch.x86.layout import (
 from vmexit.boot import boot_params, bzimage, compression, elf, pvh, real_mode
 from vmexit.boot.bzimage import BzImage
 from vmexit.boot.elf import ElfKernel
-from vmexit.boot.entry import BootEntry
+from vmexit.boot.entry import BootEntry, Linked
 from vmexit.boot.placement import Placement
 from vmexit.core.errors import ConfigError, ImageError
 from vmexit.core.memory import GuestMemory
@@ -173,6 +173,9 @@ def load(
             assert parts.elf is not None
             begin = boot_params.start_64 if parts.elf.bits == 64 else boot_params.start_32
             entry = begin(memory, parts.elf.physical_entry())
+    if chosen in ("pvh", "elf") and parts.elf is not None:  # by the others it may move itself
+        segments = parts.elf.segments
+        entry = entry._replace(linked=tuple(Linked(s.vaddr, s.paddr, s.memsz) for s in segments))
     return LinuxBoot(entry, chosen, detail, taken, ramdisk)
 
 

@@ -1,21 +1,23 @@
 """Sockets that other programs connect to, or that we connect to them by."""
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, quoted, shown
-from vmexit.core.threads import block_signals
+from vmexit.core.threads import start_without_signals
 from vmexit.core.unix_socket import SocketFile
 
 # A client that does not read for so long, in seconds, is cut off.
 _PATIENCE = 10
-# So many may come at once, before they are looked at.
-_BACKLOG = 64
 # How long, in seconds, a client is waited for at the end.
 _GRACE = 1
+# So many may come at once, before they are looked at.
+_BACKLOG = 64
 
 
 class Address(NamedTuple):
@@ -109,16 +111,13 @@ class Server:
         end.listen(_BACKLOG)
         self._listener = end
         self._thread = self._new_thread(self._accept, end)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     def _new_thread(
         self, function: Callable[[socket.socket], None], end: socket.socket
     ) -> threading.Thread:
-        def main() -> None:
-            block_signals()
-            function(end)
-
-        return threading.Thread(target=main, name=f"vmexit-{self._name}", daemon=True)
+        name = f"vmexit-{self._name}"
+        return threading.Thread(target=function, args=(end,), name=name, daemon=True)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -146,7 +145,7 @@ class Server:
             if not full and not self._closing:
                 thread = self._new_thread(self._run, client)
                 self._clients[client] = thread
-                thread.start()
+                start_without_signals(thread)
                 return
         with client, suppress(OSError):
             self._refuse(client)
@@ -173,13 +172,17 @@ class Server:
             self._listener.close()
             if self._file is not None:
                 self._file.remove()
+        clients = {c: t for c, t in clients.items() if t is not threading.current_thread()}
         # To read the end tells a client's thread; what it has to say still may go out.
-        for how, seconds in ((socket.SHUT_RD, _GRACE), (socket.SHUT_RDWR, None)):
-            for client, thread in clients.items():
+        for how, end in (
+            (socket.SHUT_RD, time.monotonic() + _GRACE),
+            (socket.SHUT_RDWR, math.inf),
+        ):
+            for client in clients:
                 with suppress(OSError):
                     client.shutdown(how)
-                if thread is not threading.current_thread():
-                    thread.join(seconds)
+            for thread in clients.values():
+                thread.join(min(max(0, end - time.monotonic()), threading.TIMEOUT_MAX))
 
 
 _Place = str | tuple[str | int | bytes, ...]

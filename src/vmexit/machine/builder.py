@@ -16,7 +16,7 @@ from vmexit.arch.x86.layout import (
     virtio_place,
 )
 from vmexit.boot import firmware, flat
-from vmexit.boot.entry import BootEntry
+from vmexit.boot.entry import BootEntry, Linked
 from vmexit.boot.image import ImageKind, detect, find_multiboot, read_image
 from vmexit.boot.placement import check_ram
 from vmexit.core.bus import Bus, Stateful
@@ -56,6 +56,7 @@ class Parts(NamedTuple):
     reset: Callable[[], None]
     """Puts all of it back to the beginning, while no vCPU runs; raises what `build()` raises."""
     power_button: Callable[[], None] | None
+    linked: Sequence[Linked]
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
     undriven: Callable[[], list[str]]
@@ -216,6 +217,7 @@ def build(
             board.serial_where,
             reset,
             board.power_button,
+            entry.linked,
             board.running,
             board.undriven,
             board.virtio_counters,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from vmexit.accel.base import Point, PointKind, Vcpu, Vm, Way
 from vmexit.arch.x86.code import linear_ip
+from vmexit.boot.entry import Linked
 from vmexit.machine.runner import Runner
 from vmexit.machine.stop import Stop, StopReason
 
@@ -24,8 +25,12 @@ ALL = Turn()
 class DebuggedRunner:
     """Runs the vCPUs, and has them stop at the points that somebody has set."""
 
-    def __init__(self, runner: Runner, vm: Vm, vcpus: Sequence[Vcpu]) -> None:
+    def __init__(
+        self, runner: Runner, vm: Vm, vcpus: Sequence[Vcpu], linked: Sequence[Linked] = ()
+    ) -> None:
+        """`linked` is code that has virtual addresses before they are mapped."""
         self._runner = runner
+        self._linked = linked
         self._vm = vm  # which makes its debugger at the first use
         self._vcpus = vcpus
         self._lock = threading.Lock()
@@ -57,7 +62,7 @@ class DebuggedRunner:
         with self._lock:
             points = tuple(self._points)
         try:
-            return self._vm.debugger.arm(points)
+            return self._vm.debugger.arm(points, linked=self._gpa)
         finally:
             self._vm.debugger.disarm()
 
@@ -86,7 +91,7 @@ class DebuggedRunner:
         return self._run(points, timeout, turn)
 
     def _run(self, points: Collection[Point], timeout: float | None, turn: Turn) -> Stop:
-        ways = self._vm.debugger.arm(points, turn.step, turn.only)
+        ways = self._vm.debugger.arm(points, turn.step, turn.only, self._gpa)
         with self._lock:
             self._ways |= ways
         try:
@@ -96,6 +101,12 @@ class DebuggedRunner:
         if stop.point is not None and stop.point.kind is PointKind.EXECUTE:
             self._stopped_at[stop.vcpu] = stop.point.gva
         return stop
+
+    def _gpa(self, gva: int) -> int | None:
+        for code in self._linked:
+            if code.gva <= gva < code.gva + code.size:
+                return gva - code.gva + code.gpa
+        return None
 
     def _rip(self, number: int) -> int:
         vcpu = self._vcpus[number]

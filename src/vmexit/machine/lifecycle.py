@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from vmexit.core.errors import VmexitError
+from vmexit.core.threads import SIGNAL_SECONDS
 from vmexit.machine.debug import ALL, DebuggedRunner, Turn
 from vmexit.machine.events import EventKind, RunState, Subscribers
 from vmexit.machine.runner import StopRequest
@@ -54,10 +55,10 @@ class Lifecycle:
         self._changed = threading.Condition()
         self._state = RunState.CREATED
         self._held = False
+        self._turn = self._interrupted = ALL
         self._brief = False  # held by paused(), of which nobody is told
         self._told = False  # what subscribers know: whether it runs
         self._quit = False  # the next run is over before it begins
-        self._turn = ALL
         self._active = 0  # the thread in run()
         self._woken = False
         self._ending: Stop | None = None  # asked for while it was held
@@ -137,21 +138,27 @@ class Lifecycle:
                     left = None if end is None else end - time.monotonic()
                     if left is not None and left <= 0:
                         return Stop(StopReason.TIMEOUT)
+                    left = SIGNAL_SECONDS if left is None else min(left, SIGNAL_SECONDS)
                     self._changed.wait(left)
                     continue
             # Resumed and paused again before it ran: whoever waits for a stop has to know.
+            self._tell_resumed()
             self._become(RunState.PAUSED, None if self._brief else EventKind.PAUSED)
+
+    def _tell_resumed(self) -> None:
+        if not self._told:
+            self._told = True
+            self.subscribers.tell(EventKind.RESUMED)
 
     def _run(self, end: float | None) -> Stop | None:
         """Run until the vCPUs stop; None if that was not the end."""
         with self._changed:
             turn, self._turn = self._turn, ALL
-        if not self._told:
-            self._told = True
-            self.subscribers.tell(EventKind.RESUMED)
+        self._tell_resumed()
         left = None if end is None else max(0.0, end - time.monotonic())
         stop = self._runner.run(left, turn)
         if stop.reason is StopReason.PAUSED:
+            self._interrupted = turn
             self._become(RunState.PAUSED, None if self._brief else EventKind.PAUSED)
             return None
         if stop.reason in _ASKED_FOR:
@@ -269,7 +276,7 @@ class Lifecycle:
             finally:
                 brief, self._brief = self._brief, False
                 if brief and self._active and self._ending is None:
-                    self.resume()
+                    self.resume(self._interrupted)
 
     def reset(self) -> None:
         """Put the guest back to its beginning; it runs on from there if it ran before."""

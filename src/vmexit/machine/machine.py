@@ -165,7 +165,7 @@ class Machine(Inspection):
         subscribers = Subscribers()
         self._parts = parts = builder.build(config, self._request, observer, subscribers.tell)
         self._runner = Runner(parts.vm.executors, self._request, parts.running)
-        self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus)
+        self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)
         self._life = Lifecycle(self._debug, self._request, self._begin_again, subscribers)
         self._reader = CounterReader(
             config.memory, parts.memory, parts.pio, parts.mmio, parts.balloon, parts.virtio_counters

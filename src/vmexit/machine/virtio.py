@@ -105,7 +105,7 @@ class VirtioSlots:
             DeviceCounters(
                 name,
                 v.NAMES.get(transport.device.device_id, "virtio"),
-                tuple(FlowCounters(f.name, f.operations, f.size) for f in transport.flows()),
+                tuple(FlowCounters(f.name, f.operations, f.size) for f in transport.flows),
                 transport.waited_ns,
             )
             for name, transport in self._transports.items()

@@ -14,8 +14,8 @@ from vmexit.abi.kvm_state import (
     KVM_GUESTDBG_USE_HW_BP,
     KVM_GUESTDBG_USE_SW_BP,
 )
-from vmexit.accel.base import Exit, ExitReason, Point, PointKind, Way
-from vmexit.accel.kvm.vcpu import KvmVcpu
+from vmexit.accel.base import Exit, ExitReason, Linked, Point, PointKind, Way, nowhere
+from vmexit.accel.kvm.vcpu import TRAP_PORT, KvmVcpu
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import GuestAddressError, HostError
@@ -24,7 +24,9 @@ from vmexit.core.memory import GuestMemory
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
 
-_INT3 = 0xCC
+_INT3 = b"\xcc"
+# out TRAP_PORT, al: an exit of ring 0 on every KVM, which others have only by mistake.
+_OUT = bytes((0xE6, TRAP_PORT))
 _BREAKPOINT = 3  # the vector of #BP
 
 # Debug registers (Intel SDM vol. 3, 18.2.3, 18.2.4).
@@ -44,14 +46,19 @@ class KvmDebugger:
         self._memory = memory
         self._vcpus = vcpus
         self._armed = False
-        self._replaced: dict[int, int] = {}  # the bytes that an INT3 stands for, by GPA
-        self._software: dict[int, Point] = {}  # by linear address
-        self._stepped: dict[int, Point] = {}
+        # What is in memory for the point at a GPA, and what was there.
+        self._replaced: dict[int, tuple[bytes, bytes]] = {}
+        self._software: dict[int, Point] = {}  # by GPA
+        self._stepped: dict[int, Point] = {}  # by linear address
         self._slots: list[tuple[int, int, Point]] = []  # address, length
         self._step: int | None = None
 
     def arm(
-        self, points: Collection[Point], step: int | None = None, only: int | None = None
+        self,
+        points: Collection[Point],
+        step: int | None = None,
+        only: int | None = None,
+        linked: Linked = nowhere,
     ) -> dict[Point, Way]:
         """See `vmexit.accel.base.Debugger`. Raises HostError."""
         self.disarm()
@@ -68,10 +75,12 @@ class KvmDebugger:
                     ways[point] = Way.HARDWARE
             for point in points:
                 if point.kind is PointKind.EXECUTE and point.gva != skipped:
-                    ways[point] = self._break(point)
+                    ways[point] = self._break(point, linked)
             for vcpu in self._vcpus:
                 self._load(vcpu)
                 vcpu.on_debug = partial(self._judge, vcpu)
+                if Way.PORT in ways.values():
+                    vcpu.is_trap = partial(self._is_trap, vcpu)
         except BaseException:
             self.disarm()
             raise
@@ -93,23 +102,44 @@ class KvmDebugger:
                 )
             self._slots.append((*piece, point))
 
-    def _break(self, point: Point) -> Way:
+    def _break(self, point: Point, linked: Linked) -> Way:
+        from vmexit.accel.kvm.probe import breaks_by_register, int3_exits
+
         gpa = self._gpa(point.gva)
-        if gpa is not None and self._has_software():
-            try:
-                byte = self._memory.view(gpa, 1)
-            except GuestAddressError:
-                byte = None
-            if byte is not None:
-                self._replaced.setdefault(gpa, byte[0])
-                byte[0] = _INT3
-                self._software[point.gva] = point
-                return Way.SOFTWARE
-        if len(self._slots) < _SLOTS:
-            self._slots.append((point.gva, 1, point))
-            return Way.HARDWARE
+        if gpa is None:
+            gpa = linked(point.gva)
+        if int3_exits(self._system) and self._replace(gpa, _INT3, point):
+            return Way.SOFTWARE
+        if breaks_by_register(self._system):
+            if len(self._slots) < _SLOTS:
+                self._slots.append((point.gva, 1, point))
+                return Way.HARDWARE
+        elif self._replace(gpa, _OUT, point):
+            return Way.PORT
         self._stepped[point.gva] = point
         return Way.STEPPING
+
+    def _replace(self, gpa: int | None, code: bytes, point: Point) -> bool:
+        """Put `code` where `point` is; False if there is no memory, or no room.
+
+        That is another one's code, and an instruction behind it at which a vCPU is.
+        """
+        if gpa is None or any(0 < abs(gpa - other) < len(code) for other in self._replaced):
+            return False
+        if len(code) > 1 and any(
+            translate(self._memory, vcpu.system_registers(), self._rip(vcpu)) == gpa + 1
+            for vcpu in self._vcpus
+        ):
+            return False
+        try:
+            place = self._memory.view(gpa, len(code))
+        except GuestAddressError:
+            return False
+        if gpa not in self._replaced:
+            self._replaced[gpa] = code, bytes(place)
+            place[:] = code
+        self._software[gpa] = point
+        return True
 
     def _gpa(self, gva: int) -> int | None:
         for vcpu in self._vcpus:
@@ -117,11 +147,6 @@ class KvmDebugger:
             if gpa is not None:
                 return gpa
         return None
-
-    def _has_software(self) -> bool:
-        from vmexit.accel.kvm.probe import int3_exits
-
-        return int3_exits(self._system)
 
     def _load(self, vcpu: KvmVcpu, more: int = 0) -> None:
         """Give KVM what `arm()` wants of this vCPU, and `more`."""
@@ -149,8 +174,12 @@ class KvmDebugger:
 
         Called on the vCPU's thread.
         """
+        if vcpu.is_trap is not None and (point := self._software_at(vcpu, rip - len(_OUT))):
+            registers = vcpu.registers()
+            vcpu.set_registers(registers | {"rip": registers["rip"] - len(_OUT)})
+            return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
         if vector == _BREAKPOINT:
-            point = self._software.get(rip)
+            point = self._software_at(vcpu, rip)
             if point is None:
                 self._load(vcpu, KVM_GUESTDBG_INJECT_BP)
                 return None
@@ -161,21 +190,32 @@ class KvmDebugger:
         if dr6 & _DR6_STEP and vcpu.index == self._step:
             return Exit(ExitReason.DEBUG, vcpu=vcpu.index)
         if dr6 & _DR6_STEP and self._stepped:
-            point = self._stepped.get(rip)
-            return point and Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+            if (point := self._stepped.get(rip)) is not None:
+                return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+            self._load(vcpu)  # once more: what sets flags, as POPF, ends the stepping
+            return None
         self._load(vcpu, KVM_GUESTDBG_INJECT_DB)
         return None
+
+    def _software_at(self, vcpu: KvmVcpu, rip: int) -> Point | None:
+        gpa = translate(self._memory, vcpu.system_registers(), rip)
+        return None if gpa is None else self._software.get(gpa)
+
+    def _is_trap(self, vcpu: KvmVcpu) -> bool:
+        """Whether its OUT is ours. KVM steps over it before or after this, as it happens."""
+        rip = self._rip(vcpu)
+        return any(self._software_at(vcpu, at) is not None for at in (rip, rip - len(_OUT)))
 
     def disarm(self) -> None:
         """See `vmexit.accel.base.Debugger`."""
         if not self._armed:
             return
-        for gpa, byte in self._replaced.items():
-            view = self._memory.view(gpa, 1)
-            if view[0] == _INT3:  # or the guest has written there since
-                view[0] = byte
+        for gpa, (code, before) in self._replaced.items():
+            place = self._memory.view(gpa, len(code))
+            if place == code:  # or the guest has written there since
+                place[:] = before
         for vcpu in self._vcpus:
-            vcpu.on_debug = None
+            vcpu.on_debug = vcpu.is_trap = None
             vcpu.set_guest_debug(0, [0] * 8)
         self._replaced.clear()
         self._software.clear()

@@ -33,15 +33,20 @@ _PROGRAM = b"\xdb\xe2\x9b\xf4"
 
 # int3; hlt
 _BREAK = b"\xcc\xf4"
+# nop; hlt
+_NOP = b"\x90\xf4"
+_BEHIND_NOP = 1
 # mov [rip], al; hlt: it writes to the HLT's place, where a 0xf4 is and stays: al is that.
 _WRITE = b"\xb0\xf4\x88\x05\x00\x00\x00\x00\xf4"
 _WRITTEN = 8
-_DR7_WRITES_0 = 1 << 10 | 2 | 1 << 16  # Intel SDM vol. 3, 18.2.4
+# Intel SDM vol. 3, 18.2.4.
+_DR7_EXECUTES_0 = 1 << 10 | 2
+_DR7_WRITES_0 = _DR7_EXECUTES_0 | 1 << 16
 
 # By path: the same for the life of the host's KVM.
 _answers: dict[str, str] = {}
 _int3_exits: dict[str, bool] = {}
-_watches: dict[str, bool] = {}
+_registers: dict[tuple[str, bytes], bool] = {}
 
 
 def why_no_kernels(system: "System") -> str:
@@ -62,16 +67,26 @@ def int3_exits(system: "System") -> bool:
     return _int3_exits[system.path]
 
 
+def breaks_by_register(system: "System") -> bool:
+    """Whether a breakpoint in a debug register stops code of ring 0. Raises HostError."""
+    return _by_register(system, _NOP, _BEHIND_NOP, _DR7_EXECUTES_0)
+
+
 def watches_memory(system: "System") -> bool:
     """Whether a write of ring 0 to an address in a debug register is seen. Raises HostError."""
-    if system.path not in _watches:
+    return _by_register(system, _WRITE, _WRITTEN, _DR7_WRITES_0)
+
+
+def _by_register(system: "System", program: bytes, address: int, dr7: int) -> bool:
+    if (system.path, program) not in _registers:
 
         def debug(vcpu: "KvmVcpu") -> None:
-            registers = [_WRITTEN, 0, 0, 0, 0, 0, 0, _DR7_WRITES_0]
-            vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, registers)
+            control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP
+            vcpu.set_guest_debug(control, [address, 0, 0, 0, 0, 0, 0, dr7])
 
-        _watches[system.path] = _run(system, _WRITE, debug) is ExitReason.DEBUG
-    return _watches[system.path]
+        reason = _run(system, program, debug)
+        _registers[system.path, program] = reason is ExitReason.DEBUG
+    return _registers[system.path, program]
 
 
 def _try(system: "System") -> str:

@@ -79,6 +79,9 @@ _MMIO_DATA = 40  # bytes
 _MMIO_LEN = 12  # u32 at 48
 _MMIO_IS_WRITE = 52  # byte
 
+TRAP_PORT = 0xEF
+"""What the debugger's OUT goes to, where it has to use one."""
+
 _IO_OUT = 1  # KVM_EXIT_IO_OUT, the low byte of the key
 
 # What the loop does for an access it has seen before: the device's function, the offset to give
@@ -133,6 +136,8 @@ class KvmVcpu:
         self._kicked = False
         self.on_debug: Callable[[int, int, int], Exit | None] | None = None
         """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
+        self.is_trap: Callable[[], bool] | None = None
+        """Whether it is at an OUT of the debugger's, to port TRAP_PORT."""
         self._stepping = False
         self._stepped = False  # over an instruction with an access, which is done or not quite
         self._kick_target = KickTarget(self._set_signal_mask)
@@ -201,11 +206,12 @@ class KvmVcpu:
                         f"KVM_RUN failed on vCPU {self.index}: {error.strerror}"
                     ) from error
                 # A kick, or a signal that is none of our business.
-                if self._take_kick():
-                    return Exit(ExitReason.INTERRUPTED, vcpu=self.index)
+                kicked = self._take_kick()
                 stopped = self._debug_exit(reason) if self._stepped else None
                 if stopped is not None:
                     return stopped
+                if kicked:
+                    return Exit(ExitReason.INTERRUPTED, vcpu=self.index)
                 continue
             except BaseException:
                 self._complete()
@@ -338,6 +344,10 @@ class KvmVcpu:
         start = self._u64[_IO_DATA_OFFSET]
         end = start + size * count
         observer = self._observer
+        is_trap = self.is_trap if port == TRAP_PORT else None
+        if is_trap is not None and is_trap():
+            self._end_step()
+            return
         generation = self._pio.generation
         if write:
             data = bytes(self._u8[start:end])
@@ -351,7 +361,7 @@ class KvmVcpu:
                 observer.io(self.index, False, port, size, count, data)
         if self._stepping:
             self._end_step()
-        elif observer is None and count == 1:
+        elif observer is None and count == 1 and is_trap is None:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             route = self._pio.route_write if write else self._pio.route_read

@@ -1,14 +1,9 @@
-"""Breakpoints, watchpoints and single steps of the software CPU.
-
-Breakpoints are QEMU's own, which Unicorn still has: a block of translated code ends before one, so
-they cost nothing elsewhere. Of its watchpoints only empty functions are left. So a hook notes that
-the memory was accessed, and another one, before each instruction, stops behind the one that did.
-"""
+"""Breakpoints, watchpoints and single steps of the software CPU; see points.py."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from vmexit.accel.base import Point, PointKind, Way
+from vmexit.accel.base import Linked, Point, PointKind, Way, nowhere
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import HostError
@@ -36,7 +31,11 @@ class SoftDebugger:
         self._memory = memory
 
     def arm(
-        self, points: Collection[Point], step: int | None = None, only: int | None = None
+        self,
+        points: Collection[Point],
+        step: int | None = None,
+        only: int | None = None,
+        linked: Linked = nowhere,
     ) -> dict[Point, Way]:
         """See `vmexit.accel.base.Debugger`. Raises HostError."""
         self.disarm()

@@ -24,6 +24,10 @@ class Fpu:
         self._physical = [x86_const.UC_X86_REG_FP0 + i for i in range(8)]
         self._xmm = [x86_const.UC_X86_REG_XMM0 + i for i in range(16)]
 
+    def close(self) -> None:
+        """Let go of the engine."""
+        del self._engine
+
     def read(self) -> bytes:
         """The image, of 512 bytes."""
         read = self._engine.reg_read

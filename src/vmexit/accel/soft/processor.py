@@ -8,30 +8,23 @@ import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from vmexit.accel.base import Exit, ExitReason, Point, PointKind
+from vmexit.accel.base import Exit, ExitReason, Point
 from vmexit.accel.soft.cpu_state import CpuState
 from vmexit.accel.soft.cpuid import Cpuid
 from vmexit.accel.soft.fpu import Fpu
 from vmexit.accel.soft.host_writes import HostWrites
 from vmexit.accel.soft.layout import (
-    CONTROL_OFFSET,
-    CSTAR,
     EFLAGS,
-    FMASK,
     HF2_NMI,
     HF_INHIBIT_IRQ,
     HFLAGS,
     HFLAGS2,
     NMI,
     OLD_EXCEPTION,
-    R11,
     RAX,
     RBX,
     RCX,
     RDX,
-    RSP,
-    STAR,
-    SYSCALL_LENGTH,
     VIRTUAL_INTERRUPT,
     VMCB,
 )
@@ -47,20 +40,18 @@ from vmexit.accel.soft.native import (
     SyscallCallback,
     address_of,
 )
+from vmexit.accel.soft.points import Points
 from vmexit.accel.soft.port_io import MAX_AHEAD, PortIo
 from vmexit.accel.soft.replay import Replay
 from vmexit.accel.soft.stopping import Stopper
 from vmexit.accel.soft.stubs import RAISE, StopWords, Stubs
+from vmexit.accel.soft.system_calls import SystemCalls
 from vmexit.accel.soft.vcpu import SoftVcpu
 from vmexit.arch.x86.code import linear_ip, next_instruction
 from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.registers import (
-    CR0_PE,
-    EFER_LMA,
-    EFER_SCE,
     RFLAGS_IF,
     RFLAGS_RF,
-    RFLAGS_VM,
     Registers,
     SystemRegisters,
 )
@@ -79,23 +70,12 @@ _EXCEPTION_NAMES = {
 }  # fmt: skip
 _WITH_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17))
 
-_MSR_SYSENTER_CS, _MSR_SYSENTER_ESP, _MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
-
-_UNDEFINED_OPCODE, _DOUBLE_FAULT, _GENERAL_PROTECTION = 6, 8, 13
+_DOUBLE_FAULT = 8
 
 # The CPU reads the vector of an interrupt from this page, which answers with an INTA cycle. The
 # guest cannot reach it: its page tables and the CPU's physical addresses end below.
 _VECTOR_PAGE = 1 << 52
 _VECTOR_OFFSET = 0x64  # of V_INTR_VECTOR in a VMCB (AMD APM vol. 2, appendix B)
-
-
-_LARGEST_ACCESS = 64  # bytes of one access to memory
-
-
-class _Watch(ctypes.Structure):
-    """What the hook of a watchpoint gets: one more than its place in the list, and its GPA."""
-
-    _fields_ = (("number", ctypes.c_uint64), ("gpa", ctypes.c_uint64))
 
 
 class Processor:
@@ -133,10 +113,12 @@ class Processor:
         self._state = CpuState(library, engine, cpu, ids)
         self._cpuid = Cpuid(library, self._state.base, cpus, model)
         self._fpu = Fpu(engine)
+        self._calls = SystemCalls(self._state, engine, self._raise, self._fail)
         # The TSC begins at 0 with reset (SDM vol. 3, 10.1.1); firmware counts on it.
         self._state.set_tsc(library, 0)
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
+        self._points = Points(library, self._handle, cpu, self._stubs)
         self._stopper = Stopper(library, cpu, self._words)
         self._host_writes = HostWrites(library, self._handle, memory, self._stopper)
         self._replay = Replay(self._words)
@@ -161,10 +143,6 @@ class Processor:
         )
         self._vcpu: SoftVcpu | None = None  # whose state the CPU has
         self._withheld = 0  # interrupts that were requested, and are not for now
-        self._breakpoints: dict[int, Point] = {}  # by linear address
-        self._watched: list[Point] = []
-        self._watch_hooks: list[int] = []
-        self._watch_data: list[_Watch] = []
         # What must outlive this call: C holds the addresses of these.
         self._callbacks: list[object] = []
         # The first thing that went wrong inside a callback, where no exception can pass.
@@ -182,8 +160,8 @@ class Processor:
         for number, callback in (
             (x86_const.UC_X86_INS_OUT, OutCallback(self._ports.on_out)),
             (x86_const.UC_X86_INS_IN, InCallback(self._ports.on_in)),
-            (x86_const.UC_X86_INS_SYSCALL, SyscallCallback(self._on_syscall)),
-            (x86_const.UC_X86_INS_SYSENTER, SyscallCallback(self._on_sysenter)),
+            (x86_const.UC_X86_INS_SYSCALL, SyscallCallback(self._calls.on_syscall)),
+            (x86_const.UC_X86_INS_SYSENTER, SyscallCallback(self._calls.on_sysenter)),
             (x86_const.UC_X86_INS_CPUID, CpuidCallback(self._on_cpuid)),
         ):
             stub = self._stubs.leaving_hook(self._c(callback))
@@ -298,7 +276,7 @@ class Processor:
                 (VIRTUAL_INTERRUPT if interrupts.pending() else 0) | (NMI if vcpu.nmi else 0)
             )
         words[StopWords.SLICE_END] = words[StopWords.BLOCKS] + blocks & 0xFFFF_FFFF
-        if not self._watch_hooks:
+        if not self._points.watching:
             return self._execute(vcpu, 0)
         self._stopper.hold(True)  # the hook of each instruction looks by itself
         try:
@@ -327,14 +305,14 @@ class Processor:
 
         The limit of one instruction holds for code that is translated with it, and with tests.
         """
-        self._library.check_at_accesses(self._handle, wanted or bool(self._watch_hooks))
+        self._library.check_at_accesses(self._handle, wanted or self._points.watching)
         self._library.flush_translations(self._handle)
 
     def _execute(self, vcpu: SoftVcpu, count: int) -> Exit | None:
         words, state = self._words, self._state
         self._host_writes.drop()
         words[StopWords.DELIVERING] = 0  # a triple fault ends within one
-        words[StopWords.HIT] = words[StopWords.WATCHED] = 0
+        self._points.forget()
         observer = self._observer
         if observer is not None:
             observer.left(self._index)
@@ -352,7 +330,7 @@ class Processor:
         if self._error is not None:
             failure, self._error = self._error, None
             raise failure
-        point = self._stopped_at()
+        point = self._points.hit(lambda: linear_ip(self.registers(), self.system_registers()))
         if point is not None:
             exit = Exit(ExitReason.DEBUG, vcpu=self._index, point=point)
             self._tell(exit)
@@ -376,48 +354,11 @@ class Processor:
             self._observer.other(self._index, exit.reason.value, exit.detail)
 
     def debug(
-        self,
-        breakpoints: Iterable[Point],
-        watched: Iterable[tuple[Point, list[tuple[int, int]]]],
+        self, breakpoints: Iterable[Point], watched: Iterable[tuple[Point, list[tuple[int, int]]]]
     ) -> None:
-        """Stop at these points and no others; a watched one with its ranges of GPAs and sizes."""
-        import unicorn
-
-        library, engine = self._library, self._handle
-        breaks = {point.gva: point for point in breakpoints}
-        if breaks or self._breakpoints:
-            library.break_at(self._cpu, breaks)
-        self._breakpoints = breaks
-        for handle in self._watch_hooks:
-            library.unhook(engine, handle)
-        self._watch_hooks.clear()
-        self._watch_data.clear()
-        self._watched.clear()
-        read, write = unicorn.UC_HOOK_MEM_READ, unicorn.UC_HOOK_MEM_WRITE
-        kinds = {PointKind.READ: read, PointKind.WRITE: write, PointKind.ACCESS: read | write}
-        for point, ranges in watched:
-            self._watched.append(point)
-            for gpa, size in ranges:
-                watch = _Watch(len(self._watched), gpa)
-                self._watch_data.append(watch)
-                begin, end = max(gpa - _LARGEST_ACCESS + 1, 0), gpa + size - 1
-                data = ctypes.addressof(watch)
-                hook = library.hook(
-                    engine, kinds[point.kind], self._stubs.watch_hook,
-                    begin=begin, end=end, data=data,
-                )  # fmt: skip
-                self._watch_hooks.append(hook)
-        if self._watched:
-            hook = library.hook(engine, unicorn.UC_HOOK_CODE, self._stubs.instruction_hook)
-            self._watch_hooks.append(hook)
+        """Stop at these points and no others; see `Points.set()`."""
+        self._points.set(breakpoints, watched)
         self._translate_for_steps(False)
-
-    def _stopped_at(self) -> Point | None:
-        """The point at which the CPU has stopped."""
-        if self._words[StopWords.HIT]:
-            return self._breakpoints.get(linear_ip(self.registers(), self.system_registers()))
-        number = self._words[StopWords.WATCHED]
-        return self._watched[number - 1] if number else None
 
     def begin(self) -> None:
         """A run begins: the host may have written code since, of which translations are stale."""
@@ -536,49 +477,6 @@ class Processor:
             self._fail(error)
         return 1
 
-    def _on_syscall(self, _uc: int, _data: int) -> None:
-        """SYSCALL from other than 64-bit code; see `Stubs.syscall_hook()`."""
-        try:
-            state = self._state
-            u64 = state.u64
-            efer = u64[CONTROL_OFFSET["efer"] // 8]
-            if not efer & EFER_SCE or not u64[CONTROL_OFFSET["cr0"] // 8] & CR0_PE:
-                self._raise(_UNDEFINED_OPCODE)
-                return
-            flags = state.read_flags()
-            long = bool(efer & EFER_LMA)  # compatibility mode then
-            u64[RCX] = state.rip + SYSCALL_LENGTH
-            star = u64[STAR // 8]
-            if long:
-                u64[R11] = flags & ~RFLAGS_RF
-                flags &= ~u64[FMASK // 8] & 0xFFFF_FFFF
-                target = u64[CSTAR // 8]
-            else:
-                flags &= ~(RFLAGS_IF | RFLAGS_VM)
-                target = star & 0xFFFF_FFFF
-            state.write_flags(flags & ~RFLAGS_RF)
-            state.enter_kernel(star >> 32 & 0xFFFF, long=long)
-            state.rip = target - SYSCALL_LENGTH
-        except BaseException as error:
-            self._fail(error)
-
-    def _on_sysenter(self, _uc: int, _data: int) -> None:
-        """SYSENTER, likewise (SDM vol. 2)."""
-        try:
-            state, read = self._state, self._engine.msr_read
-            selector = read(_MSR_SYSENTER_CS) & 0xFFFC
-            if not selector or not state.u64[CONTROL_OFFSET["cr0"] // 8] & CR0_PE:
-                self._raise(_GENERAL_PROTECTION)
-                return
-            long = bool(state.u64[CONTROL_OFFSET["efer"] // 8] & EFER_LMA)
-            mask = 0xFFFF_FFFF_FFFF_FFFF if long else 0xFFFF_FFFF
-            state.write_flags(state.read_flags() & ~(RFLAGS_IF | RFLAGS_VM | RFLAGS_RF))
-            state.enter_kernel(selector, long=long)
-            state.u64[RSP] = read(_MSR_SYSENTER_ESP) & mask
-            state.rip = (read(_MSR_SYSENTER_EIP) & mask) - SYSCALL_LENGTH
-        except BaseException as error:
-            self._fail(error)
-
     # Registers of the selected vCPU.
 
     def registers(self) -> Registers:
@@ -628,4 +526,6 @@ class Processor:
             for context in self._contexts:
                 self._library.context_free(context)
             # The engine has megabytes that should not wait for the garbage collector.
-            del self._engine, self._fpu
+            self._calls.close()
+            self._fpu.close()
+            del self._engine

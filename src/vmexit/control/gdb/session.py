@@ -481,4 +481,8 @@ def _explain(point: Point, way: str) -> str:
             f"vmexit: the {'break' if point.kind is PointKind.EXECUTE else 'watch'}point at "
             f"{point.gva:#x} is a debug register of the processor, of which there are four\n"
         ),
+        "port": (
+            f"vmexit: the breakpoint at {point.gva:#x} is a port access in its place, for ring 0 "
+            "only: this processor tells its KVM of no better one\n"
+        ),
     }.get(way, "")

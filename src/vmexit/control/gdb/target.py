@@ -182,6 +182,8 @@ class Target:
         image = bytearray(vcpu.fpu)
         for number, data in values.items():
             register, value = self.registers[number], int.from_bytes(data, "little")
+            if len(data) != register.bits // 8:
+                raise ValueError(f"{register.name} has {register.bits} bits")
             if data == before[number]:
                 continue
             name = register.source

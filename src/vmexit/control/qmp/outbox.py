@@ -7,7 +7,7 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
-from vmexit.core.threads import block_signals
+from vmexit.core.threads import start_without_signals
 
 # So much may wait for a client who does not read. The longest answer, a schema, has a tenth of it.
 LIMIT = 1 << 20
@@ -33,7 +33,7 @@ class Outbox:
         self._sending = False
         self._closed = False
         self._thread = threading.Thread(target=self._main, name="vmexit-qmp-out", daemon=True)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     def put(self, data: bytes, key: str = "") -> None:
         """Have `data` sent.
@@ -89,7 +89,6 @@ class Outbox:
             self._client.shutdown(socket.SHUT_RDWR)  # which ends sending and receiving
 
     def _main(self) -> None:
-        block_signals()
         while (data := self._next()) is not None:
             try:
                 self._client.sendall(data)

@@ -52,7 +52,7 @@ class VirtioDevice:
     """How much there may be in a time, on all queues together."""
 
     flows: Sequence[Flow] = ()
-    """What it counts of its operations; where that is nothing, its queues count bytes."""
+    """What it counts of its operations; where that is nothing, its queues do."""
 
     queues: Sequence[Queue] = ()
     """Those that the driver has set up; none before it is ready."""

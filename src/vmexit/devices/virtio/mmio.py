@@ -48,6 +48,12 @@ class MmioTransport:
             Queue(memory, size, self._used, self._kick_later(index, clock))
             for index, size in enumerate(device.queue_sizes)
         ]
+        self.flows = device.flows
+        """How much has gone through the device; any thread may read."""
+        if not self.flows:
+            self.flows = both = (Flow("from_guest"), Flow("to_guest"))
+            for queue in self._queues:
+                queue.flows = both
         self._notify = [partial(device.notify, i) for i in range(len(self._queues))]
         self.driven = False
         """Whether a driver was ready once."""
@@ -76,17 +82,6 @@ class MmioTransport:
         return lambda when: timer.set(clock.now() if when is None else when)
 
     # Counters.
-
-    def flows(self) -> list[Flow]:
-        """How much has gone through the device; from any thread."""
-        if self.device.flows:
-            return list(self.device.flows)
-        totals = [Flow("from_guest"), Flow("to_guest")]
-        for queue in self._queues:
-            for total, one in zip(totals, (queue.from_guest, queue.to_guest), strict=True):
-                total.operations += one.operations
-                total.size += one.size
-        return totals
 
     @property
     def waited_ns(self) -> int | None:

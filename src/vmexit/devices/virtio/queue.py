@@ -117,8 +117,8 @@ class Queue:
         # but not across the locked instruction that this takes (Intel SDM vol. 3, 9.2.3.4).
         self._fence = threading.Lock()
         self.size_max = size_max
-        self.from_guest, self.to_guest = Flow("from_guest"), Flow("to_guest")
-        """Requests that are done, of those that had bytes for the device, and for the driver."""
+        self.flows: tuple[Flow, Flow] | None = None
+        """Who counts what was done with bytes from the guest, and for it, if nobody else does."""
         self.limit: Limit | None = None
         """How much `serve()` does in a time."""
         self.reset()
@@ -274,21 +274,22 @@ class Queue:
         """Likewise for several, which the driver sees at once; not after it has taken the queue."""
         if not self.ready:
             return
-        from_guest, to_guest = self.from_guest, self.to_guest
         for chain, written in done:
             self._memory.host_wrote(chain.ranges, written)
-            if chain.sources:  # not by count(): each request comes through here
-                from_guest.operations += 1
-                for _, size in chain.sources:
-                    from_guest.size += size
-            if written:
-                to_guest.operations += 1
-                to_guest.size += written
+            if self.flows is not None:
+                self._count_flows(chain, written, *self.flows)
             at = _RING + 8 * (self._next_used & self.size - 1)
             # Buffers may name the same memory many times, and have more than there is.
             _USED.pack_into(self._used, at, chain.head, min(written, _MASK32))
             self._next_used = self._next_used + 1 & _MASK16
         _U16.pack_into(self._used, 2, self._next_used)
+
+    @staticmethod
+    def _count_flows(chain: Chain, written: int, from_guest: Flow, to_guest: Flow) -> None:
+        if chain.sources:
+            from_guest.count(sum(size for _, size in chain.sources))
+        if written:
+            to_guest.count(written)
 
     def give_back(self, count: int) -> None:
         """The last `count` requests are not used after all: `pop()` gives them again."""

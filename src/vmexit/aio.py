@@ -1,0 +1,85 @@
+"""A machine in an asyncio program: what takes time is awaited, and events are iterated over.
+
+>>> async def watch(vm):
+...     machine = AsyncMachine(vm)
+...     running = asyncio.create_task(machine.run(timeout=60))
+...     await machine.pause()
+...     print(vm.vcpus[0].regs)
+...     await machine.resume()
+...     stop = await running
+"""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from vmexit.machine.events import Event
+
+if TYPE_CHECKING:
+    from vmexit.machine.machine import Machine
+    from vmexit.machine.stop import Stop
+
+
+class AsyncMachine:
+    """`machine` for coroutines; its other methods are of use as they are.
+
+    It does not belong to it: the machine is closed by whoever made it.
+    """
+
+    def __init__(self, machine: "Machine") -> None:
+        self.machine = machine
+
+    async def run(self, timeout: float | None = None) -> "Stop":
+        """As `Machine.run()`, in a thread; a task that is cancelled ends the run, too."""
+        running = asyncio.ensure_future(asyncio.to_thread(self.machine.run, timeout))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            while not running.done():  # it may just begin
+                self.machine.stop()
+                await asyncio.wait((running,), timeout=0.05)
+            raise
+
+    async def pause(self) -> None:
+        """As `Machine.pause()`: once this is over no vCPU runs."""
+        await asyncio.to_thread(self.machine.pause)
+
+    async def resume(self, *, step: int | None = None) -> None:
+        """As `Machine.resume()`."""
+        await asyncio.to_thread(self.machine.resume, step=step)
+
+    async def reset(self) -> None:
+        """As `Machine.reset()`."""
+        await asyncio.to_thread(self.machine.reset)
+
+    def events(self) -> "EventStream":
+        """What happens from now on: `async for event in machine.events()`."""
+        return EventStream(self.machine)
+
+
+class EventStream:
+    """Events in their order, without end, until `close()`, which `with` calls.
+
+    To be made in the event loop that iterates over it.
+    """
+
+    def __init__(self, machine: "Machine") -> None:
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+
+        def tell(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+        self.close = machine.subscribe(tell)
+
+    def __aiter__(self) -> "EventStream":
+        return self
+
+    async def __anext__(self) -> Event:
+        return await self._queue.get()
+
+    def __enter__(self) -> "EventStream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
