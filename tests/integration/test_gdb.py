@@ -127,6 +127,23 @@ def test_attach_interrupt_and_detach(accel, tmp_path, image):
         assert run.finish()[0] == 130
 
 
+@pytest.mark.kvm
+def test_one_who_attaches_as_another_one_leaves_is_told_of_no_stop(tmp_path, image):
+    with flat(tmp_path, image(FOREVER), "kvm") as run:
+        attached = 0
+        while attached < 60:
+            with Wire(run.path) as wire:
+                try:
+                    first = wire.ask(b"?")
+                except BrokenPipeError:  # the one before is still there
+                    continue
+                if not first or first.startswith(b"E"):
+                    continue
+                assert first == b"T05thread:1;"
+                assert [wire.ask(b"qAttached") for _ in range(3)] == [b"1"] * 3
+                attached += 1
+
+
 def test_the_end_and_a_crash_are_told(accel, tmp_path, image):
     with flat(tmp_path, GUESTS / "debug-exit.bin", accel, "--load-address", "0", "--paused") as run:
         assert "exited with code 0103" in gdb(run.path, "continue")

@@ -90,6 +90,8 @@ class Session:
         stop_deciding = self._machine.decide(self._decide)
         try:
             self._machine.pause()
+            with self._lock:  # gdb did not let it run, and does not wait for it to stop
+                self._events = [e for e in self._events if e.kind is not EventKind.RESUMED]
             self._loop()
         except (Ended, OSError):
             return
