@@ -1,13 +1,14 @@
 """--metrics: what is served is what the guest did, and no client harms it."""
 
 import os
+import re
 import socket
 import stat
 import threading
 import time
 
 import pytest
-from command import GUESTS, assert_one_line, vmexit
+from command import GUESTS, ROOT, assert_one_line, vmexit
 from scraping import Metrics, ask, parse, raw, scrape
 from terminal import Terminal
 
@@ -146,6 +147,22 @@ def test_names_are_quoted_as_the_format_wants_it(path):
         vm._parts.pio.attach(0x10, 1, vm._parts.pio.devices()[0][2], name=name)
         stats.io(0, True, 0x10, 1, 1, b"\0")
         assert scrape(path).value("vmexit_exits_total", device=name) == 1
+
+
+def test_the_docs_tell_of_all_metrics_and_of_no_others(path, tmp_path):
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    stats = ExitStats()
+    options = {"machine": "microvm", "drives": [f"file={tmp_path / 'disk'}"], "balloon": 0}
+    with (
+        Machine("16M", "soft", observer=stats, **options) as vm,
+        MetricsServer(vm, f"unix:{path}", stats),
+    ):
+        stats.left(0)
+        stats.io(0, True, 0x10, 1, 1, b"\0")
+        served = {name for name, _ in scrape(path)}
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    told = {name for row in re.findall(r"^\| (`.*?) \|", page, re.M) for name in row.split(", ")}
+    assert {name.strip("`") for name in told} == served
 
 
 # Clients.
