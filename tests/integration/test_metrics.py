@@ -194,6 +194,8 @@ def test_get_and_head(served):
     assert int(got.headers["Content-Length"]) == len(got.body)
     head = ask(served, method="HEAD")
     assert (head.status, head.body) == (200, b"") and int(head.headers["Content-Length"]) > 1000
+    bare = raw(served, b"HEAD /metrics HTTP/1.0\r\n\r\n")
+    assert status(bare) == 200 and bare.endswith(b"\r\n\r\n")
     assert ask(served, "/metrics?name[]=up").status == 200
     assert ask(served, "http://localhost/metrics").status == 200
 
@@ -257,7 +259,7 @@ def test_one_who_says_nothing_is_cut_off(served, monkeypatch):
 
 
 def test_one_who_sends_byte_after_byte_is_cut_off(served, monkeypatch):
-    monkeypatch.setattr(http, "_ASKING", 0.2)
+    monkeypatch.setattr(http, "_ASKING", 3)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(served))
         client.settimeout(0.01)

@@ -272,8 +272,9 @@ def listening(path, serve: Serve) -> Iterator[None]:
 
 
 def endless(client: socket.socket) -> None:
-    while True:
+    for _ in range(32 << 4):  # MiB, and all of it is more than is taken
         client.sendall(b"x" * (1 << 16))
+    client.sendall(b'\n{"QMP": {}}\n')
 
 
 @pytest.mark.parametrize(
