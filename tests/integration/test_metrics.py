@@ -243,6 +243,16 @@ def test_a_very_long_line_is_not_read_to_its_end(served, piece):
     assert answer == b"" or status(answer) in (400, 431)
 
 
+def test_the_answer_reaches_who_has_sent_too_much():
+    with Machine("1M", "soft") as vm, MetricsServer(vm, "tcp:127.0.0.1:0") as server:
+        port = int(server.where.rpartition(":")[2])
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port), 60) as client:
+                client.sendall(b"GET /metrics HTTP/1.1\r\n" + b"A: b\r\n" * 80000)
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1 << 16).startswith(b"HTTP/1.1 431 ")
+
+
 def test_half_a_request(served):
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(60)

@@ -273,8 +273,8 @@ def listening(path, serve: Serve) -> Iterator[None]:
 
 def endless(client: socket.socket) -> None:
     for _ in range(32 << 4):  # MiB, and all of it is more than is taken
-        client.sendall(b"x" * (1 << 16))
-    client.sendall(b'\n{"QMP": {}}\n')
+        client.sendall(b" " * (1 << 16))
+    client.sendall(GREETING)
 
 
 @pytest.mark.parametrize(
