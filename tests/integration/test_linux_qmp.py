@@ -112,12 +112,12 @@ def shared(tmp_path_factory):
 def test_memory_is_saved_by_both_kinds_of_addresses(shared, tmp_path):
     guest, path = shared
     file = tmp_path / "memory"
-    line = guest.run("grep ' linux_banner$' /proc/kallsyms")
-    banner = int(line.split()[0], 16)
-    release = guest.run("uname -r")
+    # The kernel may say something in between.
+    told = re.search(r"(\w{16}) \w linux_banner", guest.run("grep linux_banner /proc/kallsyms"))
+    banner = int(told[1], 16)
     with Client(path) as qmp:
         qmp.execute("memsave", val=banner, size=200, filename=str(file))
-        assert file.read_bytes().startswith(f"Linux version {release} ".encode())
+        assert file.read_bytes().startswith(b"Linux version ")
         assert len(file.read_bytes()) == 200
         assert file.stat().st_mode & 0o077 == 0
         # The same address as QEMU takes it: 64 bits with a sign.
@@ -209,14 +209,19 @@ def test_the_balloon(shared):
             qmp.execute("balloon", value=0)
 
 
+def nmis(guest):
+    """How many each of the two processors has had."""
+    told = re.search(r"NMI:\s+(\d+)\s+(\d+)", guest.run("grep NMI: /proc/interrupts"))
+    return int(told[1]), int(told[2])
+
+
 def test_an_nmi_arrives(shared):
     guest, path = shared
     with Client(path) as qmp:
-        before = guest.run("grep NMI: /proc/interrupts").split()
+        before = nmis(guest)
         qmp.execute("inject-nmi")
         guest.run("true")
-        after = guest.run("grep NMI: /proc/interrupts").split()
-        assert [int(n) for n in after[1:3]] == [int(n) + 1 for n in before[1:3]]
+        assert nmis(guest) == (before[0] + 1, before[1] + 1)
 
 
 def test_exits_are_told_if_somebody_counts_them(shared):

@@ -60,8 +60,10 @@ class Session:
                 os.close(descriptor)
 
     def _receive(self) -> bytes:
-        # Not recv_fds() of a TCP socket: there, too, it takes no descriptors, and that is all.
-        data, descriptors, _, _ = socket.recv_fds(self._client, _PIECE, _MOST_DESCRIPTORS)
+        # A TCP socket has no descriptors, and that is all.
+        data, descriptors, _, _ = socket.recv_fds(
+            self._client, _PIECE, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+        )
         if descriptors:
             self._close_received()  # as in QEMU: the last that came are there
             self._received = list(descriptors)
