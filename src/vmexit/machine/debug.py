@@ -82,6 +82,7 @@ class DebuggedRunner:
                 if self._rip(number) == gva and Point(gva) in points:
                     stop = self._run(points, timeout, Turn(number, number))
                     if stop.reason is not StopReason.DEBUG or stop.point is not None:
+                        self._stopped_at = stopped_at | self._stopped_at  # it may not have stepped
                         return stop
                     # Not each accelerator stops at a point where the run begins.
                     if (here := Point(self._rip(number))) in points:

@@ -118,6 +118,7 @@ class Processor:
         self._state.set_tsc(library, 0)
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
+        self._limited = False  # the engine has a hook that counts instructions
         self._points = Points(library, self._handle, cpu, self._stubs)
         self._stopper = Stopper(library, cpu, self._words)
         self._host_writes = HostWrites(library, self._handle, memory, self._stopper)
@@ -307,6 +308,29 @@ class Processor:
         """
         self._library.check_at_accesses(self._handle, wanted or self._points.watching)
         self._library.flush_translations(self._handle)
+        if not wanted:
+            self._drop_limit()
+
+    def _drop_limit(self) -> None:
+        """Have the engine forget the limit of one instruction now, by a run that ends at once.
+
+        It has a hook for that, and removes it with the next start. Wherever the hook was it looks
+        for translated code then, by the page tables of the moment: of another vCPU, or of ring 3.
+        What of that faults must not be seen by the guest.
+        """
+        words, state = self._words, self._state
+        if not self._limited:
+            return
+        self._limited = False
+        requested, halted, held = state.requested, state.halted, words[StopWords.HOLD]
+        state.request(0)
+        words[StopWords.HOLD] = 0
+        words[StopWords.ATTENTION] = 1  # which is looked at again in any case
+        with state.exceptions_kept():
+            self._library.emu_start(self._handle, state.rip, 0, 0, 0)
+        words[StopWords.HOLD] = held
+        state.halted = halted
+        state.request(requested)
 
     def _execute(self, vcpu: SoftVcpu, count: int) -> Exit | None:
         words, state = self._words, self._state
@@ -318,6 +342,7 @@ class Processor:
             observer.left(self._index)
             observer.enters(self._index)
         self._stopper.running(True)
+        self._limited |= count > 0
         error: int = self._library.emu_start(self._handle, state.rip, 0, 0, count)
         if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
@@ -357,7 +382,8 @@ class Processor:
         self, breakpoints: Iterable[Point], watched: Iterable[tuple[Point, list[tuple[int, int]]]]
     ) -> None:
         """Stop at these points and no others; see `Points.set()`."""
-        self._points.set(breakpoints, watched)
+        with self._state.exceptions_kept():
+            self._points.set(breakpoints, watched)
         self._translate_for_steps(False)
 
     def begin(self) -> None:
@@ -377,6 +403,7 @@ class Processor:
         self._stopper.hold(True)
         self._replay.repeat()
         self._translate_for_steps(True)
+        self._limited = True
         error: int = library.emu_start(engine, self._state.rip, 0, 0, 1)
         self._replay.repeated()
         # What is written may be the INS itself, and then nothing consumes the rest.
