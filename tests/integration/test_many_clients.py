@@ -105,6 +105,7 @@ def test_1000_commands_of_three_clients_leave_a_guest_of_use(tmp_path):
     table = load_symbols(debian_kernel(FLAVOUR))
     places = [table.address(name) for name in ("schedule", "do_timer", "vfs_read", "panic")]
     options = ("--qmp", f"unix:{tmp_path / 'qmp'}", "--gdb", f"unix:{tmp_path / 'gdb'}")
+    options += ("--timeout", str(10 * SECONDS))
     kernel, initrd = debian_kernel(FLAVOUR), initrd_with(FLAVOUR)
     with Guest(kernel, initrd, "quiet", *options, "--smp", "2", accel=ACCEL) as guest:
         guest.boot()
