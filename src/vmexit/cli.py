@@ -195,24 +195,22 @@ def _serve(
     """Who steers the machine, and looks at it, from outside, from now until all is closed."""
     if arguments.paused and not arguments.qmp and arguments.gdb is None:
         raise ConfigError("--paused waits for somebody who lets it run; give --qmp or --gdb, too")
-    if arguments.gdb is not None:
-        from vmexit.control.gdb import GdbServer
-
-        _say(f"gdb at {stack.enter_context(GdbServer(vm, arguments.gdb)).where}")
     if arguments.metrics is not None:
         from vmexit.control.metrics import MetricsServer
 
         _say(f"metrics at {stack.enter_context(MetricsServer(vm, arguments.metrics, stats)).where}")
-    if not arguments.qmp:
-        return []
-    from vmexit.control.qmp import QmpServer
-
     served = []
     for address in arguments.qmp:
+        from vmexit.control.qmp import QmpServer
+
         server = stack.enter_context(QmpServer(vm, address, name=arguments.name, exits=stats))
         if address.startswith("tcp:"):
             _say(f"QMP at {server.where}")
         served.append(server)
+    if arguments.gdb is not None:
+        from vmexit.control.gdb import GdbServer
+
+        _say(f"gdb at {stack.enter_context(GdbServer(vm, arguments.gdb)).where}")
     return served
 
 

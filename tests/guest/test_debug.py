@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmexit import HostError, Machine, Point, PointKind, StopReason, Way
+from vmexit import ConfigError, HostError, Machine, Point, PointKind, StopReason, Way
 from vmexit.accel.kvm import probe
 
 TIMEOUT = 30
@@ -162,6 +162,31 @@ def test_the_guests_own_breakpoints_are_its_own(soft_only):
         assert vm.run(TIMEOUT).point == Point(START + 4)
         assert vm.vcpus[0].regs.rcx == 1
         assert vm.run(TIMEOUT).reason is StopReason.HALT
+
+
+def test_a_step_leaves_an_nmi_waiting():
+    """Steps take no interrupts, and lose none."""
+    with Machine(memory="1M", accel="soft", machine="microvm") as vm:
+        vm.memory.write(2 * 4, bytes.fromhex("00200000"))  # the vector of an NMI leads to 0x2000
+        vm.memory.write(0x2000, bytes.fromhex("b92a00 f4"))  # mov cx, 42; hlt
+        vm.load_bytes(bytes.fromhex("bc0080 90 90 90 ebfe"), at=START)
+        vm.step(timeout=TIMEOUT)
+        vm.inject_nmi()
+        for _ in range(2):
+            vm.step(timeout=TIMEOUT)
+        assert rip(vm) == START + 5 and vm.vcpus[0].regs.rcx == 0
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+        assert vm.vcpus[0].regs.rcx == 42
+
+
+@pytest.mark.parametrize(
+    "point",
+    [0x1003, Point(0x1003, "write"), Point("start"), Point(-1), Point(1 << 64), Point(0, length=0)],
+)
+def test_what_is_no_breakpoint_is_refused(vm, point):
+    with pytest.raises(ConfigError, match=r"breakpoint|cannot be watched|no address"):
+        vm.add_breakpoint(point)
+    assert not vm.breakpoints
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from command import GUESTS, assert_one_line, vmexit
 from gdb_client import Run, Wire, gdb
+from qmp_client import Client
 
 from vmexit import EventKind, Machine, RunState, StopReason
 from vmexit.control.gdb import GdbServer
@@ -254,3 +255,20 @@ def test_odd_requests_get_an_error_or_nothing(tmp_path, image, accel):
                     continue
                 assert wire.ask(b"qC").startswith(b"QC"), request
         assert "$1 = " in gdb(run.path, "print $ax", "kill")
+
+
+def test_what_others_do_is_no_answer_to_gdb(tmp_path, image):
+    """A stop that gdb has not asked for would be taken for the answer to its next request."""
+    qmp = tmp_path / "qmp"
+    with (
+        flat(tmp_path, image(FOREVER), "soft", "--qmp", f"unix:{qmp}") as run,
+        Wire(run.path) as gdb,
+    ):
+        assert gdb.ask(b"qC") == b"QC1"
+        with Client(str(qmp)) as other:
+            other.execute("cont")
+            other.execute("stop")
+            other.execute("cont")
+        assert gdb.ask(b"qC") == b"QC1"
+        assert gdb.ask(b"s") == b"T05thread:1;"
+        assert gdb.ask(b"D") == b"OK"

@@ -285,3 +285,46 @@ def test_events_say_whether_the_machine_is_held(accel):
         ]
         vm.stop()
         vm.wait()
+
+
+def test_a_reset_that_fails_leaves_it_paused(accel, tmp_path):
+    """The image has gone: what is left of the guest must not run on."""
+    image = tmp_path / "image"
+    image.write_bytes(SPIN)
+    with Machine(memory="1M", accel=accel, image=image, load_address=START) as vm:
+        vm.start(TIMEOUT)
+        assert moves(vm)
+        image.unlink()
+        with pytest.raises(VmexitError, match="image"):
+            vm.reset()
+        assert vm.state is RunState.PAUSED and not vm.running
+        image.write_bytes(SPIN)
+        vm.reset()
+        vm.resume()
+        assert moves(vm)
+        vm.stop()
+        vm.wait()
+
+
+def test_no_run_begins_while_somebody_looks(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        with vm.paused(), pytest.raises(VmexitError, match="within its own paused"):
+            vm.run(1)
+        with vm.paused():
+            vm.start(TIMEOUT)
+            threading.Event().wait(0.05)
+            assert not vm.running and vm.memory.read_u32(0x3000) == 0
+        assert moves(vm)
+        vm.stop()
+        assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+
+
+def test_a_closed_machine_stays_closed(accel):
+    vm = Machine(memory="1M", accel=accel)
+    vm.load_bytes(SPIN, at=START)
+    vm.start(TIMEOUT)
+    assert moves(vm)
+    vm.close()
+    vm.wait(TIMEOUT)
+    assert vm.state is RunState.CLOSED

@@ -80,6 +80,7 @@ class Server:
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._closing = False
+        self._gone = threading.Event()
         self._listener: socket.socket | None = None
         self._file: SocketFile | None = None
         self.where = str(address)
@@ -132,10 +133,8 @@ class Server:
             self._begin(client)
 
     def _wait_for_one_to_go(self) -> None:
-        with self._lock:
-            threads = list(self._clients.values())
-        for thread in threads[:1]:
-            thread.join(1)
+        self._gone.clear()
+        self._gone.wait(1)
 
     def _begin(self, client: socket.socket) -> None:
         client.settimeout(None)
@@ -145,7 +144,11 @@ class Server:
             if not full and not self._closing:
                 thread = self._new_thread(self._run, client)
                 self._clients[client] = thread
-                start_without_signals(thread)
+                try:
+                    start_without_signals(thread)
+                except RuntimeError:  # no thread can be made
+                    del self._clients[client]
+                    client.close()
                 return
         with client, suppress(OSError):
             self._refuse(client)
@@ -159,11 +162,13 @@ class Server:
             with self._lock:
                 self._clients.pop(client, None)
             client.close()
+            self._gone.set()
 
     def close(self) -> None:
         """Cut all clients off and wait for their threads; a Unix socket's path is removed."""
         with self._lock:
             self._closing = True
+            self._gone.set()
             clients = dict(self._clients)
         if self._listener is not None:
             with suppress(OSError):

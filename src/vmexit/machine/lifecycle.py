@@ -56,6 +56,8 @@ class Lifecycle:
         self._state = RunState.CREATED
         self._held = False
         self._turn = self._interrupted = ALL
+        self._bars = 0  # whose thread that is
+        self._barred = 0  # how many are within paused(): no run may begin
         self._brief = False  # held by paused(), of which nobody is told
         self._told = False  # what subscribers know: whether it runs
         self._quit = False  # the next run is over before it begins
@@ -100,6 +102,8 @@ class Lifecycle:
         with self._changed:
             if self._active:
                 raise VmexitError("this machine runs already; stop() it first")
+            if self._barred and self._bars == threading.get_ident():
+                raise VmexitError("a machine cannot run within its own paused(); leave that first")
             self._active = threading.get_ident()
             self._ending = Stop(StopReason.QUIT) if self._quit else None
             self._quit = False
@@ -128,7 +132,11 @@ class Lifecycle:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._changed:
-                held = self._held and self._ending is None and not self._woken
+                free = self._ending is not None or self._woken
+                held = self._held and not free
+                if self._barred and not held and not free:
+                    self._changed.wait(SIGNAL_SECONDS)  # whoever looks at it has soon done
+                    continue
                 if not held:
                     self._woken = False
                     if self._ending is None:
@@ -141,6 +149,7 @@ class Lifecycle:
                     left = SIGNAL_SECONDS if left is None else min(left, SIGNAL_SECONDS)
                     self._changed.wait(left)
                     continue
+                self._interrupted = self._turn
             # Resumed and paused again before it ran: whoever waits for a stop has to know.
             self._tell_resumed()
             self._become(RunState.PAUSED, None if self._brief else EventKind.PAUSED)
@@ -195,7 +204,8 @@ class Lifecycle:
         held: bool = False,
     ) -> None:
         with self._changed:
-            self._state = state
+            if self._state is not RunState.CLOSED:
+                self._state = state
             if kind not in (None, EventKind.RESET):
                 self._told = False
             self._changed.notify_all()
@@ -265,16 +275,22 @@ class Lifecycle:
         Nobody is told of that. What stops by itself just then stays as it is.
         """
         with self.control:
-            if self._state is not RunState.RUNNING:
-                yield
-                return
-            self._require_other_thread()
-            self._brief = True
-            self._hold()
+            ran = self._state is RunState.RUNNING
+            if ran:
+                self._require_other_thread()
             try:
+                with self._changed:
+                    self._barred += 1
+                    self._bars = threading.get_ident()
+                if ran:
+                    self._brief = True
+                    self._hold()
                 yield
             finally:
-                brief, self._brief = self._brief, False
+                with self._changed:
+                    self._barred -= 1
+                    brief, self._brief = self._brief and ran, False
+                    self._changed.notify_all()
                 if brief and self._active and self._ending is None:
                     self.resume(self._interrupted)
 
@@ -282,13 +298,18 @@ class Lifecycle:
         """Put the guest back to its beginning; it runs on from there if it ran before."""
         self._require_other_thread()
         with self.paused():
-            self._reset()
+            try:
+                self._reset()
+            except BaseException:
+                if self._brief:  # half of a guest must not run on
+                    self._brief = False
+                    self._become(RunState.PAUSED, EventKind.PAUSED)
+                raise
             self._last = None
             self._become(RunState.PAUSED, EventKind.RESET)
 
     def close(self) -> None:
         """The machine is closed."""
-        self.stop()
         self._state = RunState.CLOSED
 
     def _require_other_thread(self) -> None:

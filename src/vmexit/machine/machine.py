@@ -23,7 +23,7 @@ from vmexit.machine.config import (
 )
 from vmexit.machine.console import GuestConsole
 from vmexit.machine.counters import CounterReader, MachineCounters
-from vmexit.machine.debug import ALL, DebuggedRunner, Turn
+from vmexit.machine.debug import ALL, DebuggedRunner, Turn, check_point
 from vmexit.machine.events import EventKind, RunState, Subscriber, Subscribers
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
 from vmexit.machine.inspection import Inspection
@@ -472,6 +472,7 @@ class Machine(Inspection):
         Raises HostError if the accelerator cannot, with those that there are already.
         """
         self._require_outside()
+        check_point(point)
         with self._life.paused():
             self._debug.add(point)
             try:
@@ -527,8 +528,9 @@ class Machine(Inspection):
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards."""
         if not self._closed:
-            self._life.close()
+            self._life.stop()
             self._runner.close()
+            self._life.close()
             self._closed = True
             self._parts.closer.close()
 
@@ -557,7 +559,9 @@ class Machine(Inspection):
         if not self._runner.busy:
             return
         if not self._runner.in_vcpu_thread():
-            raise VmexitError("this machine runs; stop() it first, or do it in a callback")
+            raise VmexitError(
+                "this machine runs; pause() or stop() it first, or do it in a callback"
+            )
         if vcpu is not None and not self._runner.holds(vcpu):
             raise VmexitError(
                 f"vCPU {vcpu} runs, and this is an access of another one; stop() it first"

@@ -174,7 +174,8 @@ class KvmDebugger:
 
         Called on the vCPU's thread.
         """
-        if vcpu.is_trap is not None and (point := self._software_at(vcpu, rip - len(_OUT))):
+        trapped, vcpu.trapped = vcpu.trapped, False
+        if trapped and (point := self._software_at(vcpu, rip - len(_OUT))):
             registers = vcpu.registers()
             vcpu.set_registers(registers | {"rip": registers["rip"] - len(_OUT)})
             return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
@@ -212,8 +213,9 @@ class KvmDebugger:
             return
         for gpa, (code, before) in self._replaced.items():
             place = self._memory.view(gpa, len(code))
-            if place == code:  # or the guest has written there since
-                place[:] = before
+            for at, byte in enumerate(code):
+                if place[at] == byte:  # or the guest has written there since
+                    place[at] = before[at]
         for vcpu in self._vcpus:
             vcpu.on_debug = vcpu.is_trap = None
             vcpu.set_guest_debug(0, [0] * 8)

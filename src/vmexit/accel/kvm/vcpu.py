@@ -138,6 +138,8 @@ class KvmVcpu:
         """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
         self.is_trap: Callable[[], bool] | None = None
         """Whether it is at an OUT of the debugger's, to port TRAP_PORT."""
+        self.trapped = False
+        """Whether it has just executed that."""
         self._stepping = False
         self._stepped = False  # over an instruction with an access, which is done or not quite
         self._kick_target = KickTarget(self._set_signal_mask)
@@ -346,6 +348,7 @@ class KvmVcpu:
         observer = self._observer
         is_trap = self.is_trap if port == TRAP_PORT else None
         if is_trap is not None and is_trap():
+            self.trapped = True
             self._end_step()
             return
         generation = self._pio.generation

@@ -45,7 +45,11 @@ class SoftDebugger:
             skipped = linear_ip(vcpu.registers(), vcpu.system_registers())
         breakpoints = [p for p in points if p.kind is PointKind.EXECUTE and p.gva != skipped]
         watched = [(p, self._ranges(p)) for p in points if p.kind is not PointKind.EXECUTE]
-        self._processor.debug(breakpoints, watched)
+        try:
+            self._processor.debug(breakpoints, watched)
+        except BaseException:
+            self.disarm()
+            raise
         self._scheduler.debug(step, only)
         return dict.fromkeys((*breakpoints, *(point for point, _ in watched)), Way.ENGINE)
 

@@ -289,6 +289,7 @@ class Processor:
         """Execute one instruction of `vcpu`, without interrupts; else as `run()`."""
         self.select(vcpu)
         self._state.request(0)
+        self._withheld = NMI if vcpu.nmi else 0  # one that waits goes on waiting
         self._stopper.hold(True)
         self._translate_for_steps(True)
         try:

@@ -48,6 +48,8 @@ def translate(memory: GuestMemory, system: SystemRegisters, gva: int) -> int | N
     No paging, 32-bit, PAE, 4-level and 5-level paging. Tables outside guest RAM, or with reserved
     layout, count as unmapped; permissions are not checked.
     """
+    if not 0 <= gva < 1 << 64:
+        return None
     if not system.cr0 & CR0_PG:
         return gva & 0xFFFF_FFFF
     try:

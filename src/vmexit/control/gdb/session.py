@@ -11,7 +11,7 @@ from vmexit.accel.base import Point, PointKind
 from vmexit.control.gdb.packet import MOST, PacketReader, Signal, packet
 from vmexit.control.gdb.target import Target
 from vmexit.core.errors import GuestAddressError, VmexitError
-from vmexit.machine.events import Event, EventKind
+from vmexit.machine.events import Event, EventKind, RunState
 from vmexit.machine.lifecycle import After
 from vmexit.machine.stop import Stop, StopReason
 
@@ -32,6 +32,8 @@ _WATCHES = {PointKind.WRITE: "watch", PointKind.READ: "rwatch", PointKind.ACCESS
 
 # What a page of watched memory has, at most; more is a mistake of whoever asks.
 _LONGEST_WATCH = 4096
+
+_MOST_POINTS = 1024
 
 _OK, _UNKNOWN = b"OK", b""
 
@@ -61,7 +63,7 @@ class Session:
         self._vcpu = 0  # that registers and memory are read of
         self._points: dict[tuple[str, int, int], Point] = {}
         self._physical = False
-        self._crashed = self._ends = False
+        self._crashed = False
         self._told_ways: set[str] = set()
         self._queries: dict[str, Callable[[str], bytes]] = {
             "qSupported": self._supported,
@@ -93,7 +95,7 @@ class Session:
             with self._lock:  # gdb did not let it run, and does not wait for it to stop
                 self._events = [e for e in self._events if e.kind is not EventKind.RESUMED]
             self._loop()
-        except (Ended, OSError):
+        except (Ended, OSError, VmexitError):  # it has gone, or the machine has
             return
         finally:
             stop_deciding()
@@ -104,9 +106,12 @@ class Session:
             self._leave()
 
     def _loop(self) -> None:
+        poll = select.poll()
+        for fd in (self._client.fileno(), self._wake):
+            poll.register(fd, select.POLLIN)
         while True:
             client = self._client.fileno()
-            ready, _, _ = select.select((client, self._wake), (), ())
+            ready = {fd for fd, _ in poll.poll()}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
                 self._report_events()
@@ -156,7 +161,6 @@ class Session:
         if stop.crashed and not self._crashed:
             self._crashed = True
             return After.HOLD
-        self._ends = True
         return After.END
 
     def _report_events(self) -> None:
@@ -165,23 +169,24 @@ class Session:
         for event in events:
             if event.kind is EventKind.RESET:
                 self._crashed = False
-            if event.kind is EventKind.RESUMED:
-                self._runs = True
-            elif not self._runs:
-                continue
-            elif event.kind is EventKind.PAUSED:
+            if not self._runs:
+                continue  # gdb does not wait for anything
+            if event.kind is EventKind.PAUSED:
                 self._stopped(_SIGINT)
             elif event.kind is EventKind.DEBUG and event.stop is not None:
                 self._vcpu = event.stop.vcpu
                 self._stopped(_SIGTRAP, event.stop.point)
             elif event.kind is EventKind.CRASHED and event.stop is not None:
                 self._vcpu = event.stop.vcpu
-                if self._ends:
+                if not event.held:
                     self._send(f"X{_SIGSEGV:02x}".encode())
                     raise Ended
                 self._say(f"{event.stop.summary()}\n")
                 self._stopped(_SIGSEGV)
             elif event.kind is EventKind.SHUTDOWN and event.stop is not None:
+                if event.held:  # it is to be looked at
+                    self._stopped(_SIGTRAP)
+                    continue
                 self._send(f"W{event.stop.status & 0xFF:02x}".encode())
                 raise Ended
 
@@ -203,7 +208,8 @@ class Session:
         try:
             for point in self._points.values():
                 self._machine.remove_breakpoint(point)
-            self._machine.resume()
+            if self._machine.state not in (RunState.SHUTDOWN, RunState.CRASHED):
+                self._machine.resume()
         except VmexitError:
             return  # closed, or nothing to resume
 
@@ -213,7 +219,9 @@ class Session:
         """The answer to one packet; None if it comes later."""
         text = request.decode("latin-1")
         try:
-            with self._machine.paused() if not self._runs else _anyway():
+            # What the monitor does takes its time, and it pauses the machine by itself.
+            alone = self._runs or text.startswith("qRcmd,")
+            with _anyway() if alone else self._machine.paused():
                 return self._dispatch(text, request)
         except _Refused as error:
             return f"E.{error}".encode()
@@ -345,7 +353,11 @@ class Session:
                 self._told_ways.add(text)
                 self._say(text)
         self._runs = True
-        self._machine.resume(step=step, only=only)
+        try:
+            self._machine.resume(step=step, only=only)
+        except BaseException:
+            self._runs = False
+            raise
         return None
 
     def _detach(self) -> None:
@@ -423,6 +435,8 @@ class Session:
         if point is None:
             return _UNKNOWN
         if key not in self._points:
+            if len(self._points) >= _MOST_POINTS:
+                raise _Refused(f"there are {_MOST_POINTS} breakpoints; delete some")
             self._machine.add_breakpoint(point)
             self._points[key] = point
         return _OK
@@ -450,12 +464,32 @@ class Session:
     # `monitor`.
 
     def _monitor(self, text: str) -> bytes:
-        from vmexit.control.gdb.monitor import run
+        """What the monitor for people says, and a few words more."""
+        from vmexit.control.monitor import execute
 
-        said = run(self._machine, bytes.fromhex(text).decode("utf-8", "replace"), self._vcpu)
+        line = bytes.fromhex(text).decode("utf-8", "replace").strip()
+        try:
+            said = self._own_command(line) or execute(self._machine, line, self._vcpu)
+        except VmexitError as error:
+            said = str(error)
         for start in range(0, len(said), 1000):
             self._say(said[start : start + 1000])
+        if said and not said.endswith("\n"):
+            self._say("\n")
         return _OK
+
+    def _own_command(self, line: str) -> str:
+        if line in ("reset", "system_reset"):
+            self._machine.reset()
+            return "the machine is at its beginning; maintenance flush register-cache shows it"
+        if line == "info breakpoints":
+            lines = [
+                f"{point.gva:#x} {point.kind.value} {point.length} "
+                f"{way.value if way is not None else 'new'}"
+                for point, way in self._machine.breakpoints.items()
+            ]
+            return "\n".join(lines) or "none is set now; gdb takes its own out at each stop"
+        return ""
 
 
 class _anyway:

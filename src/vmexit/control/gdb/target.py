@@ -195,10 +195,10 @@ class Target:
                 segment: Segment = getattr(vcpu.regs, name[:2])
                 changes[name[:2]] = segment._replace(base=value)
             elif name in _SEGMENTS:
-                segment = getattr(vcpu.regs, name)
-                if vcpu.regs.real_mode:
-                    segment = segment._replace(base=value << 4)
-                changes[name] = segment._replace(selector=value & 0xFFFF)
+                if not vcpu.regs.real_mode:
+                    raise ValueError(f"{name} has a descriptor, which a selector does not tell")
+                segment, selector = getattr(vcpu.regs, name), value & 0xFFFF
+                changes[name] = segment._replace(selector=selector, base=selector << 4)
             elif not _put_fpu(image, name, data):
                 changes[name] = value
         if changes:

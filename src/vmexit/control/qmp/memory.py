@@ -10,7 +10,7 @@ from vmexit.control.qmp import errors
 from vmexit.control.qmp.commands import command
 from vmexit.control.qmp.events import DumpCompleted, DumpQueryResult, DumpStatus
 from vmexit.control.qmp.session import Session
-from vmexit.control.saving import save_physical, save_virtual
+from vmexit.control.saving import check_vcpu, save_physical, save_virtual
 from vmexit.control.sink import Sink
 from vmexit.core.errors import VmexitError
 
@@ -26,6 +26,7 @@ class DumpGuestMemoryFormat(Enum):
 def memsave(
     session: Session, *, val: int, size: int, filename: str, cpu_index: int | None = None
 ) -> None:
+    check_vcpu(session.vm, cpu_index or 0)  # before the file is emptied
     with Sink.to_file(filename, session.served.ending) as sink:
         save_virtual(session.vm, cpu_index or 0, val, size, sink)
 
