@@ -93,9 +93,6 @@ class Executor(Protocol):
         ...
 
 
-FXSAVE_SIZE = 512
-
-
 class Vcpu(Protocol):
     """One virtual CPU.
 

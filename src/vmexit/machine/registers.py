@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from vmexit.accel.base import FXSAVE_SIZE, Vcpu
+from vmexit.accel.base import Vcpu
+from vmexit.arch.x86 import fxsave
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.registers import (
     CR0_PE,
@@ -209,8 +210,8 @@ class MachineVcpu:
 
     @fpu.setter
     def fpu(self, image: bytes) -> None:
-        if len(image) != FXSAVE_SIZE:
-            raise ValueError(f"an FXSAVE image has {FXSAVE_SIZE} bytes; this has {len(image)}")
+        if len(image) != fxsave.SIZE:
+            raise ValueError(f"an FXSAVE image has {fxsave.SIZE} bytes; this has {len(image)}")
         self._owner.require_still(self.index)
         if self._owner.running:
             raise VmexitError("the FPU cannot be written within an access; stop() first")

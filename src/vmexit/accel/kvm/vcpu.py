@@ -47,9 +47,10 @@ from vmexit.abi.kvm_structs import (
     kvm_regs,
     kvm_sregs,
 )
-from vmexit.accel.base import FXSAVE_SIZE, Exit, ExitReason
+from vmexit.accel.base import Exit, ExitReason
 from vmexit.accel.kvm.exits import explain
 from vmexit.accel.kvm.kick import KickTarget
+from vmexit.arch.x86 import fxsave
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.registers import (
     CONTROL,
@@ -463,16 +464,12 @@ class KvmVcpu:
         self.set("system registers", KVM_SET_SREGS, buffer)
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        entries = dict.fromkeys(indices, 0)
-        buffer = _pack_msrs(entries)
-        done = ioctl(self.fd, KVM_GET_MSRS, buffer, True)
-        if done < len(entries):
-            raise HostError(f"KVM cannot read MSR {list(entries)[done]:#x} of vCPU {self.index}")
-        head, step = sizeof(kvm_msrs), sizeof(kvm_msr_entry)
-        return {
-            index: kvm_msr_entry.from_buffer(buffer, head + i * step).data
-            for i, index in enumerate(entries)
-        }
+        wanted = list(indices)
+        values = self.msrs_that_exist(wanted)
+        for index in wanted:
+            if index not in values:
+                raise HostError(f"KVM cannot read MSR {index:#x} of vCPU {self.index}")
+        return values
 
     def msrs_that_exist(self, indices: Iterable[int]) -> dict[int, int]:
         """As `msrs()`, without those that KVM cannot read."""
@@ -491,7 +488,7 @@ class KvmVcpu:
         """See `vmexit.accel.base.Vcpu`; the first part of KVM_GET_XSAVE."""
         buffer = bytearray(sizeof(kvm_xsave))
         self.get("FPU", KVM_GET_XSAVE, buffer)
-        return bytes(buffer[:FXSAVE_SIZE])
+        return bytes(buffer[: fxsave.SIZE])
 
     def set_fpu(self, image: bytes) -> None:
         """Load what `fpu()` gives."""
@@ -499,7 +496,7 @@ class KvmVcpu:
         self.get("FPU", KVM_GET_XSAVE, buffer)
         buffer[: len(image)] = image
         # x87 and SSE are not in their initial state any more (SDM vol. 1, 13.4.2: XSTATE_BV).
-        buffer[FXSAVE_SIZE] |= 3
+        buffer[fxsave.SIZE] |= 3
         self.set("FPU", KVM_SET_XSAVE, buffer)
 
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
