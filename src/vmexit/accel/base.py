@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.cpu_model import CpuModel
+from vmexit.arch.x86.paging import translate
 from vmexit.arch.x86.registers import Registers, SystemRegisters
 from vmexit.core.bus import Bus
 from vmexit.core.irq import VcpuInterrupts
@@ -145,7 +147,8 @@ class Way(Enum):
     ENGINE = "engine"  # the software CPU's own
 
 
-Linked = Callable[[int], int | None]
+# Tells the GPA of code at a linear address that is not mapped yet, if that is known.
+WhereLinked = Callable[[int], int | None]
 
 
 def nowhere(gva: int) -> int | None:
@@ -161,7 +164,7 @@ class Debugger(Protocol):
         points: Collection[Point],
         step: int | None = None,
         only: int | None = None,
-        linked: Linked = nowhere,
+        linked: WhereLinked = nowhere,
     ) -> dict[Point, Way]:
         """For the run to come: stop at `points`, and vCPU `step` behind one instruction.
 
@@ -259,3 +262,17 @@ class Accelerator(Protocol):
     def close(self) -> None:
         """Free everything."""
         ...
+
+
+def linear_rip(vcpu: Vcpu) -> int:
+    """The linear address of the next instruction of `vcpu`."""
+    return linear_ip(vcpu.registers(), vcpu.system_registers())
+
+
+def first_gpa(memory: GuestMemory, vcpus: Iterable[Vcpu], gva: int) -> int | None:
+    """The GPA of the linear address `gva` by the first of `vcpus` that maps it."""
+    for vcpu in vcpus:
+        gpa = translate(memory, vcpu.system_registers(), gva)
+        if gpa is not None:
+            return gpa
+    return None

@@ -5,8 +5,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from vmexit.accel.base import Point, PointKind, Vcpu, Vm, Way
-from vmexit.arch.x86.code import linear_ip
+from vmexit.accel.base import Point, PointKind, Vcpu, Vm, Way, linear_rip
 from vmexit.boot.entry import Linked
 from vmexit.core.errors import ConfigError
 from vmexit.machine.runner import Runner
@@ -97,30 +96,46 @@ class DebuggedRunner:
             return self._runner.run(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         if turn.step is None:
-            for number, gva in stopped_at.items():
-                if turn.only not in (None, number):
-                    self._stopped_at[number] = gva  # it stays where it is
-                    continue
-                if self._rip(number) == gva and Point(gva) in points:
-                    left = None if end is None else max(0, end - time.monotonic())
-                    try:
-                        stop = self._run(points, left, Turn(number, number))
-                    except BaseException:
-                        self._stopped_at = stopped_at
-                        raise
-                    if stop.reason is not StopReason.DEBUG or stop.point is not None:
-                        self._stopped_at = stopped_at | self._stopped_at  # it may not have stepped
-                        return stop
-                    # Not each accelerator stops at a point where the run begins.
-                    if (here := Point(self._rip(number))) in points:
-                        self._stopped_at[number] = here.gva
-                        return stop._replace(point=here)
+            stop = self._leave_points(points, stopped_at, turn.only, end)
+            if stop is not None:
+                return stop
         elif turn.only is not None:
             self._stopped_at = {n: gva for n, gva in stopped_at.items() if n != turn.step}
-        timeout = None if end is None else max(0, end - time.monotonic())
-        return self._run(points, timeout, turn)
+        return self._run(points, end, turn)
 
-    def _run(self, points: Collection[Point], timeout: float | None, turn: Turn) -> Stop:
+    def _leave_points(
+        self,
+        points: Collection[Point],
+        stopped_at: dict[int, int],
+        only: int | None,
+        end: float | None,
+    ) -> Stop | None:
+        """Step those that are to run off the breakpoints that they are at; how that ends the run.
+
+        None if it goes on.
+        """
+        for number, gva in stopped_at.items():
+            vcpu = self._vcpus[number]
+            if only not in (None, number):
+                self._stopped_at[number] = gva  # it stays where it is
+            elif linear_rip(vcpu) == gva and Point(gva) in points:
+                try:
+                    stop = self._run(points, end, Turn(number, number))
+                except BaseException:
+                    self._stopped_at = stopped_at
+                    raise
+                if stop.reason is not StopReason.DEBUG or stop.point is not None:
+                    self._stopped_at = stopped_at | self._stopped_at  # it may not have stepped
+                    return stop
+                # Not each accelerator stops at a point where the run begins.
+                if (here := Point(linear_rip(vcpu))) in points:
+                    self._stopped_at[number] = here.gva
+                    return stop._replace(point=here)
+        return None
+
+    def _run(self, points: Collection[Point], end: float | None, turn: Turn) -> Stop:
+        """One run, armed; `end` is when it is over, on the monotonic clock."""
+        timeout = None if end is None else max(0, end - time.monotonic())
         try:
             ways = self._vm.debugger.arm(points, turn.step, turn.only, self._gpa)
             with self._lock:
@@ -137,7 +152,3 @@ class DebuggedRunner:
             if code.gva <= gva < code.gva + code.size:
                 return gva - code.gva + code.gpa
         return None
-
-    def _rip(self, number: int) -> int:
-        vcpu = self._vcpus[number]
-        return linear_ip(vcpu.registers(), vcpu.system_registers())

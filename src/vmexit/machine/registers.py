@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from vmexit.accel.base import Vcpu
+from vmexit.accel.base import Vcpu, linear_rip
 from vmexit.arch.x86 import fxsave
-from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.registers import (
     CR0_PE,
     GENERAL,
@@ -138,7 +137,7 @@ class RegisterView:
     def linear_ip(self) -> int:
         """Where the next instruction is, with the base of CS, which 64-bit mode has not."""
         self._owner.require_still(self._vcpu.index)
-        return linear_ip(self._vcpu.registers(), self._vcpu.system_registers())
+        return linear_rip(self._vcpu)
 
     @property
     def real_mode(self) -> bool:

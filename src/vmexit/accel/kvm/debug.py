@@ -14,9 +14,18 @@ from vmexit.abi.kvm_state import (
     KVM_GUESTDBG_USE_HW_BP,
     KVM_GUESTDBG_USE_SW_BP,
 )
-from vmexit.accel.base import Exit, ExitReason, Linked, Point, PointKind, Way, nowhere
+from vmexit.accel.base import (
+    Exit,
+    ExitReason,
+    Point,
+    PointKind,
+    Way,
+    WhereLinked,
+    first_gpa,
+    linear_rip,
+    nowhere,
+)
 from vmexit.accel.kvm.vcpu import TRAP_PORT, KvmVcpu
-from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import GuestAddressError, HostError
 from vmexit.core.memory import GuestMemory
@@ -58,7 +67,7 @@ class KvmDebugger:
         points: Collection[Point],
         step: int | None = None,
         only: int | None = None,
-        linked: Linked = nowhere,
+        linked: WhereLinked = nowhere,
     ) -> dict[Point, Way]:
         """See `vmexit.accel.base.Debugger`. Raises HostError."""
         self.disarm()
@@ -66,7 +75,7 @@ class KvmDebugger:
             raise HostError("this KVM lacks KVM_CAP_SET_GUEST_DEBUG; use --accel soft")
         self._armed = True
         self._step = step
-        skipped = self._rip(self._vcpus[step]) if step is not None else None
+        skipped = linear_rip(self._vcpus[step]) if step is not None else None
         ways: dict[Point, Way] = {}
         try:
             for point in points:
@@ -86,9 +95,6 @@ class KvmDebugger:
             raise
         return ways
 
-    def _rip(self, vcpu: KvmVcpu) -> int:
-        return linear_ip(vcpu.registers(), vcpu.system_registers())
-
     def _watch(self, point: Point) -> None:
         from vmexit.accel.kvm.probe import watches_memory
 
@@ -102,10 +108,10 @@ class KvmDebugger:
                 )
             self._slots.append((*piece, point))
 
-    def _break(self, point: Point, linked: Linked) -> Way:
+    def _break(self, point: Point, linked: WhereLinked) -> Way:
         from vmexit.accel.kvm.probe import breaks_by_register, int3_exits
 
-        gpa = self._gpa(point.gva)
+        gpa = first_gpa(self._memory, self._vcpus, point.gva)
         if gpa is None:
             gpa = linked(point.gva)
         if int3_exits(self._system) and self._replace(gpa, _INT3, point):
@@ -127,7 +133,7 @@ class KvmDebugger:
         if gpa is None or any(0 < abs(gpa - other) < len(code) for other in self._replaced):
             return False
         if len(code) > 1 and any(
-            translate(self._memory, vcpu.system_registers(), self._rip(vcpu)) == gpa + 1
+            translate(self._memory, vcpu.system_registers(), linear_rip(vcpu)) == gpa + 1
             for vcpu in self._vcpus
         ):
             return False
@@ -140,13 +146,6 @@ class KvmDebugger:
             place[:] = code
         self._software[gpa] = point
         return True
-
-    def _gpa(self, gva: int) -> int | None:
-        for vcpu in self._vcpus:
-            gpa = translate(self._memory, vcpu.system_registers(), gva)
-            if gpa is not None:
-                return gpa
-        return None
 
     def _load(self, vcpu: KvmVcpu, more: int = 0) -> None:
         """Give KVM what `arm()` wants of this vCPU, and `more`."""
@@ -204,7 +203,7 @@ class KvmDebugger:
 
     def _is_trap(self, vcpu: KvmVcpu) -> bool:
         """Whether its OUT is ours. KVM steps over it before or after this, as it happens."""
-        rip = self._rip(vcpu)
+        rip = linear_rip(vcpu)
         return any(self._software_at(vcpu, at) is not None for at in (rip, rip - len(_OUT)))
 
     def disarm(self) -> None:

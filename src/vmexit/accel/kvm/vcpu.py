@@ -47,11 +47,10 @@ from vmexit.abi.kvm_structs import (
     kvm_regs,
     kvm_sregs,
 )
-from vmexit.accel.base import Exit, ExitReason
+from vmexit.accel.base import Exit, ExitReason, linear_rip
 from vmexit.accel.kvm.exits import explain
 from vmexit.accel.kvm.kick import KickTarget
 from vmexit.arch.x86 import fxsave
-from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.registers import (
     CONTROL,
     GENERAL,
@@ -241,7 +240,7 @@ class KvmVcpu:
             seen = arch.exception, arch.pc, arch.dr6
             del arch
         else:
-            seen = 1, linear_ip(self.registers(), self.system_registers()), 1 << 14
+            seen = 1, linear_rip(self), 1 << 14
         exit = self.on_debug(*seen) if self.on_debug is not None else None
         if exit is not None and self._observer is not None:
             self._observer.other(self.index, exit.reason.value, exit.detail)

@@ -322,16 +322,21 @@ class Processor:
         words, state = self._words, self._state
         if not self._limited:
             return
-        self._limited = False
         requested, halted, held = state.requested, state.halted, words[StopWords.HOLD]
         state.request(0)
         words[StopWords.HOLD] = 0
         words[StopWords.ATTENTION] = 1  # which is looked at again in any case
         with state.exceptions_kept():
-            self._library.emu_start(self._handle, state.rip, 0, 0, 0)
+            self._start(0)
         words[StopWords.HOLD] = held
         state.halted = halted
         state.request(requested)
+
+    def _start(self, count: int) -> int:
+        """Run from where the CPU is, for so many instructions, 0: no limit; gives the error."""
+        self._limited = count > 0
+        error: int = self._library.emu_start(self._handle, self._state.rip, 0, 0, count)
+        return error
 
     def _execute(self, vcpu: SoftVcpu, count: int) -> Exit | None:
         words, state = self._words, self._state
@@ -343,8 +348,7 @@ class Processor:
             observer.left(self._index)
             observer.enters(self._index)
         self._stopper.running(True)
-        self._limited |= count > 0
-        error: int = self._library.emu_start(self._handle, state.rip, 0, 0, count)
+        error = self._start(count)
         if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
         self._stopper.running(False)
@@ -398,20 +402,18 @@ class Processor:
 
         An INS goes on until it has consumed what it read ahead: the device has given it.
         """
-        library, engine = self._library, self._handle
         self._withheld |= self._state.requested
         self._state.request(0)
         self._stopper.hold(True)
         self._replay.repeat()
         self._translate_for_steps(True)
-        self._limited = True
-        error: int = library.emu_start(engine, self._state.rip, 0, 0, 1)
+        error = self._start(1)
         self._replay.repeated()
         # What is written may be the INS itself, and then nothing consumes the rest.
         for _ in range(MAX_AHEAD):
             if error or not self._ports.in_string or self._is_double_fault():
                 break
-            error = library.emu_start(engine, self._state.rip, 0, 0, 1)
+            error = self._start(1)
         self._ports.forget_ahead()
         self._translate_for_steps(False)
         self._replay.finished()
