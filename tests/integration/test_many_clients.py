@@ -1,15 +1,14 @@
 """Two QMP clients and a debugger at once, at random: the guest is of use afterwards."""
 
-import json
 import random
 import re
-import socket
 import threading
 
 import pytest
 from gdb_client import Wire
 from kernels import debian_kernel, initrd_with
 from linux_guest import ACCEL, SECONDS, Guest
+from qmp_client import Client
 
 from vmexit.boot.symbols import load_symbols
 
@@ -17,36 +16,21 @@ FLAVOUR = "cloud-amd64"
 COMMANDS = 1000
 
 
-class Qmp:
-    """A client that waits for each answer, and passes over events."""
-
-    def __init__(self, path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(SECONDS)
-        self.socket.connect(str(path))
-        self.file = self.socket.makefile("rw")
-        self.file.readline()
-        self.ask("qmp_capabilities")
-
-    def ask(self, command, **arguments):
-        self.file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self.file.flush()
-        while True:
-            answer = json.loads(self.file.readline())
-            if "event" not in answer:
-                return answer
+class Qmp(Client):
+    """QEMU's own client."""
 
     def play(self, dice):
         command = dice.choice(
-            ["stop", "cont", "cont", "query-status", "query-cpus-fast", "inject", "registers", "x"]
+            ["stop", "cont", "cont", "query-status", "query-cpus-fast", "block", "registers", "x"]
         )
         if command == "registers":
-            return self.ask("human-monitor-command", **{"command-line": "info registers"})
-        if command == "x":
-            return self.ask("human-monitor-command", **{"command-line": "xp /4xw 0x1000"})
-        if command == "inject":
-            return self.ask("query-block")
-        return self.ask(command)
+            self.monitor("info registers")
+        elif command == "x":
+            self.monitor("xp /4xw 0x1000")
+        elif command == "block":
+            self.execute("query-block")
+        else:
+            self.execute(command)
 
 
 class Debugger(Wire):
@@ -110,7 +94,7 @@ def test_1000_commands_of_three_clients_leave_a_guest_of_use(tmp_path):
     with Guest(kernel, initrd, "quiet", *options, "--smp", "2", accel=ACCEL) as guest:
         guest.boot()
         guest.type("while true; do echo -n; done & sum=0\n")
-        clients = [Qmp(tmp_path / "qmp"), Qmp(tmp_path / "qmp")]
+        clients = [Qmp(str(tmp_path / "qmp")), Qmp(str(tmp_path / "qmp"))]
         clients.append(Debugger(tmp_path / "gdb", places))
         errors = []
         count = threading.Semaphore(COMMANDS)
@@ -137,16 +121,16 @@ def test_1000_commands_of_three_clients_leave_a_guest_of_use(tmp_path):
         )
         assert not any(thread.is_alive() for thread in threads)
         clients[2].socket.close()
-        clients[0].ask("cont")
-        assert clients[1].ask("query-status")["return"]["status"] == "running"
+        clients[0].execute("cont")
+        assert clients[1].execute("query-status")["status"] == "running"
         guest.type("\n")
         assert guest.run("echo $((6*7)); kill %1; nproc").split()[-1] == "2"
         said = guest.run("dmesg | grep -iE 'oops|BUG:|panic' | wc -l")
         assert re.search(r"\b0$", said), said
         for _ in range(3):
-            clients[0].ask("system_reset")
-        clients[0].ask("stop")
-        clients[1].ask("cont")
+            clients[0].execute("system_reset")
+        clients[0].execute("stop")
+        clients[1].execute("cont")
         guest.output = b""
         guest.boot()
         guest.power_off()

@@ -4,7 +4,6 @@ import re
 from typing import NamedTuple
 
 from vmexit.arch.x86.code import MAX_INSTRUCTION, code_bits, disassemble
-from vmexit.control.saving import read_virtual
 from vmexit.core.errors import GuestAddressError, VmexitError, quoted
 from vmexit.machine.machine import Machine
 
@@ -42,7 +41,7 @@ def show(vm: Machine, at: int, form: Format, vcpu: int, *, physical: bool) -> st
 
     def read(address: int, size: int) -> bytes:
         if not physical:
-            return read_virtual(vm, vcpu, address, size)
+            return vm.read_virtual(address, size, vcpu)
         try:
             return bytes(vm.memory.read(address, size))
         except GuestAddressError:

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vmexit.arch.x86.paging import LARGE, PRESENT, WRITABLE
+from vmexit.arch.x86.paging import ADDRESS, LARGE, PRESENT, WRITABLE
 from vmexit.arch.x86.registers import (
     CR0_PG,
     CR4_LA57,
@@ -18,7 +18,6 @@ from vmexit.core.memory import GuestMemory
 
 USER = 1 << 2
 _RIGHTS = USER | WRITABLE
-_ADDRESS = 0x000F_FFFF_FFFF_F000
 # A guest can make its tables lead to each other, and so to any number of pages.
 _MOST_TABLES, _MOST_RANGES = 1 << 13, 1 << 13
 
@@ -73,7 +72,7 @@ class _Walk:
             if count:
                 yield Mapping(start, start + (count << shift), own)
             elif not entry & reserved:
-                yield from self.table(entry & _ADDRESS, shift - 9, start, own)
+                yield from self.table(entry & ADDRESS, shift - 9, start, own)
 
     def table32(self, gpa: int, shift: int, base: int, rights: int) -> Iterator[Mapping]:
         """The same for those of 32-bit entries."""
@@ -121,7 +120,7 @@ def show_mappings(memory: GuestMemory, system: SystemRegisters) -> str:
     walk = _Walk(memory, system)
     if system.efer & EFER_LMA:
         shift = 48 if system.cr4 & CR4_LA57 else 39
-        found = walk.table(system.cr3 & _ADDRESS, shift, 0, _RIGHTS)
+        found = walk.table(system.cr3 & ADDRESS, shift, 0, _RIGHTS)
     elif system.cr4 & CR4_PAE:
         found = walk.table(system.cr3 & 0xFFFF_FFE0, 30, 0, _RIGHTS)
     else:

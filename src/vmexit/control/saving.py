@@ -37,22 +37,6 @@ def save_physical(vm: Machine, gpa: int, size: int, sink: Sink) -> None:
             gpa, size = gpa + piece, size - piece
 
 
-def read_virtual(vm: Machine, vcpu: int, gva: int, size: int) -> bytes:
-    """What `vcpu` would read at `gva`: fewer bytes where memory ends. The machine is paused."""
-    data = b""
-    while len(data) < size:
-        at = gva + len(data) & _MASK
-        gpa = vm.translate(at, vcpu)
-        piece = min(size - len(data), PAGE_SIZE - at % PAGE_SIZE)
-        if gpa is None:
-            break
-        try:
-            data += vm.memory.read(gpa, piece)
-        except GuestAddressError:
-            break
-    return data
-
-
 def save_virtual(vm: Machine, vcpu: int, gva: int, size: int, sink: Sink) -> None:
     """The `size` bytes at `gva`, a linear address of `vcpu`; raises VmexitError likewise."""
     _check_size(size)
@@ -61,7 +45,7 @@ def save_virtual(vm: Machine, vcpu: int, gva: int, size: int, sink: Sink) -> Non
     with vm.paused():
         while size:
             piece = min(size, PAGE_SIZE - gva % PAGE_SIZE)
-            data = read_virtual(vm, vcpu, gva, piece)
+            data = vm.read_virtual(gva, piece, vcpu)
             if len(data) < piece:
                 raise _nothing_there(gva, size)
             sink.write(data)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from vmexit.core.errors import ConfigError, quoted, shown
 from vmexit.core.threads import start_without_signals
@@ -188,6 +188,27 @@ class Server:
                     client.shutdown(how)
             for thread in clients.values():
                 thread.join(min(max(0, end - time.monotonic()), threading.TIMEOUT_MAX))
+
+
+class Service:
+    """A protocol that is served from when this is made until `close()`, which `with` calls."""
+
+    _server: Server
+
+    @property
+    def where(self) -> str:
+        """The address, with the port that port 0 has become."""
+        return self._server.where
+
+    def close(self) -> None:
+        """Cut all clients off, and listen no more."""
+        self._server.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 _Place = str | tuple[str | int | bytes, ...]

@@ -195,7 +195,7 @@ def build(
         if contents is not None:
             board.attach_fw_cfg(memory, contents)
         stack.callback(loop.close)  # again, and now before what it watches
-        _start(engine.vcpus[0], entry)
+        start_at(engine.vcpus[0], entry)
 
         def reset() -> None:
             for device in board.devices.values():
@@ -203,7 +203,7 @@ def build(
             engine.vm.reset_vcpus()
             for region in memory.regions:
                 memory.discard(region.gpa, region.size)
-            _start(engine.vcpus[0], _load(config, memory)[0])
+            start_at(engine.vcpus[0], _load(config, memory)[0])
 
         return Parts(
             engine.accelerator.name,
@@ -228,7 +228,8 @@ def build(
         )
 
 
-def _start(vcpu: Vcpu, entry: BootEntry) -> None:
+def start_at(vcpu: Vcpu, entry: BootEntry) -> None:
+    """Have `vcpu` begin where the boot layer says."""
     vcpu.set_system_registers(entry.system)
     vcpu.set_registers(entry.registers)
 

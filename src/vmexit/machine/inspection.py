@@ -32,7 +32,8 @@ class Inspection(ABC):
     def require_still(self, vcpu: int | None = None) -> None:
         """Raises VmexitError unless no vCPU runs, or the caller is within an access of `vcpu`."""
 
-    def _one(self, vcpu: int) -> Vcpu:
+    def _vcpu(self, vcpu: int) -> Vcpu:
+        """That vCPU. Raises ConfigError if there is none."""
         vcpus = self._vcpus()
         if not 0 <= vcpu < len(vcpus):
             raise ConfigError(f"there is no vCPU {vcpu}; there are {len(vcpus)}, from 0 on")
@@ -44,12 +45,12 @@ class Inspection(ABC):
         From a GPA, `memory.hva(gpa)` leads on to the host virtual address.
         """
         self.require_still(vcpu)
-        return translate(self.memory, self._one(vcpu).system_registers(), gva)
+        return translate(self.memory, self._vcpu(vcpu).system_registers(), gva)
 
     def read_virtual(self, gva: int, size: int, vcpu: int = 0) -> bytes:
         """Up to `size` bytes at guest virtual address `gva`; fewer where no memory is mapped."""
         self.require_still(vcpu)
-        return read_linear(self.memory, self._one(vcpu).system_registers(), gva, size)
+        return read_linear(self.memory, self._vcpu(vcpu).system_registers(), gva, size)
 
     def write_virtual(self, gva: int, data: bytes, vcpu: int = 0) -> None:
         """Write `data` at guest virtual address `gva`, whatever its pages allow the guest.
@@ -62,7 +63,7 @@ class Inspection(ABC):
             self.memory.write(gpa, data[start:end])
 
     def _pieces(self, gva: int, size: int, vcpu: int) -> Iterator[tuple[int, int, int]]:
-        system = self._one(vcpu).system_registers()
+        system = self._vcpu(vcpu).system_registers()
         start = 0
         while start < size:
             at = gva + start
@@ -93,13 +94,13 @@ class Inspection(ABC):
         return address, if there are symbols. Raises ImageError for a bad file of symbols.
         """
         self.require_still(vcpu)
-        one = self._one(vcpu)
+        one = self._vcpu(vcpu)
         return backtrace(self.memory, one.registers(), one.system_registers(), self.symbols, limit)
 
     def dump(self, vcpu: int = 0) -> str:
         """All registers, the next instruction and the calls that led there, as text."""
         self.require_still(vcpu)
-        one = self._one(vcpu)
+        one = self._vcpu(vcpu)
         return report.describe(
             self.memory, one.registers(), one.system_registers(), lambda: self.symbols
         )

@@ -303,12 +303,10 @@ class Machine(Inspection):
             self._loaded = True
         self._loads.append((at, raw))
 
-    def _go_to(self, start: "_Start") -> None:
+    def _go_to(self, start: _Start) -> None:
         segment = self.config.segment if start.mode == "real" else None
         first = flat.start(self.memory, start.entry, start.mode, start.image, segment)
-        vcpu = self._parts.vcpus[0]
-        vcpu.set_system_registers(first.system)
-        vcpu.set_registers(first.registers)
+        builder.start_at(self._parts.vcpus[0], first)
 
     def on_pio(
         self,
@@ -368,7 +366,7 @@ class Machine(Inspection):
 
         The reason is DEBUG; another one if the guest, `stop()` or the timeout came between.
         """
-        self._require_vcpu(vcpu)
+        self._vcpu(vcpu)
         return self._run(timeout, Turn(vcpu, vcpu))
 
     def _run(self, timeout: float | None, turn: Turn) -> Stop:
@@ -379,10 +377,6 @@ class Machine(Inspection):
         if stop.crashed and not self._closed:
             stop = stop._replace(dump=self.dump(stop.vcpu))
         return stop
-
-    def _require_vcpu(self, vcpu: int) -> None:
-        if not 0 <= vcpu < len(self.vcpus):
-            raise ConfigError(f"there is no vCPU {vcpu}; use 0 to {len(self.vcpus) - 1}")
 
     def start(self, timeout: float | None = None) -> None:
         """Begin a `run()` in a thread of its own; `wait()` has what it returns."""
@@ -412,7 +406,7 @@ class Machine(Inspection):
         """
         self._require_open()
         for vcpu in (step, only):
-            self._require_vcpu(vcpu or 0)
+            self._vcpu(vcpu or 0)
         self._life.resume(Turn(step, only))
 
     def paused(self) -> AbstractContextManager[None]:

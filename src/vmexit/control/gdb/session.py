@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from vmexit.accel.base import Point, PointKind
 from vmexit.control.gdb.packet import MOST, PacketReader, Signal, packet
 from vmexit.control.gdb.target import Target
-from vmexit.core.errors import GuestAddressError, VmexitError
-from vmexit.machine.events import Event, EventKind, RunState
+from vmexit.control.steering import resume
+from vmexit.core.errors import ConfigError, GuestAddressError, VmexitError
+from vmexit.machine.debug import check_point
+from vmexit.machine.events import Event, EventKind
 from vmexit.machine.lifecycle import After
 from vmexit.machine.stop import Stop, StopReason
 
@@ -30,9 +32,6 @@ _KINDS = {
 }
 _WATCHES = {PointKind.WRITE: "watch", PointKind.READ: "rwatch", PointKind.ACCESS: "awatch"}
 
-# What a page of watched memory has, at most; more is a mistake of whoever asks.
-_LONGEST_WATCH = 4096
-
 _MOST_POINTS = 1024
 
 _OK, _UNKNOWN = b"OK", b""
@@ -40,10 +39,6 @@ _OK, _UNKNOWN = b"OK", b""
 
 class Ended(Exception):
     """The session is over: detached, killed, or the machine has gone."""
-
-
-class _Refused(Exception):
-    """What was asked for cannot be; the text goes to the user of gdb."""
 
 
 class Session:
@@ -78,6 +73,27 @@ class Session:
             "qqemu.PhyMemMode": lambda _: b"1" if self._physical else b"0",
             "Qqemu.PhyMemMode": self._set_physical,
         }
+        self._requests: dict[str, Callable[[str], bytes | None]] = {
+            "?": lambda _: self._stop_reply(_SIGTRAP),
+            "g": lambda _: b"".join(r.hex().encode() for r in self._read_registers()),
+            "G": self._write_registers,
+            "p": lambda n: self._read_registers()[int(n, 16)].hex().encode(),
+            "P": self._write_register,
+            "m": self._read_memory,
+            "M": self._write_memory,
+            "X": self._write_binary,
+            "H": self._select,
+            "T": lambda n: _OK if self._number(n) in self._numbers else b"E22",
+            "Z": self._insert,
+            "z": self._remove,
+            "c": lambda at: self._go(at, None),
+            "C": lambda at: self._go(at.partition(";")[2], None),
+            "s": lambda at: self._go(at, self._vcpu),
+            "S": lambda at: self._go(at.partition(";")[2], self._vcpu),
+            "D": lambda _: self._detach(),
+            "k": lambda _: self._kill(),
+            "!": lambda _: _OK,
+        }
 
     @property
     def _numbers(self) -> range:
@@ -92,8 +108,6 @@ class Session:
         stop_deciding = self._machine.decide(self._decide)
         try:
             self._machine.pause()
-            with self._lock:  # gdb did not let it run, and does not wait for it to stop
-                self._events = [e for e in self._events if e.kind is not EventKind.RESUMED]
             self._loop()
         except (Ended, OSError, VmexitError):  # it has gone, or the machine has
             return
@@ -208,23 +222,20 @@ class Session:
         try:
             for point in self._points.values():
                 self._machine.remove_breakpoint(point)
-            if self._machine.state not in (RunState.SHUTDOWN, RunState.CRASHED):
-                self._machine.resume()
+            resume(self._machine)
         except VmexitError:
-            return  # closed, or nothing to resume
+            return  # closed, at its end, or nothing to resume
 
     # Requests (GDB manual, E.2).
 
     def _answer(self, request: bytes) -> bytes | None:
         """The answer to one packet; None if it comes later."""
-        text = request.decode("latin-1")
+        text = request.decode("latin-1")  # a character for each byte, of binary data, too
         try:
             # What the monitor does takes its time, and it pauses the machine by itself.
             alone = self._runs or text.startswith("qRcmd,")
             with _anyway() if alone else self._machine.paused():
-                return self._dispatch(text, request)
-        except _Refused as error:
-            return f"E.{error}".encode()
+                return self._dispatch(text)
         except GuestAddressError:
             return b"E14"  # EFAULT, as QEMU says
         except (AttributeError, TypeError, VmexitError) as error:
@@ -232,7 +243,7 @@ class Session:
         except (IndexError, KeyError, ValueError):
             return b"E22"  # EINVAL
 
-    def _dispatch(self, text: str, request: bytes) -> bytes | None:
+    def _dispatch(self, text: str) -> bytes | None:
         kind, rest = text[:1], text[1:]
         if kind in ("q", "Q"):
             for separator in (":", ",", ";", ""):
@@ -242,28 +253,7 @@ class Session:
             return _UNKNOWN
         if kind == "v":
             return self._verbose(text)
-        requests: dict[str, Callable[[str], bytes | None]] = {
-            "?": lambda _: self._stop_reply(_SIGTRAP),
-            "g": lambda _: b"".join(r.hex().encode() for r in self._read_registers()),
-            "G": self._write_registers,
-            "p": lambda n: self._read_registers()[int(n, 16)].hex().encode(),
-            "P": self._write_register,
-            "m": self._read_memory,
-            "M": self._write_memory,
-            "X": lambda _: self._write_binary(request),
-            "H": self._select,
-            "T": lambda n: _OK if self._number(n) in self._numbers else b"E22",
-            "Z": self._insert,
-            "z": self._remove,
-            "c": lambda at: self._go(at, None),
-            "C": lambda at: self._go(at.partition(";")[2], None),
-            "s": lambda at: self._go(at, self._vcpu),
-            "S": lambda at: self._go(at.partition(";")[2], self._vcpu),
-            "D": lambda _: self._detach(),
-            "k": lambda _: self._kill(),
-            "!": lambda _: _OK,
-        }
-        return requests[kind](rest) if kind in requests else _UNKNOWN
+        return self._requests[kind](rest) if kind in self._requests else _UNKNOWN
 
     def _supported(self, theirs: str) -> bytes:
         return (
@@ -412,10 +402,10 @@ class Session:
         address, _, _length = place.partition(",")
         return self._write(int(address, 16), bytes.fromhex(data))
 
-    def _write_binary(self, request: bytes) -> bytes:
-        place, _, data = request[1:].partition(b":")
-        address, _, _length = place.decode("ascii").partition(",")
-        return self._write(int(address, 16), data)
+    def _write_binary(self, text: str) -> bytes:
+        place, _, data = text.partition(":")
+        address, _, _length = place.partition(",")
+        return self._write(int(address, 16), data.encode("latin-1"))
 
     def _write(self, address: int, data: bytes) -> bytes:
         if self._physical:
@@ -436,7 +426,7 @@ class Session:
             return _UNKNOWN
         if key not in self._points:
             if len(self._points) >= _MOST_POINTS:
-                raise _Refused(f"there are {_MOST_POINTS} breakpoints; delete some")
+                raise ConfigError(f"there are {_MOST_POINTS} breakpoints; delete some")
             self._machine.add_breakpoint(point)
             self._points[key] = point
         return _OK
@@ -455,11 +445,9 @@ class Session:
         key = kind, address, length
         if kind not in _KINDS:
             return key, None
-        if _KINDS[kind] is PointKind.EXECUTE:
-            return key, Point(address)
-        if not 0 < length <= _LONGEST_WATCH:
-            raise _Refused(f"cannot watch {length} bytes; use 1 to {_LONGEST_WATCH}")
-        return key, Point(address, _KINDS[kind], length)
+        point = Point(address, _KINDS[kind], 1 if _KINDS[kind] is PointKind.EXECUTE else length)
+        check_point(point)
+        return key, point
 
     # `monitor`.
 

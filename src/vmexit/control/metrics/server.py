@@ -1,12 +1,11 @@
 """`MetricsServer`: a machine that Prometheus scrapes."""
 
 import socket
-from types import TracebackType
 
 from vmexit.control.metrics import http
 from vmexit.control.metrics.exposition import CONTENT_TYPE, exposition
 from vmexit.control.metrics.families import families
-from vmexit.control.server import Address, Server
+from vmexit.control.server import Address, Server, Service
 from vmexit.core.exit_stats import ExitStats
 from vmexit.machine.machine import Machine
 
@@ -15,7 +14,7 @@ MOST_CLIENTS = 16
 _METHODS = "GET, HEAD"
 
 
-class MetricsServer:
+class MetricsServer(Service):
     """Answers `GET /metrics` from now until `close()`, also while vCPUs run.
 
     >>> with Machine(memory="1M") as vm, MetricsServer(vm, "unix:metrics.sock"):
@@ -32,11 +31,6 @@ class MetricsServer:
         where = Address.parse(address, "--metrics")
         self._server = Server(where, self._serve, "metrics", most=MOST_CLIENTS, refuse=_refuse)
 
-    @property
-    def where(self) -> str:
-        """The address, with the port that port 0 has become."""
-        return self._server.where
-
     def _serve(self, client: socket.socket) -> None:
         try:
             request = http.receive(client)
@@ -52,21 +46,6 @@ class MetricsServer:
         if request.method not in ("GET", "HEAD"):
             return http.Response(405, f"use {_METHODS}\n".encode(), allow=_METHODS)
         return http.Response(200, exposition(families(self._vm, self._stats)), CONTENT_TYPE)
-
-    def close(self) -> None:
-        """Cut all clients off, and listen no more."""
-        self._server.close()
-
-    def __enter__(self) -> "MetricsServer":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _refuse(client: socket.socket) -> None:
