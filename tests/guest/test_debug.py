@@ -52,11 +52,15 @@ def test_more_breakpoints_than_the_processor_has(vm):
     assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
 
 
-@pytest.mark.kvm
-def test_where_kvm_is_told_of_nothing_an_out_does_it(monkeypatch):
-    """As in the KVM lab, whose processor is emulated."""
+@pytest.fixture
+def as_in_the_lab(monkeypatch):
+    """KVM on an emulated processor, which tells nobody of INT3 and debug registers."""
     monkeypatch.setattr(probe, "int3_exits", lambda system: False)
     monkeypatch.setattr(probe, "breaks_by_register", lambda system: False)
+
+
+@pytest.mark.kvm
+def test_where_kvm_is_told_of_nothing_an_out_does_it(as_in_the_lab):
     with Machine(memory="1M", accel="kvm") as vm:
         vm.load_bytes(COUNTER, at=START)
         vm.on_pio(0x10, write=lambda access: None)
@@ -139,6 +143,29 @@ def test_a_breakpoint_where_nothing_is_mapped_waits(accel):
         vm.on_pio(0x10, write=lambda access: None)
         vm.add_breakpoint(Point(0xFFFF_FFFF_8100_0000))
         assert vm.run(TIMEOUT).reason is StopReason.HALT
+
+
+HIGH = 0xFFFF_FFFF_8100_0000  # where kernels are linked; its lower half is no RAM here
+
+
+def test_an_address_above_4_gib_is_nowhere_outside_long_mode(vm):
+    """And not at what its lower half is the address of."""
+    vm.add_breakpoint(Point((1 << 32) + START + 6))
+    assert vm.run(TIMEOUT).reason is StopReason.HALT
+    assert vm.vcpus[0].regs.rbx == 1000
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("high", [HIGH, (1 << 32) + START])
+def test_code_that_is_not_mapped_yet_gets_its_out_where_it_lies(as_in_the_lab, high):
+    """As a kernel before it has turned paging on."""
+    with Machine(memory="1M", accel="kvm") as vm:
+        vm.load_bytes(COUNTER, at=START)
+        debugger, point = vm._parts.vm.debugger, Point(high + 6)
+        assert debugger.arm([point], linked=lambda gva: gva - high + START) == {point: Way.PORT}
+        assert bytes(vm.memory[START + 6 : START + 8]) != COUNTER[6:8]
+        debugger.disarm()
+        assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
 
 
 def test_two_want_the_same_point(vm):

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.arch.x86.paging import translate
-from vmexit.arch.x86.registers import Registers, SystemRegisters
+from vmexit.arch.x86.registers import EFER_LMA, Registers, SystemRegisters
 from vmexit.core.bus import Bus
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import GuestMemory, Region
@@ -270,9 +270,15 @@ def linear_rip(vcpu: Vcpu) -> int:
 
 
 def first_gpa(memory: GuestMemory, vcpus: Iterable[Vcpu], gva: int) -> int | None:
-    """The GPA of the linear address `gva` by the first of `vcpus` that maps it."""
+    """The GPA of the linear address `gva` by the first of `vcpus` that maps it.
+
+    Outside long mode a vCPU has no addresses above 4 GiB (Intel SDM vol. 3, 3.3).
+    """
     for vcpu in vcpus:
-        gpa = translate(memory, vcpu.system_registers(), gva)
+        system = vcpu.system_registers()
+        if gva >= 1 << 32 and not system.efer & EFER_LMA:
+            continue
+        gpa = translate(memory, system, gva)
         if gpa is not None:
             return gpa
     return None
