@@ -215,7 +215,7 @@ def _on_soft(rounds: int, quick: bool, name: str, instruction: bytes) -> Iterato
                 vm._parts.pio.attach(PORT, 4, _Ignore())
                 vm._parts.mmio.attach(_MMIO, 4, _Ignore())
                 vm.load_bytes(loop, mode="protected")
-                executor = vm._parts.executors[0]
+                executor = vm._parts.vm.executors[0]
                 return _timed(count, executor.run)
 
         return measure

@@ -78,6 +78,8 @@ PREPARED = (
     ("cloud-amd64", "virtio_blk", "ext4", "virtio_net", "virtio_rng"),
     ("cloud-amd64", "virtio_balloon"),
     ("cloud-amd64", "virtio_console"),
+    ("cloud-amd64", "pvpanic_mmio"),
+    ("cloud-amd64", "button", "evdev"),
     ("cloud-amd64", "vmw_vsock_virtio_transport"),
     ("amd64", "9p", "9pnet_virtio", "virtiofs"),
 )

@@ -10,13 +10,28 @@
 """
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import TYPE_CHECKING, TypeVar
 
 from vmexit.machine.events import Event
 
 if TYPE_CHECKING:
     from vmexit.machine.machine import Machine
     from vmexit.machine.stop import Stop
+
+
+T = TypeVar("T")
+
+
+def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+    """`call` in a thread of its own: a few machines that run would take all that the loop has."""
+    executor = ThreadPoolExecutor(1, "vmexit-aio")
+    try:
+        return asyncio.wrap_future(executor.submit(copy_context().run, call))
+    finally:
+        executor.shutdown(wait=False)
 
 
 class AsyncMachine:
@@ -30,7 +45,7 @@ class AsyncMachine:
 
     async def run(self, timeout: float | None = None) -> "Stop":
         """As `Machine.run()`, in a thread; a task that is cancelled ends the run, too."""
-        running = asyncio.ensure_future(asyncio.to_thread(self.machine.run, timeout))
+        running = _in_thread(lambda: self.machine.run(timeout))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -41,15 +56,15 @@ class AsyncMachine:
 
     async def pause(self) -> None:
         """As `Machine.pause()`: once this is over no vCPU runs."""
-        await asyncio.to_thread(self.machine.pause)
+        await _in_thread(self.machine.pause)
 
     async def resume(self, *, step: int | None = None) -> None:
         """As `Machine.resume()`."""
-        await asyncio.to_thread(self.machine.resume, step=step)
+        await _in_thread(lambda: self.machine.resume(step=step))
 
     async def reset(self) -> None:
         """As `Machine.reset()`."""
-        await asyncio.to_thread(self.machine.reset)
+        await _in_thread(self.machine.reset)
 
     def events(self) -> "EventStream":
         """What happens from now on: `async for event in machine.events()`."""

@@ -69,6 +69,9 @@ _OF_QEMU = {
     "-bios": "--firmware", "-device": "--drive, --net, --share, --rng, --console or --balloon",
     "-nographic": "nothing: there is no screen", "-debugcon": "--debugcon", "-M": "--machine",
     "-machine": "--machine", "-chardev": "--console", "-display": "nothing: there is no screen",
+    "-qmp": "--qmp", "-S": "--paused", "-name": "--name", "-action": "--action",
+    "-no-shutdown": "--action shutdown=pause", "-no-reboot": "nothing: a reboot ends it anyway",
+    "-monitor": "--qmp, and human-monitor-command",
 }  # fmt: skip
 
 
@@ -99,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fetch(commands)
     _add_symbols(commands)
     _add_report(commands)
+    _add_top(commands)
     return parser
 
 
@@ -143,6 +147,32 @@ def _add_symbols(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="write the unpacked kernel with a symbol table to FILE, and print nothing",
     )  # fmt: skip
     symbols.set_defaults(command="symbols")
+
+
+def _add_top(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    top = commands.add_parser(
+        "top",
+        help="watch a running machine: exits, vCPUs, devices and memory",
+        description="Show what a running machine does, second by second, in a terminal: exits by "
+        "reason and address, where vCPUs spend their time, devices and memory. The machine needs "
+        "--qmp, and for exits and vCPUs --stats. q or Ctrl-C quits.",
+        epilog="examples:\n"
+        "  vmexit run --kernel vmlinuz … --stats --qmp unix:vm.sock      in another terminal\n"
+        "  vmexit top vm.sock\n"
+        "  vmexit top vm.sock --once --interval 5\n",
+    )
+    top.add_argument(
+        "machine", metavar="QMP-SOCKET", help="what --qmp says: unix:PATH, tcp:HOST:PORT, or a PATH"
+    )
+    top.add_argument(
+        "--interval", metavar="SECONDS", type=_seconds, default=1.0,
+        help="how often to look (default 1)",
+    )  # fmt: skip
+    top.add_argument(
+        "--once", action="store_true",
+        help="print the table of one interval, and end; for scripts",
+    )  # fmt: skip
+    top.set_defaults(command="top")
 
 
 def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -221,7 +251,8 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )  # fmt: skip
     run.add_argument(
         "--device", metavar="NAME", action="append", default=[],
-        help="one more device: testdev, which test suites for KVM look for",
+        help="one more device: pvpanic, by which a guest tells that it panics: the run ends with "
+        "status 3 (Linux: module pvpanic_mmio); testdev, which test suites for KVM look for",
     )  # fmt: skip
     run.add_argument(
         "--drive", metavar="file=P", action="append", default=[],
@@ -296,8 +327,9 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "guest running meanwhile; ,arch=i386 or i8086 for a guest of 32 or 16 bits",
     )  # fmt: skip
     run.add_argument(
-        "--paused", action="store_true",
-        help="do not run a single instruction until a debugger says so",
+        "--metrics", metavar="WHERE",
+        help="numbers of the running machine for Prometheus, at unix:PATH or tcp:127.0.0.1:9100: "
+        "GET /metrics; exits are among them only with --stats, too, which costs",
     )  # fmt: skip
     run.add_argument("--log-exits", action="store_true", help="one line an exit on stderr")
     run.add_argument("--trace", metavar="F", help="write one JSON object an exit, one a line, to F")
@@ -310,6 +342,22 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--stats", action="store_true",
         help="at the end a table of exits by reason and address, with their time on the host, and "
         "how much of its time each vCPU was in the guest",
+    )  # fmt: skip
+    run.add_argument(
+        "--qmp", metavar="WHERE", action="append", default=[],
+        help="let other programs steer the machine by QEMU's machine protocol (qmp-shell PATH): "
+        "listen at unix:PATH or tcp:127.0.0.1:PORT, or with ,server=off connect to it. Who reaches "
+        "it may do with the machine what you may",
+    )  # fmt: skip
+    run.add_argument("--name", metavar="NAME", default="", help="what QMP tells its clients")
+    run.add_argument(
+        "--paused", action="store_true",
+        help="begin paused: nothing runs until somebody says so, by --gdb or --qmp",
+    )  # fmt: skip
+    run.add_argument(
+        "--action", metavar="EVENT=WHAT", action="append", default=[],
+        help="what comes after the guest's end: shutdown=, reboot= (default for the two: exit) and "
+        "panic=, for any crash, each exit, pause (for --qmp to look at it) or reset (begin again)",
     )  # fmt: skip
     run.add_argument(
         "--timeout", metavar="SECONDS", type=_seconds, help="end the run after so long, status 124"

@@ -17,6 +17,7 @@ from vmexit.backends.wait import PATIENCE, never, write_all
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
 
 if TYPE_CHECKING:
+    from vmexit.control.qmp import QmpServer
     from vmexit.core.chrome_trace import ChromeTrace
     from vmexit.core.exit_stats import ExitStats
     from vmexit.core.trace import ExitObserver
@@ -122,6 +123,13 @@ def _run(arguments: argparse.Namespace) -> int:
             output.start(lambda: vm.stopping)
         if chrome is not None:
             vm.begin_trace(chrome)
+        if arguments.action:
+            from vmexit.machine.actions import Actions
+
+            vm.decide(Actions.parse(arguments.action).decide)
+        if arguments.paused:
+            vm.pause()
+        served = _serve(arguments, vm, stats, stack)
         if arguments.accel == "auto" and config is not None:
             _say(f"accelerator {vm.accel}: {vm.accel_reason}")
         if vm.serial_where:
@@ -131,11 +139,12 @@ def _run(arguments: argparse.Namespace) -> int:
                 _say(f"{_console(text)} at {where}")
         if _is_mute(arguments):
             _say("without --append console=ttyS0 Linux says nothing on the serial port")
-        _open_control(arguments, vm, stack)
         gc.enable()
         try:
             stop = vm.run(arguments.timeout)
         finally:
+            for server in served:
+                server.tell_end()
             if stats is not None:
                 print(stats.table(), file=sys.stderr)
         if arguments.kernel is not None and vm.without_driver:
@@ -193,17 +202,29 @@ def _config(arguments: argparse.Namespace) -> "MachineConfig":
     )
 
 
-def _open_control(arguments: argparse.Namespace, vm: "Machine", stack: ExitStack) -> None:
-    """What others steer the machine by."""
-    if arguments.paused:
-        vm.pause()
-        if arguments.gdb is None:
-            raise ConfigError("--paused waits for somebody who resumes it; add --gdb WHERE")
+def _serve(
+    arguments: argparse.Namespace, vm: "Machine", stats: "ExitStats | None", stack: ExitStack
+) -> "list[QmpServer]":
+    """Who steers the machine, and looks at it, from outside, from now until all is closed."""
+    if arguments.paused and not arguments.qmp and arguments.gdb is None:
+        raise ConfigError("--paused waits for somebody who lets it run; give --qmp or --gdb, too")
+    if arguments.metrics is not None:
+        from vmexit.control.metrics import MetricsServer
+
+        _say(f"metrics at {stack.enter_context(MetricsServer(vm, arguments.metrics, stats)).where}")
+    served = []
+    for address in arguments.qmp:
+        from vmexit.control.qmp import QmpServer
+
+        server = stack.enter_context(QmpServer(vm, address, name=arguments.name, exits=stats))
+        if address.startswith("tcp:"):
+            _say(f"QMP at {server.where}")
+        served.append(server)
     if arguments.gdb is not None:
         from vmexit.control.gdb import GdbServer
 
-        gdb = stack.enter_context(GdbServer(vm, arguments.gdb))
-        _say(f"gdb at {gdb.where}")
+        _say(f"gdb at {stack.enter_context(GdbServer(vm, arguments.gdb)).where}")
+    return served
 
 
 def _console(text: str) -> str:
@@ -431,6 +452,21 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _top(arguments: argparse.Namespace) -> int:
+    from vmexit import top
+    from vmexit.top.client import GoneError
+
+    if not arguments.once:
+        if said := top.watch(arguments.machine, arguments.interval):
+            _say(said)
+        return 0
+    try:
+        _print(top.once(arguments.machine, arguments.interval))
+    except GoneError as error:
+        _say(str(error))
+    return 0
+
+
 _COMMANDS = {
     "": _version_or_help,
     "run": _run,
@@ -439,4 +475,5 @@ _COMMANDS = {
     "fetch": _fetch,
     "symbols": _symbols,
     "report": _report,
+    "top": _top,
 }

@@ -2,7 +2,9 @@
 
 import pytest
 
-from vmexit import HostError, Machine, Point, PointKind, StopReason, Way
+from vmexit import ConfigError, HostError, Machine, Point, PointKind, StopReason, Way
+from vmexit.accel.base import ExitReason
+from vmexit.accel.kvm import probe
 
 TIMEOUT = 30
 
@@ -46,9 +48,42 @@ def test_more_breakpoints_than_the_processor_has(vm):
         assert vm.run(TIMEOUT).point == Point(START + place)
         assert rip(vm) == START + place
     ways = set(vm.breakpoints.values())
-    kvm = {Way.HARDWARE, Way.STEPPING}, {Way.SOFTWARE}
+    kvm = {Way.HARDWARE, Way.STEPPING}, {Way.SOFTWARE}, {Way.PORT, Way.STEPPING}
     assert ways in ([{Way.ENGINE}] if vm.accel == "soft" else kvm)
     assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+
+
+@pytest.fixture
+def as_in_the_lab(monkeypatch):
+    """KVM on an emulated processor, which tells nobody of INT3 and debug registers."""
+    monkeypatch.setattr(probe, "int3_exits", lambda system: False)
+    monkeypatch.setattr(probe, "breaks_by_register", lambda system: False)
+
+
+@pytest.mark.kvm
+def test_where_kvm_is_told_of_nothing_an_out_does_it(as_in_the_lab):
+    with Machine(memory="1M", accel="kvm") as vm:
+        vm.load_bytes(COUNTER, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        seen = []
+        vm.on_pio(0xEF, write=lambda access: seen.append(access.value))
+        places = (2, 3, 6, 0xA, 0xC, 0xF)  # at 3 there is no room for another one
+        for place in places:
+            vm.add_breakpoint(Point(START + place))
+        for place in places * 2:
+            assert vm.run(TIMEOUT).point == Point(START + place)
+            assert rip(vm) == START + place
+        assert set(vm.breakpoints.values()) == {Way.PORT, Way.STEPPING}
+        assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+        for place in places:
+            vm.remove_breakpoint(Point(START + place))
+        # The guest's own access to that port is its own: out 0xef, al; nop; hlt
+        vm.load_bytes(bytes.fromhex("e6ef 90 f4"), at=START)
+        vm.vcpus[0].regs.rip = 0
+        vm.vcpus[0].regs.rax = 5
+        vm.add_breakpoint(Point(START + 3))
+        assert vm.run(TIMEOUT).point == Point(START + 3)
+        assert seen == [5]
 
 
 def test_steps_stop_behind_each_instruction_once(vm):
@@ -111,6 +146,29 @@ def test_a_breakpoint_where_nothing_is_mapped_waits(accel):
         assert vm.run(TIMEOUT).reason is StopReason.HALT
 
 
+HIGH = 0xFFFF_FFFF_8100_0000  # where kernels are linked; its lower half is no RAM here
+
+
+def test_an_address_above_4_gib_is_nowhere_outside_long_mode(vm):
+    """And not at what its lower half is the address of."""
+    vm.add_breakpoint(Point((1 << 32) + START + 6))
+    assert vm.run(TIMEOUT).reason is StopReason.HALT
+    assert vm.vcpus[0].regs.rbx == 1000
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("high", [HIGH, (1 << 32) + START])
+def test_code_that_is_not_mapped_yet_gets_its_out_where_it_lies(as_in_the_lab, high):
+    """As a kernel before it has turned paging on."""
+    with Machine(memory="1M", accel="kvm") as vm:
+        vm.load_bytes(COUNTER, at=START)
+        debugger, point = vm._parts.vm.debugger, Point(high + 6)
+        assert debugger.arm([point], linked=lambda gva: gva - high + START) == {point: Way.PORT}
+        assert bytes(vm.memory[START + 6 : START + 8]) != COUNTER[6:8]
+        debugger.disarm()
+        assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+
+
 def test_two_want_the_same_point(vm):
     for _ in range(2):
         vm.add_breakpoint(Point(START + 2))
@@ -120,9 +178,9 @@ def test_two_want_the_same_point(vm):
     assert vm.run(TIMEOUT).reason is StopReason.HALT
 
 
-def test_the_guests_own_breakpoints_are_its_own(soft_only):
-    """Its INT3 and debug registers work beside ours, and ours beside its."""
-    with Machine(memory="1M", accel=soft_only) as vm:
+def test_the_guests_own_breakpoints_are_its_own():
+    """Its INT3 works beside ours. On KVM that is Linux's to show: test_gdb_linux.py."""
+    with Machine(memory="1M", accel="soft") as vm:
         # The vector of INT3 leads to 0x2000: mov cx, 1; iret.
         vm.memory.write(3 * 4, bytes.fromhex("00200000"))
         vm.memory.write(0x2000, bytes.fromhex("b90100 cf"))
@@ -134,8 +192,57 @@ def test_the_guests_own_breakpoints_are_its_own(soft_only):
         assert vm.run(TIMEOUT).reason is StopReason.HALT
 
 
-@pytest.fixture
-def soft_only(accel):
-    if accel != "soft":
-        pytest.skip("in the KVM lab Linux's own INT3 are in its way: tests/lab")
-    return accel
+def test_the_guest_steps_itself_beside_our_breakpoints(accel):
+    """And is told so by DR6, as Intel SDM vol. 3, 18.2.3 has it."""
+    with Machine(memory="1M", accel=accel) as vm:
+        # #DB leads to 0x2000: mov eax, dr6; mov [0x3000], eax; inc word [0x3004];
+        # mov bp, sp; and word [bp+4], ~TF; iret.
+        vm.memory.write(1 * 4, bytes.fromhex("00200000"))
+        vm.memory.write(0x2000, bytes.fromhex("0f21f0 66a30030 ff060430 89e5 816604fffe cf"))
+        # mov sp, 0x8000; push 0x102; popf; nop; nop; hlt
+        vm.load_bytes(bytes.fromhex("bc0080 680201 9d 90 90 f4"), at=START)
+        vm.add_breakpoint(Point(START + 0x100))
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+        assert vm.memory.read_u16(0x3004) == 1
+        assert vm.memory.read_u32(0x3000) >> 14 & 1
+
+
+@pytest.mark.kvm
+def test_a_debug_exception_that_kvm_reports_goes_on_to_the_guest_with_its_cause():
+    """Processors tell KVM of the guest's own steps while it has our debug registers."""
+    with Machine(memory="1M", accel="kvm") as vm:
+        # #DB leads to 0x2000: mov eax, dr6; mov [0x3000], eax; hlt
+        vm.memory.write(1 * 4, bytes.fromhex("00200000"))
+        vm.memory.write(0x2000, bytes.fromhex("0f21f0 66a30030 f4"))
+        vm.load_bytes(bytes.fromhex("bc0080 90 90 f4"), at=START)
+        debugger, (vcpu,) = vm._parts.vm.debugger, vm._parts.vcpus
+        debugger.arm([Point(START + 0x100)])
+        assert vcpu.on_debug(1, START + 3, 1 << 14) is None
+        assert vcpu.run().reason is ExitReason.HALT
+        assert vm.memory.read_u32(0x3000) >> 14 & 1
+        debugger.disarm()
+
+
+def test_a_step_leaves_an_nmi_waiting():
+    """Steps take no interrupts, and lose none."""
+    with Machine(memory="1M", accel="soft", machine="microvm") as vm:
+        vm.memory.write(2 * 4, bytes.fromhex("00200000"))  # the vector of an NMI leads to 0x2000
+        vm.memory.write(0x2000, bytes.fromhex("b92a00 f4"))  # mov cx, 42; hlt
+        vm.load_bytes(bytes.fromhex("bc0080 90 90 90 ebfe"), at=START)
+        vm.step(timeout=TIMEOUT)
+        vm.inject_nmi()
+        for _ in range(2):
+            vm.step(timeout=TIMEOUT)
+        assert rip(vm) == START + 5 and vm.vcpus[0].regs.rcx == 0
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+        assert vm.vcpus[0].regs.rcx == 42
+
+
+@pytest.mark.parametrize(
+    "point",
+    [0x1003, Point(0x1003, "write"), Point("start"), Point(-1), Point(1 << 64), Point(0, length=0)],
+)
+def test_what_is_no_breakpoint_is_refused(vm, point):
+    with pytest.raises(ConfigError, match=r"breakpoint|cannot be watched|no address"):
+        vm.add_breakpoint(point)
+    assert not vm.breakpoints

@@ -1,6 +1,7 @@
 """Machines in asyncio programs."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,6 +38,21 @@ def test_a_run_is_awaited_and_steered(vm):
             assert EventKind.RESUMED in seen
             assert vm.stop()
             assert (await running).reason is StopReason.STOPPED
+
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+
+
+def test_a_run_takes_none_of_the_loops_own_threads(vm):
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        machine = AsyncMachine(vm)
+        with machine.events() as events:
+            running = asyncio.create_task(machine.run(TIMEOUT))
+            assert (await anext(events)).kind is EventKind.RESUMED
+            assert await asyncio.to_thread(lambda: 42) == 42
+            await machine.pause()
+        assert vm.stop()
+        await running
 
     asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 

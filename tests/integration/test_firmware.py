@@ -27,7 +27,7 @@ U_BOOT = Path("/usr/lib/u-boot/qemu-x86/u-boot.rom")
 # Package `grub-pc-bin`; `grub-mkimage` is of package `grub-common`.
 GRUB = Path("/usr/lib/grub/i386-pc")
 
-SECONDS = 60
+SECONDS = 100
 
 
 class Guest:

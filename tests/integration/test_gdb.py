@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from command import GUESTS, assert_one_line, vmexit
 from gdb_client import Run, Wire, gdb
+from qmp_client import Client
 
 from vmexit import EventKind, Machine, RunState, StopReason
 from vmexit.control.gdb import GdbServer
@@ -127,6 +128,23 @@ def test_attach_interrupt_and_detach(accel, tmp_path, image):
         assert run.finish()[0] == 130
 
 
+@pytest.mark.kvm
+def test_one_who_attaches_as_another_one_leaves_is_told_of_no_stop(tmp_path, image):
+    with flat(tmp_path, image(FOREVER), "kvm") as run:
+        attached = 0
+        while attached < 60:
+            with Wire(run.path) as wire:
+                try:
+                    first = wire.ask(b"?")
+                except BrokenPipeError:  # the one before is still there
+                    continue
+                if not first or first.startswith(b"E"):
+                    continue
+                assert first == b"T05thread:1;"
+                assert [wire.ask(b"qAttached") for _ in range(3)] == [b"1"] * 3
+                attached += 1
+
+
 def test_the_end_and_a_crash_are_told(accel, tmp_path, image):
     with flat(tmp_path, GUESTS / "debug-exit.bin", accel, "--load-address", "0", "--paused") as run:
         assert "exited with code 0103" in gdb(run.path, "continue")
@@ -237,3 +255,20 @@ def test_odd_requests_get_an_error_or_nothing(tmp_path, image, accel):
                     continue
                 assert wire.ask(b"qC").startswith(b"QC"), request
         assert "$1 = " in gdb(run.path, "print $ax", "kill")
+
+
+def test_what_others_do_is_no_answer_to_gdb(tmp_path, image):
+    """A stop that gdb has not asked for would be taken for the answer to its next request."""
+    qmp = tmp_path / "qmp"
+    with (
+        flat(tmp_path, image(FOREVER), "soft", "--qmp", f"unix:{qmp}") as run,
+        Wire(run.path) as gdb,
+    ):
+        assert gdb.ask(b"qC") == b"QC1"
+        with Client(str(qmp)) as other:
+            other.execute("cont")
+            other.execute("stop")
+            other.execute("cont")
+        assert gdb.ask(b"qC") == b"QC1"
+        assert gdb.ask(b"s") == b"T05thread:1;"
+        assert gdb.ask(b"D") == b"OK"

@@ -205,3 +205,149 @@ def test_anybody_at_any_time(spinning):
     assert not errors
     vm.resume()
     assert moves(vm)
+
+
+def test_quit_has_status_0_and_waits_for_a_run(spinning):
+    vm = spinning
+    told = []
+    vm.subscribe(lambda event: told.append((event.kind, event.stop)))
+    assert vm.stop(StopReason.QUIT)
+    stop = vm.wait(TIMEOUT)
+    assert (stop.reason, stop.status) == (StopReason.QUIT, 0)
+    assert [(kind, why.reason) for kind, why in told] == [(EventKind.SHUTDOWN, StopReason.QUIT)]
+    assert not vm.stop(StopReason.QUIT)  # before a run: it is over at once
+    assert vm.run(TIMEOUT).reason is StopReason.QUIT
+    assert vm.run(0.01).reason is StopReason.TIMEOUT
+    with pytest.raises(VmexitError, match="STOPPED or QUIT"):
+        vm.stop(StopReason.HALT)
+
+
+def test_nobody_is_told_of_a_brief_pause(spinning):
+    vm = spinning
+    assert moves(vm)
+    told = []
+    vm.subscribe(lambda event: told.append(event.kind))
+    for _ in range(20):
+        with vm.paused():
+            assert stands(vm)
+        assert moves(vm)
+    assert told == []
+    with vm.paused():
+        vm.pause()  # this one stays
+    assert told == [EventKind.PAUSED] and vm.state is RunState.PAUSED and stands(vm)
+    vm.resume()
+    assert moves(vm)
+    assert told == [EventKind.PAUSED, EventKind.RESUMED]
+
+
+def test_what_has_ended_by_itself_is_not_resumed(accel):
+    """The guest halts for good while somebody wants it to stand still for a moment."""
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        seen, halted = [], threading.Event()
+        vm.on_pio(0x10, write=lambda access: seen.append(access.value))
+
+        def decide(stop):
+            halted.set()
+            threading.Event().wait(0.2)  # within which the other thread wants it to stand
+            return After.HOLD
+
+        vm.decide(decide)
+        vm.start(TIMEOUT)
+        assert halted.wait(TIMEOUT)
+        with vm.paused():
+            assert vm.state is RunState.SHUTDOWN
+        assert vm.state is RunState.SHUTDOWN and vm.wait(0.1) is None
+        assert seen == [1]
+        vm.stop()
+        vm.wait()
+
+
+def test_events_say_whether_the_machine_is_held(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        answers = [After.RESET, After.HOLD]
+        vm.decide(lambda stop: answers.pop(0))
+        told, held = [], threading.Event()
+
+        def tell(event):
+            told.append((event.kind, event.held, event.stop and event.stop.reason))
+            if event.held:
+                held.set()
+
+        vm.subscribe(tell)
+        vm.start(TIMEOUT)
+        assert held.wait(TIMEOUT)
+        assert told == [
+            (EventKind.RESUMED, False, None),
+            (EventKind.RESET, False, StopReason.HALT),
+            (EventKind.SHUTDOWN, True, StopReason.HALT),
+        ]
+        vm.stop()
+        vm.wait()
+
+
+def test_a_reset_that_fails_leaves_it_paused(accel, tmp_path):
+    """The image has gone: what is left of the guest must not run on."""
+    image = tmp_path / "image"
+    image.write_bytes(SPIN)
+    with Machine(memory="1M", accel=accel, image=image, load_address=START) as vm:
+        vm.start(TIMEOUT)
+        assert moves(vm)
+        image.unlink()
+        with pytest.raises(VmexitError, match="image"):
+            vm.reset()
+        assert vm.state is RunState.PAUSED and not vm.running
+        image.write_bytes(SPIN)
+        vm.reset()
+        vm.resume()
+        assert moves(vm)
+        vm.stop()
+        vm.wait()
+
+
+def test_no_run_begins_while_somebody_looks(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        with vm.paused(), pytest.raises(VmexitError, match="within its own paused"):
+            vm.run(1)
+        with vm.paused():
+            vm.start(TIMEOUT)
+            threading.Event().wait(0.05)
+            assert not vm.running and vm.memory.read_u32(0x3000) == 0
+        assert moves(vm)
+        vm.stop()
+        assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+
+
+def test_closing_waits_for_whoever_looks_into_it(accel):
+    looks, goes_on, seen = threading.Event(), threading.Event(), []
+
+    def look(vm):
+        with vm.paused():
+            looks.set()
+            goes_on.wait(TIMEOUT)
+            seen.append((vm.state, vm.memory.read_u8(START)))
+
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        looking = threading.Thread(target=look, args=(vm,))
+        looking.start()
+        assert looks.wait(TIMEOUT)
+        closing = threading.Thread(target=vm.close)
+        closing.start()
+        closing.join(0.1)  # it is not the wait that is tested: nothing is gone by then
+        goes_on.set()
+        looking.join(TIMEOUT)
+        closing.join(TIMEOUT)
+        assert seen == [(RunState.CREATED, HALTS[0])] and vm.state is RunState.CLOSED
+
+
+def test_a_closed_machine_stays_closed(accel):
+    vm = Machine(memory="1M", accel=accel)
+    vm.load_bytes(SPIN, at=START)
+    vm.start(TIMEOUT)
+    assert moves(vm)
+    vm.close()
+    vm.wait(TIMEOUT)
+    assert vm.state is RunState.CLOSED

@@ -199,8 +199,9 @@ def test_a_terminal_as_the_only_console():
                 assert time.monotonic() < end, terminal.output[-500:]
                 terminal.type(b"stty size\r")
                 terminal.take(0.5)
-        terminal.type(b"sleep 1000\r")
-        terminal.expect(b"sleep 1000\r")
+        # Before that program runs, ^C is a key of the shell's line editor, or the shell's own.
+        terminal.type(b"sh -c 'echo $((6*6))-asleep; exec sleep 1000'\r")
+        terminal.expect(b"36-asleep\r")
         terminal.type(b"\x03echo $((6*7))-alive\r")
         terminal.expect(b"42-alive")
         terminal.type(b"\x01x")

@@ -7,10 +7,11 @@ import stat
 from pathlib import Path
 
 import pytest
+from command import SLOW
 from kernels import debian_kernel, initrd_with
 from linux_guest import ACCEL, Guest
 
-pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(300 * SLOW)]
 
 FLAVOUR = "amd64"  # the kernel for clouds has no 9P
 MODULES = ("9p", "9pnet_virtio", "virtiofs")

@@ -153,7 +153,7 @@ def test_a_machine_that_runs_may_be_neither_run_nor_looked_into(machine):
     try:
         with pytest.raises(VmexitError, match="runs already"):
             machine.run(timeout=1)
-        with pytest.raises(VmexitError, match=r"runs; stop\(\) it first"):
+        with pytest.raises(VmexitError, match=r"runs; pause\(\) or stop\(\) it first"):
             _ = machine.vcpus[0].regs.rax
         with pytest.raises(VmexitError, match="runs"):
             machine.load_bytes(HALT)

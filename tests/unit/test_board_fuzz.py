@@ -32,7 +32,8 @@ class Pc:
         self.current = 0
         config = MachineConfig(machine="microvm", smp=cpus, serial="null")
         self.chip = PcIrqChip(cpus, self.clock, 25_000_000, lambda: None)
-        board = Board(config, self.pio, self.mmio, _Request(self.stops), self.clock, lambda f: None)
+        request, nothing = _Request(self.stops), lambda *_: None
+        board = Board(config, self.pio, self.mmio, request, self.clock, nothing, nothing)
         board.attach_common(self.chip)
         board.attach_irqchip(self.chip, lambda: self.current)
         board.attach_pc(self.chip)

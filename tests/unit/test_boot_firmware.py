@@ -48,7 +48,7 @@ def test_the_copy_below_1_mib_is_memory_of_its_own() -> None:
 def test_the_vcpu_begins_at_the_reset_vector_with_the_rom_under_it() -> None:
     """SDM vol. 3, table 10-1: the state after power-up."""
     memory = GuestMemory(ram_ranges(MIB))
-    registers, system = firmware.load(memory, rom(64 * KIB))
+    registers, system, _ = firmware.load(memory, rom(64 * KIB))
     at = system.cs.base + registers["rip"]
     assert at == 0xFFFF_FFF0
     assert memory.read(at, 16) == rom(64 * KIB)[-16:]

@@ -69,7 +69,7 @@ class Information:
 
 def test_the_kernel_starts_in_protected_mode_with_magic_and_information(memory):
     entry = load(memory, flat(), [], "")
-    registers, system = entry
+    registers, system, _ = entry
     assert registers["rip"] == MIB + 32
     assert registers["rax"] == 0x2BADB002
     assert registers["rflags"] & (1 << 17 | 1 << 9) == 0
@@ -158,7 +158,7 @@ def test_an_elf_kernel_goes_where_its_segments_say(memory, bits):
     code = header() + b"\xf4" * 50
     kernel = elf(((MIB, code, 0x3000), (2 * MIB, b"data", 4)), entry=MIB + 12, note=None, bits=bits)
     assert detect(kernel) == ("elf", f"a multiboot 1 kernel: a {bits}-bit ELF file")
-    registers, _ = load(memory, kernel, [Module(b"m", "m")], "")
+    registers, *_ = load(memory, kernel, [Module(b"m", "m")], "")
     assert registers["rip"] == MIB + 12
     assert memory.read(MIB, len(code)) == code
     assert memory.read(2 * MIB, 4) == b"data"
@@ -272,7 +272,7 @@ def test_no_header_makes_it_write_outside_of_what_it_claims(addresses, at, cut):
     kernel = kernel[: max(12 + at, len(kernel) - cut)]
     memory = GuestMemory([(0, 8 * MIB)])
     try:
-        registers, _ = load(memory, kernel, [Module(b"mod", "m")], "c")
+        registers, *_ = load(memory, kernel, [Module(b"mod", "m")], "c")
         taken = parse(kernel).taken
         assert registers["rip"] in taken and taken.stop <= 8 * MIB
         information = Information(memory, registers["rbx"])

@@ -58,7 +58,7 @@ def test_linuxs_names_are_known_too():
 def test_the_host_has_what_linux_says_of_it():
     """The table of the software CPU, as a guest's /proc/cpuinfo would name it."""
     with Machine("1M", "soft") as vm:
-        names = offered(vm._parts.executors[0]._processor.cpuid(0))
+        names = offered(vm._parts.vm.executors[0]._processor.cpuid(0))
     assert {"fpu", "sse2", "lm", "nx", "syscall", "cx16", "popcnt", "hypervisor"} <= set(names)
     assert not {"avx", "xsave", "x2apic", "vmx", "svm", "mtrr"} & set(names)
 
@@ -164,7 +164,7 @@ def test_amds_second_mention_of_a_feature_goes_too():
 
 def test_the_software_cpu_leaves_out_what_depends_on_it():
     with Machine("1M", "soft", cpu="host,-sse3") as vm:
-        names = set(offered(vm._parts.executors[0]._processor.cpuid(0)))
+        names = set(offered(vm._parts.vm.executors[0]._processor.cpuid(0)))
     assert "sse2" in names and not {"sse3", "sse4_1", "sse4_2"} & names
 
 

@@ -21,7 +21,8 @@ class Pc:
         self.pio, self.mmio = Bus("port"), Bus("MMIO")
         request = StopRequest()
         loop = EventLoop(request.fail)
-        board = Board(MachineConfig(), self.pio, self.mmio, request, loop, lambda close: None)
+        nothing = lambda *_: None  # noqa: E731
+        board = Board(MachineConfig(), self.pio, self.mmio, request, loop, nothing, nothing)
         board.attach_testdev(chip)
         loop.close()
         self.device = board.devices["testdev"]

@@ -579,6 +579,8 @@ class Hostile:
             self.register()
         elif chance < 0.99 or not self.driver.broken:
             registers = self.driver.registers
+            if self.subject.device.unsaved:  # as a folder that is mounted
+                return
             registers.hold(True)
             state = registers.state()
             registers.restore(state)

@@ -24,6 +24,7 @@ class Echo:
     features = 1 << 3 | 1 << 40
     queue_sizes = (64, 8)
     unsaved = ""
+    flows = ()
 
     def __init__(self) -> None:
         self.data = bytearray(b"config!!")

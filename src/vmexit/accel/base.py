@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from vmexit.arch.x86.code import linear_ip
 from vmexit.arch.x86.cpu_model import CpuModel
-from vmexit.arch.x86.registers import Registers, SystemRegisters
+from vmexit.arch.x86.paging import translate
+from vmexit.arch.x86.registers import EFER_LMA, Registers, SystemRegisters
 from vmexit.core.bus import Bus, State
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import GuestMemory, Region
@@ -93,9 +95,6 @@ class Executor(Protocol):
         ...
 
 
-FXSAVE_SIZE = 512
-
-
 class Vcpu(Protocol):
     """One virtual CPU.
 
@@ -157,11 +156,13 @@ class Way(Enum):
 
     SOFTWARE = "software"  # an INT3 in its place while the guest runs
     HARDWARE = "hardware"  # a debug register
+    PORT = "port"  # an OUT in its place: for a processor that tells its KVM of neither
     STEPPING = "single-stepping"  # looking at each instruction: thousands of times as slow
     ENGINE = "engine"  # the software CPU's own
 
 
-Linked = Callable[[int], int | None]
+# Tells the GPA of code at a linear address that is not mapped yet, if that is known.
+WhereLinked = Callable[[int], int | None]
 
 
 def nowhere(gva: int) -> int | None:
@@ -177,7 +178,7 @@ class Debugger(Protocol):
         points: Collection[Point],
         step: int | None = None,
         only: int | None = None,
-        linked: Linked = nowhere,
+        linked: WhereLinked = nowhere,
     ) -> dict[Point, Way]:
         """For the run to come: stop at `points`, and vCPU `step` behind one instruction.
 
@@ -283,3 +284,23 @@ class Accelerator(Protocol):
     def close(self) -> None:
         """Free everything."""
         ...
+
+
+def linear_rip(vcpu: Vcpu) -> int:
+    """The linear address of the next instruction of `vcpu`."""
+    return linear_ip(vcpu.registers(), vcpu.system_registers())
+
+
+def first_gpa(memory: GuestMemory, vcpus: Iterable[Vcpu], gva: int) -> int | None:
+    """The GPA of the linear address `gva` by the first of `vcpus` that maps it.
+
+    Outside long mode a vCPU has no addresses above 4 GiB (Intel SDM vol. 3, 3.3).
+    """
+    for vcpu in vcpus:
+        system = vcpu.system_registers()
+        if gva >= 1 << 32 and not system.efer & EFER_LMA:
+            continue
+        gpa = translate(memory, system, gva)
+        if gpa is not None:
+            return gpa
+    return None

@@ -1,19 +1,23 @@
 """Sockets that other programs connect to, or that we connect to them by."""
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from vmexit.core.errors import ConfigError, quoted, shown
-from vmexit.core.threads import block_signals
+from vmexit.core.threads import start_without_signals
 from vmexit.core.unix_socket import SocketFile
 
 # A client that does not read for so long, in seconds, is cut off.
 _PATIENCE = 10
 # How long, in seconds, a client is waited for at the end.
 _GRACE = 1
+# So many may come at once, before they are looked at.
+_BACKLOG = 64
 
 
 class Address(NamedTuple):
@@ -76,6 +80,7 @@ class Server:
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._closing = False
+        self._gone = threading.Event()
         self._listener: socket.socket | None = None
         self._file: SocketFile | None = None
         self.where = str(address)
@@ -104,19 +109,16 @@ class Server:
             end.bind(place)
             host, port = end.getsockname()[:2]
             self.where = f"tcp:{host}:{port}"
-        end.listen(4)
+        end.listen(_BACKLOG)
         self._listener = end
         self._thread = self._new_thread(self._accept, end)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     def _new_thread(
         self, function: Callable[[socket.socket], None], end: socket.socket
     ) -> threading.Thread:
-        def main() -> None:
-            block_signals()
-            function(end)
-
-        return threading.Thread(target=main, name=f"vmexit-{self._name}", daemon=True)
+        name = f"vmexit-{self._name}"
+        return threading.Thread(target=function, args=(end,), name=name, daemon=True)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -131,10 +133,8 @@ class Server:
             self._begin(client)
 
     def _wait_for_one_to_go(self) -> None:
-        with self._lock:
-            threads = list(self._clients.values())
-        for thread in threads[:1]:
-            thread.join(1)
+        self._gone.clear()
+        self._gone.wait(1)
 
     def _begin(self, client: socket.socket) -> None:
         client.settimeout(None)
@@ -144,7 +144,11 @@ class Server:
             if not full and not self._closing:
                 thread = self._new_thread(self._run, client)
                 self._clients[client] = thread
-                thread.start()
+                try:
+                    start_without_signals(thread)
+                except RuntimeError:  # no thread can be made
+                    del self._clients[client]
+                    client.close()
                 return
         with client, suppress(OSError):
             self._refuse(client)
@@ -158,11 +162,13 @@ class Server:
             with self._lock:
                 self._clients.pop(client, None)
             client.close()
+            self._gone.set()
 
     def close(self) -> None:
         """Cut all clients off and wait for their threads; a Unix socket's path is removed."""
         with self._lock:
             self._closing = True
+            self._gone.set()
             clients = dict(self._clients)
         if self._listener is not None:
             with suppress(OSError):
@@ -171,13 +177,38 @@ class Server:
             self._listener.close()
             if self._file is not None:
                 self._file.remove()
+        clients = {c: t for c, t in clients.items() if t is not threading.current_thread()}
         # To read the end tells a client's thread; what it has to say still may go out.
-        for how, seconds in ((socket.SHUT_RD, _GRACE), (socket.SHUT_RDWR, None)):
-            for client, thread in clients.items():
+        for how, end in (
+            (socket.SHUT_RD, time.monotonic() + _GRACE),
+            (socket.SHUT_RDWR, math.inf),
+        ):
+            for client in clients:
                 with suppress(OSError):
                     client.shutdown(how)
-                if thread is not threading.current_thread():
-                    thread.join(seconds)
+            for thread in clients.values():
+                thread.join(min(max(0, end - time.monotonic()), threading.TIMEOUT_MAX))
+
+
+class Service:
+    """A protocol that is served from when this is made until `close()`, which `with` calls."""
+
+    _server: Server
+
+    @property
+    def where(self) -> str:
+        """The address, with the port that port 0 has become."""
+        return self._server.where
+
+    def close(self) -> None:
+        """Cut all clients off, and listen no more."""
+        self._server.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 _Place = str | tuple[str | int | bytes, ...]

@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import count
 
 from vmexit.core.errors import HostError
-from vmexit.core.threads import block_signals
+from vmexit.core.threads import start_without_signals
 
 _TFD_TIMER_ABSTIME = 1
 _CLOCK_MONOTONIC = 1
@@ -139,7 +139,7 @@ class EventLoop:
             self._poll.register(self._timer_fd, select.EPOLLIN)
             self._poll.register(self._wake_fd, select.EPOLLIN)
             thread = threading.Thread(target=self._main, name="vmexit-events", daemon=True)
-            thread.start()
+            start_without_signals(thread)
         except (OSError, RuntimeError) as error:
             self._release()
             raise HostError(f"cannot start the event loop: {error}; free memory") from error
@@ -160,7 +160,6 @@ class EventLoop:
             self._armed = first
 
     def _main(self) -> None:
-        block_signals()
         assert self._poll is not None
         poll, timer_fd, wake_fd = self._poll, self._timer_fd, self._wake_fd
         while not self._closing:

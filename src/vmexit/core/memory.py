@@ -17,7 +17,7 @@ from typing import NamedTuple
 from vmexit.core.errors import ConfigError, GuestAddressError, HostError
 from vmexit.core.holes import punch_hole
 from vmexit.core.memory_image import MemoryImage, merged, private_stretches, stretches
-from vmexit.core.remap import map_over
+from vmexit.core.remap import map_over, reserve
 
 PAGE_SIZE = 4096
 _ZEROS = bytes(PAGE_SIZE)
@@ -101,7 +101,7 @@ class GuestMemory:
             offset = 0
             for gpa, size in ranges:
                 # Python's mapping would hold the file for good, and this may be another's later.
-                region = self._add(gpa, mmap.mmap(-1, size), readonly=False)
+                region = self._add(gpa, reserve(size), readonly=False)
                 map_over(region.hva, size, self.fd, offset, private=False)
                 self._offsets[gpa] = offset
                 offset += size
@@ -240,6 +240,14 @@ class GuestMemory:
         """The host virtual address behind `gpa` (KVM API 4.35: GPA → HVA is the memory slot's)."""
         region = self.region(gpa)
         return region.hva + gpa - region.gpa
+
+    @property
+    def resident(self) -> int:
+        """Bytes of RAM that the host has given, swapped or not: what was used and not discarded."""
+        try:
+            return 0 if self._closed else os.fstat(self.fd).st_blocks * 512
+        except OSError:  # it is closed just now
+            return 0
 
     def view(self, gpa: int, size: int) -> memoryview:
         """`size` bytes at `gpa` as a writable view of the guest's own bytes."""

@@ -36,6 +36,10 @@ class Limit:
 
     def __init__(self, clock: Clock, ops: int = 0, size: int = 0) -> None:
         """0 is no limit."""
+        self._clock = clock
+        self._waited_until = clock.now()
+        self.waited_ns = 0
+        """For so long the next operation had to wait, in all."""
         self._ops = TokenBucket(clock, ops, ops) if ops else None
         self._size = TokenBucket(clock, size, size) if size else None
 
@@ -43,6 +47,11 @@ class Limit:
         """When the next operation may be done, on the clock; None: now."""
         waits = [b.ready_at(1) for b in (self._ops, self._size) if b is not None and not b.tokens]
         return max(waits) if waits else None
+
+    def waits_until(self, later: int) -> None:
+        """An operation waits until then; each moment counts once, however many wait."""
+        self.waited_ns += max(0, later - max(self._clock.now(), self._waited_until))
+        self._waited_until = max(later, self._waited_until)
 
     def take(self, size: int) -> None:
         """One operation is done, with so many bytes."""

@@ -19,6 +19,11 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
+def reserve(size: int) -> mmap.mmap:
+    """A mapping that takes addresses and no memory, for `map_over()`. Raises OSError."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+
+
 def map_over(hva: int, size: int, fd: int, offset: int, *, private: bool) -> None:
     """Have `size` bytes at `hva`, which are mapped, be those of `fd` from `offset` on.
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 
+from vmexit.core.threads import start_without_signals
 from vmexit.machine.stop import Stop
 
 
@@ -15,7 +16,7 @@ class Background:
         self._error: BaseException | None = None
         # A daemon: a program that forgets the machine must still be able to end.
         self._thread = threading.Thread(target=self._main, name="vmexit-run", daemon=True)
-        self._thread.start()
+        start_without_signals(self._thread)
 
     @property
     def alive(self) -> bool:

@@ -1,5 +1,6 @@
 """The memory balloon, as a program that holds a machine sees it."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -23,6 +24,10 @@ class MemoryBalloon(Protocol):
 
     def set_target(self, size: int) -> None:
         """Ask the guest for `size` bytes in all. Raises ConfigError for less than none."""
+        ...
+
+    def on_change(self, function: Callable[[int], None]) -> None:
+        """Call `function`, in any thread, with how much it has whenever the guest says so."""
         ...
 
     def ask_for_statistics(self) -> None:

@@ -11,6 +11,8 @@ from vmexit.core.loop import EventLoop
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.console import GuestConsole
+from vmexit.machine.counters import DeviceCounters
+from vmexit.machine.events import EventKind
 from vmexit.machine.runner import StopRequest
 from vmexit.machine.stop import Stop, StopReason
 
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 
 OnClose = Callable[[Callable[[], None]], object]
+
+
+class Tell(Protocol):
+    """Tells of an event; for devices, in any thread."""
+
+    def __call__(self, kind: EventKind, /, *, value: int = 0) -> None: ...
 
 
 class StatefulIrqChip(IrqChip, Stateful, Protocol):
@@ -41,6 +49,7 @@ class Board:
         request: StopRequest,
         loop: EventLoop,
         on_close: OnClose,
+        tell: Tell,
     ) -> None:
         """`on_close` takes what is to be called at the end, last first."""
         self._config = config
@@ -49,11 +58,13 @@ class Board:
         self._request = request
         self._loop = loop
         self._on_close = on_close
+        self._tell = tell
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
         self.balloon: MemoryBalloon | None = None
         self.undriven: Callable[[], list[str]] = list
         """The names of the virtio devices that no driver has ever made ready."""
+        self.virtio_counters: Callable[[], tuple[DeviceCounters, ...]] = tuple
         self.console: GuestConsole | None = None
         self.console_where: list[str] = []
         self.overlays: dict[str, Overlay] = {}
@@ -182,7 +193,10 @@ class Board:
         self.overlays = parts.overlays
         self._when_running.append(slots.running)
         self.undriven = slots.undriven
-        self.balloon = parts.balloon
+        self.virtio_counters = slots.counters
+        if parts.balloon is not None:
+            self.balloon = parts.balloon
+            self.balloon.on_change(lambda size: self._tell(EventKind.BALLOON, value=size))
         if parts.console is not None:
             self.console, self.console_where = parts.console, parts.console_where
             self._when_running.append(parts.console.running)
@@ -193,6 +207,15 @@ class Board:
 
         device = FwCfg(memory, contents.items, contents.files)
         self._port("fw-cfg", layout.FW_CFG_PORT, SIZE, device, "fw_cfg")
+
+    def attach_pvpanic(self) -> None:
+        """What a guest tells by that it panics."""
+        from vmexit.devices.pvpanic import PvPanic
+
+        panicked = self._stop(StopReason.GUEST_CRASH, "the guest tells that it has panicked")
+        off = self._stop(StopReason.POWEROFF, "the guest tells that it has shut down")
+        device = PvPanic(panicked, lambda: self._tell(EventKind.CRASH_KERNEL), off)
+        self._port("pvpanic", layout.PVPANIC_PORT, 1, device, "pvpanic")
 
     def attach_testdev(self, chip: IrqChip | None) -> None:
         """What kvm-unit-tests have for a counterpart."""

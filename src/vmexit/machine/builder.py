@@ -25,9 +25,10 @@ from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.balloon import MemoryBalloon
-from vmexit.machine.board import Board, StatefulIrqChip
+from vmexit.machine.board import Board, StatefulIrqChip, Tell
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.console import GuestConsole
+from vmexit.machine.counters import DeviceCounters
 from vmexit.machine.runner import StopRequest
 
 _Path = str | os.PathLike[str]
@@ -60,6 +61,7 @@ class Parts(NamedTuple):
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
     undriven: Callable[[], list[str]]
+    virtio_counters: Callable[[], tuple[DeviceCounters, ...]]
     balloon: MemoryBalloon | None
     console: GuestConsole | None
     console_where: Sequence[str]
@@ -165,12 +167,13 @@ def build(
     config: MachineConfig,
     request: StopRequest,
     observer: ExitObserver | None,
+    tell: Tell,
     restored: Collection[str] | None = None,
 ) -> Parts:
     """Make all parts of a machine, its first vCPU where the guest begins.
 
-    With `restored`, the names of devices, it is for the state of a machine that had those: only
-    what is not in memory is read from files.
+    `tell` is for events of devices. With `restored`, the names of devices, it is for the state of
+    a machine that had those: only what is not in memory is read from files.
 
     Raises ConfigError, ImageError or HostError; nothing is left open then.
     """
@@ -190,7 +193,7 @@ def build(
         stack.callback(loop.close)
         engine, why = _create(_Wanted(config, memory, pio, mmio, loop, observer))
         stack.callback(engine.close)
-        board = Board(config, pio, mmio, request, loop, stack.callback)
+        board = Board(config, pio, mmio, request, loop, stack.callback, tell)
         board.attach_common(engine.chip)
         if engine.in_process is not None:
             board.attach_irqchip(*engine.in_process)
@@ -200,11 +203,13 @@ def build(
                 board.attach_virtio(engine.chip, memory, engine.notifier)
         if "testdev" in config.devices:
             board.attach_testdev(engine.chip)
+        if "pvpanic" in config.devices:
+            board.attach_pvpanic()
         if contents is not None:
             board.attach_fw_cfg(memory, contents)
         stack.callback(loop.close)  # again, and now before what it watches
         if entry is not None:
-            _start(engine.vcpus[0], entry)
+            start_at(engine.vcpus[0], entry)
 
         def reset() -> None:
             for device in board.devices.values():
@@ -212,8 +217,7 @@ def build(
             engine.vm.reset_vcpus()
             for region in memory.regions:
                 memory.discard(region.gpa, region.size)
-            first, _ = _load(config, memory)
-            _start(engine.vcpus[0], first)
+            start_at(engine.vcpus[0], _load(config, memory)[0])
 
         return Parts(
             engine.accelerator.name,
@@ -230,6 +234,7 @@ def build(
             entry.linked if entry is not None else (),
             board.running,
             board.undriven,
+            board.virtio_counters,
             board.balloon,
             board.console,
             board.console_where,
@@ -238,7 +243,8 @@ def build(
         )
 
 
-def _start(vcpu: Vcpu, entry: BootEntry) -> None:
+def start_at(vcpu: Vcpu, entry: BootEntry) -> None:
+    """Have `vcpu` begin where the boot layer says."""
     vcpu.set_system_registers(entry.system)
     vcpu.set_registers(entry.registers)
 
@@ -306,7 +312,10 @@ def _for_firmware(config: MachineConfig, path: _Path, memory: GuestMemory) -> "C
 def _acpi(config: MachineConfig, at: int) -> bytes:
     from vmexit.arch.x86 import acpi
 
-    return acpi.build(config.smp, at, acpi.virtio_mmio(config.virtio_devices))
+    devices = acpi.virtio_mmio(config.virtio_devices)
+    if "pvpanic" in config.devices:
+        devices += acpi.pvpanic()
+    return acpi.build(config.smp, at, devices)
 
 
 def _load_kernel(

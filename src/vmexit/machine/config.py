@@ -21,7 +21,7 @@ ACCELERATORS = ("auto", "kvm", "soft")
 MACHINES = ("bare", "microvm")
 PROTOCOLS = ("auto", "pvh", "elf", "64", "32", "16")
 
-DEVICES = ("testdev",)
+DEVICES = ("testdev", "pvpanic")
 
 MAX_CPUS = 64
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from vmexit.accel.base import Point, PointKind, Vcpu, Vm, Way
-from vmexit.arch.x86.code import linear_ip
+from vmexit.accel.base import Point, PointKind, Vcpu, Vm, Way, linear_rip
 from vmexit.boot.entry import Linked
+from vmexit.core.errors import ConfigError
 from vmexit.machine.runner import Runner
 from vmexit.machine.stop import Stop, StopReason
 
@@ -20,6 +20,24 @@ class Turn(NamedTuple):
 
 
 ALL = Turn()
+
+
+_MOST = 1 << 64
+_LONGEST = 4096  # bytes that one watchpoint is about
+
+
+def check_point(point: Point) -> None:
+    """Raises ConfigError for what is no breakpoint or watchpoint."""
+    if not isinstance(point, Point) or not isinstance(point.kind, PointKind):
+        raise ConfigError(f"{point!r} is no breakpoint; use Point(address, PointKind.EXECUTE)")
+    gva, _, length = point
+    if not isinstance(gva, int) or not isinstance(length, int):
+        raise ConfigError(f"{point!r} has no address; use a number")
+    if not 0 <= gva < _MOST or not 0 < length <= min(_LONGEST, _MOST - gva):
+        raise ConfigError(
+            f"{length} bytes at {gva:#x} cannot be watched; use an address of 64 bits and 1 to "
+            f"{_LONGEST} bytes"
+        )
 
 
 class DebuggedRunner:
@@ -78,23 +96,50 @@ class DebuggedRunner:
             return self._runner.run(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         if turn.step is None:
-            for number, gva in stopped_at.items():
-                if self._rip(number) == gva and Point(gva) in points:
-                    stop = self._run(points, timeout, Turn(number, number))
-                    if stop.reason is not StopReason.DEBUG or stop.point is not None:
-                        return stop
-                    # Not each accelerator stops at a point where the run begins.
-                    if (here := Point(self._rip(number))) in points:
-                        self._stopped_at[number] = here.gva
-                        return stop._replace(point=here)
-        timeout = None if end is None else max(0, end - time.monotonic())
-        return self._run(points, timeout, turn)
+            stop = self._leave_points(points, stopped_at, turn.only, end)
+            if stop is not None:
+                return stop
+        elif turn.only is not None:
+            self._stopped_at = {n: gva for n, gva in stopped_at.items() if n != turn.step}
+        return self._run(points, end, turn)
 
-    def _run(self, points: Collection[Point], timeout: float | None, turn: Turn) -> Stop:
-        ways = self._vm.debugger.arm(points, turn.step, turn.only, self._gpa)
-        with self._lock:
-            self._ways |= ways
+    def _leave_points(
+        self,
+        points: Collection[Point],
+        stopped_at: dict[int, int],
+        only: int | None,
+        end: float | None,
+    ) -> Stop | None:
+        """Step those that are to run off the breakpoints that they are at; how that ends the run.
+
+        None if it goes on.
+        """
+        for number, gva in stopped_at.items():
+            vcpu = self._vcpus[number]
+            if only not in (None, number):
+                self._stopped_at[number] = gva  # it stays where it is
+            elif linear_rip(vcpu) == gva and Point(gva) in points:
+                try:
+                    stop = self._run(points, end, Turn(number, number))
+                except BaseException:
+                    self._stopped_at = stopped_at
+                    raise
+                if stop.reason is not StopReason.DEBUG or stop.point is not None:
+                    self._stopped_at = stopped_at | self._stopped_at  # it may not have stepped
+                    return stop
+                # Not each accelerator stops at a point where the run begins.
+                if (here := Point(linear_rip(vcpu))) in points:
+                    self._stopped_at[number] = here.gva
+                    return stop._replace(point=here)
+        return None
+
+    def _run(self, points: Collection[Point], end: float | None, turn: Turn) -> Stop:
+        """One run, armed; `end` is when it is over, on the monotonic clock."""
+        timeout = None if end is None else max(0, end - time.monotonic())
         try:
+            ways = self._vm.debugger.arm(points, turn.step, turn.only, self._gpa)
+            with self._lock:
+                self._ways |= ways
             stop = self._runner.run(timeout, turn.only)
         finally:
             self._vm.debugger.disarm()
@@ -107,7 +152,3 @@ class DebuggedRunner:
             if code.gva <= gva < code.gva + code.size:
                 return gva - code.gva + code.gpa
         return None
-
-    def _rip(self, number: int) -> int:
-        vcpu = self._vcpus[number]
-        return linear_ip(vcpu.registers(), vcpu.system_registers())

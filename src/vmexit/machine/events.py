@@ -30,14 +30,23 @@ class EventKind(Enum):
     POWERDOWN = "powerdown"  # the power button was pressed
     SHUTDOWN = "shutdown"
     CRASHED = "crashed"
+    CRASH_KERNEL = "crash-kernel"  # the guest panics, and sees to it itself (pvpanic)
+    BALLOON = "balloon"  # it has taken memory, or given it back
 
 
 class Event(NamedTuple):
-    """One event; `time` is in seconds since 1970, `stop` how the guest stopped, if it did."""
+    """One event; `time` is in seconds since 1970.
+
+    `stop` is how the guest stopped, if it did; for RESET None means that not the guest wanted it.
+    """
 
     kind: EventKind
     time: float
     stop: Stop | None = None
+    held: bool = False
+    """The machine is paused where SHUTDOWN and CRASHED would have ended its run."""
+    value: int = 0
+    """How many bytes the balloon has, for BALLOON."""
 
 
 Subscriber = Callable[[Event], object]
@@ -61,9 +70,11 @@ class Subscribers:
 
         return end
 
-    def tell(self, kind: EventKind, stop: Stop | None = None) -> None:
+    def tell(
+        self, kind: EventKind, stop: Stop | None = None, *, held: bool = False, value: int = 0
+    ) -> None:
         """Raises whatever a subscriber raises."""
         if self._functions:
-            event = Event(kind, time.time(), stop)
+            event = Event(kind, time.time(), stop, held, value)
             for function in self._functions:
                 function(event)

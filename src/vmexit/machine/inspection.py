@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from vmexit.accel.base import Vcpu
 from vmexit.arch.x86.code import read_linear
 from vmexit.arch.x86.paging import translate
-from vmexit.core.errors import GuestAddressError
+from vmexit.core.errors import ConfigError, GuestAddressError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 from vmexit.core.symbols import SymbolTable
 from vmexit.machine import report
@@ -32,18 +32,25 @@ class Inspection(ABC):
     def require_still(self, vcpu: int | None = None) -> None:
         """Raises VmexitError unless no vCPU runs, or the caller is within an access of `vcpu`."""
 
+    def _vcpu(self, vcpu: int) -> Vcpu:
+        """That vCPU. Raises ConfigError if there is none."""
+        vcpus = self._vcpus()
+        if not 0 <= vcpu < len(vcpus):
+            raise ConfigError(f"there is no vCPU {vcpu}; there are {len(vcpus)}, from 0 on")
+        return vcpus[vcpu]
+
     def translate(self, gva: int, vcpu: int = 0) -> int | None:
         """The GPA of guest virtual address `gva` by the page tables of `vcpu`; None if unmapped.
 
         From a GPA, `memory.hva(gpa)` leads on to the host virtual address.
         """
         self.require_still(vcpu)
-        return translate(self.memory, self._vcpus()[vcpu].system_registers(), gva)
+        return translate(self.memory, self._vcpu(vcpu).system_registers(), gva)
 
     def read_virtual(self, gva: int, size: int, vcpu: int = 0) -> bytes:
         """Up to `size` bytes at guest virtual address `gva`; fewer where no memory is mapped."""
         self.require_still(vcpu)
-        return read_linear(self.memory, self._vcpus()[vcpu].system_registers(), gva, size)
+        return read_linear(self.memory, self._vcpu(vcpu).system_registers(), gva, size)
 
     def write_virtual(self, gva: int, data: bytes, vcpu: int = 0) -> None:
         """Write `data` at guest virtual address `gva`, whatever its pages allow the guest.
@@ -56,7 +63,7 @@ class Inspection(ABC):
             self.memory.write(gpa, data[start:end])
 
     def _pieces(self, gva: int, size: int, vcpu: int) -> Iterator[tuple[int, int, int]]:
-        system = self._vcpus()[vcpu].system_registers()
+        system = self._vcpu(vcpu).system_registers()
         start = 0
         while start < size:
             at = gva + start
@@ -87,13 +94,13 @@ class Inspection(ABC):
         return address, if there are symbols. Raises ImageError for a bad file of symbols.
         """
         self.require_still(vcpu)
-        one = self._vcpus()[vcpu]
+        one = self._vcpu(vcpu)
         return backtrace(self.memory, one.registers(), one.system_registers(), self.symbols, limit)
 
     def dump(self, vcpu: int = 0) -> str:
         """All registers, the next instruction and the calls that led there, as text."""
         self.require_still(vcpu)
-        one = self._vcpus()[vcpu]
+        one = self._vcpu(vcpu)
         return report.describe(
             self.memory, one.registers(), one.system_registers(), lambda: self.symbols
         )

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from vmexit.core.errors import VmexitError
+from vmexit.core.threads import SIGNAL_SECONDS
 from vmexit.machine.debug import ALL, DebuggedRunner, Turn
 from vmexit.machine.events import EventKind, RunState, Subscribers
 from vmexit.machine.runner import StopRequest
@@ -24,6 +25,9 @@ class After(Enum):
     RESET = "reset"  # and it begins again
 
 
+# These end a run, whatever the guest does.
+_ASKED_FOR = (StopReason.STOPPED, StopReason.TIMEOUT, StopReason.QUIT)
+
 # Asked about each stop of the guest. The first that does not want the end has it.
 Decision = Callable[[Stop], After]
 
@@ -35,19 +39,28 @@ class Lifecycle:
     """
 
     def __init__(
-        self, runner: DebuggedRunner, request: StopRequest, reset: Callable[[], None]
+        self,
+        runner: DebuggedRunner,
+        request: StopRequest,
+        reset: Callable[[], None],
+        subscribers: Subscribers,
     ) -> None:
         """`reset` puts the guest back to its beginning, while no vCPU runs."""
         self._runner = runner
         self._reset = reset
         self._request = request
-        self.subscribers = Subscribers()
+        self.subscribers = subscribers
         self.control = threading.RLock()
         """Held by whoever changes what the machine does, or wants it to stay as it is."""
         self._changed = threading.Condition()
         self._state = RunState.CREATED
         self._held = False
-        self._turn = ALL
+        self._turn = self._interrupted = ALL
+        self._bars = 0  # whose thread that is
+        self._barred = 0  # how many are within paused(): no run may begin
+        self._brief = False  # held by paused(), of which nobody is told
+        self._told = False  # what subscribers know: whether it runs
+        self._quit = False  # the next run is over before it begins
         self._active = 0  # the thread in run()
         self._woken = False
         self._ending: Stop | None = None  # asked for while it was held
@@ -89,8 +102,11 @@ class Lifecycle:
         with self._changed:
             if self._active:
                 raise VmexitError("this machine runs already; stop() it first")
+            if self._barred and self._bars == threading.get_ident():
+                raise VmexitError("a machine cannot run within its own paused(); leave that first")
             self._active = threading.get_ident()
-            self._ending = None
+            self._ending = Stop(StopReason.QUIT) if self._quit else None
+            self._quit = False
             self._request.forget()
             if turn != ALL:
                 self._turn = turn
@@ -104,10 +120,11 @@ class Lifecycle:
         finally:
             with self._changed:
                 self._active = 0
-                self._held = False
+                self._held = self._brief = False
                 self._turn = ALL
                 if self._state is RunState.RUNNING:  # an exception
                     self._state = RunState.PAUSED
+                    self._told = False
                 self._changed.notify_all()
 
     def _wait(self, timeout: float | None) -> Stop | None:
@@ -115,7 +132,11 @@ class Lifecycle:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._changed:
-                held = self._held and self._ending is None and not self._woken
+                free = self._ending is not None or self._woken
+                held = self._held and not free
+                if self._barred and not held and not free:
+                    self._changed.wait(SIGNAL_SECONDS)  # whoever looks at it has soon done
+                    continue
                 if not held:
                     self._woken = False
                     if self._ending is None:
@@ -125,23 +146,33 @@ class Lifecycle:
                     left = None if end is None else end - time.monotonic()
                     if left is not None and left <= 0:
                         return Stop(StopReason.TIMEOUT)
+                    left = SIGNAL_SECONDS if left is None else min(left, SIGNAL_SECONDS)
                     self._changed.wait(left)
                     continue
+                self._interrupted = self._turn
             # Resumed and paused again before it ran: whoever waits for a stop has to know.
-            self._become(RunState.PAUSED, EventKind.PAUSED)
+            self._tell_resumed()
+            self._become(RunState.PAUSED, None if self._brief else EventKind.PAUSED)
+
+    def _tell_resumed(self) -> None:
+        if not self._told:
+            self._told = True
+            self.subscribers.tell(EventKind.RESUMED)
 
     def _run(self, end: float | None) -> Stop | None:
         """Run until the vCPUs stop; None if that was not the end."""
         with self._changed:
             turn, self._turn = self._turn, ALL
-        self.subscribers.tell(EventKind.RESUMED)
+        self._tell_resumed()
         left = None if end is None else max(0.0, end - time.monotonic())
         stop = self._runner.run(left, turn)
         if stop.reason is StopReason.PAUSED:
-            self._become(RunState.PAUSED, EventKind.PAUSED)
+            self._interrupted = turn
+            self._become(RunState.PAUSED, None if self._brief else EventKind.PAUSED)
             return None
-        if stop.reason in (StopReason.STOPPED, StopReason.TIMEOUT):
-            self._become(RunState.PAUSED, EventKind.PAUSED)
+        if stop.reason in _ASKED_FOR:
+            quit = stop.reason is StopReason.QUIT  # which was told when it was asked for
+            self._become(RunState.PAUSED, None if quit else EventKind.PAUSED)
             return stop
         self._last = stop
         after = next(
@@ -151,24 +182,35 @@ class Lifecycle:
         if after is After.RESET:
             self._reset()
             self._last = None
-            self.subscribers.tell(EventKind.RESET)
+            self.subscribers.tell(EventKind.RESET, stop)
             return None
-        if after is After.HOLD:
-            with self._changed:
-                self._held = True
+        held = after is After.HOLD
+        with self._changed:
+            self._brief = False
+            self._held |= held
         if stop.reason in (StopReason.DEBUG, StopReason.UNTIL):
-            self._become(RunState.PAUSED, EventKind.DEBUG, stop)
+            self._become(RunState.PAUSED, EventKind.DEBUG, stop, held)
         elif stop.crashed:
-            self._become(RunState.CRASHED, EventKind.CRASHED, stop)
+            self._become(RunState.CRASHED, EventKind.CRASHED, stop, held)
         else:
-            self._become(RunState.SHUTDOWN, EventKind.SHUTDOWN, stop)
+            self._become(RunState.SHUTDOWN, EventKind.SHUTDOWN, stop, held)
         return stop if after is After.END else None
 
-    def _become(self, state: RunState, kind: EventKind, stop: Stop | None = None) -> None:
+    def _become(
+        self,
+        state: RunState,
+        kind: EventKind | None,
+        stop: Stop | None = None,
+        held: bool = False,
+    ) -> None:
         with self._changed:
-            self._state = state
+            if self._state is not RunState.CLOSED:
+                self._state = state
+            if kind not in (None, EventKind.RESET):
+                self._told = False
             self._changed.notify_all()
-        self.subscribers.tell(kind, stop)
+        if kind is not None:
+            self.subscribers.tell(kind, stop, held=held)
 
     def _wake(self) -> None:
         """Something ends the next run before it begins: a held one has to see that."""
@@ -181,7 +223,15 @@ class Lifecycle:
     def pause(self) -> None:
         """Returns once no vCPU runs; a run that is still to come begins paused."""
         self._require_other_thread()
-        with self.control, self._changed:
+        with self.control:
+            self._hold()
+            self._brief = False
+            if self._told and self._state is RunState.PAUSED:  # it was held by paused() only
+                self._told = False
+                self.subscribers.tell(EventKind.PAUSED)
+
+    def _hold(self) -> None:
+        with self._changed:
             self._held = True
             while self._state is RunState.RUNNING:
                 # Again and again: a run may just begin, and not listen yet.
@@ -202,13 +252,16 @@ class Lifecycle:
             self._state = RunState.RUNNING
             self._changed.notify_all()
 
-    def stop(self) -> bool:
-        """Make `run()` return; False if there is none."""
-        stop = Stop(StopReason.STOPPED)
+    def stop(self, reason: StopReason = StopReason.STOPPED) -> bool:
+        """Make `run()` return; False if there is none: then QUIT is for the next one."""
+        stop = Stop(reason)
+        if reason is StopReason.QUIT:
+            self.subscribers.tell(EventKind.SHUTDOWN, stop)
         if self._request(stop):
             return True
         with self._changed:
             if not self._active:
+                self._quit = reason is StopReason.QUIT
                 return False
             self._ending = stop
             self._request.soon(stop)
@@ -217,16 +270,29 @@ class Lifecycle:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """No vCPU runs within, and nobody resumes it; it goes on behind if it ran before."""
+        """No vCPU runs within, and nobody resumes it; it goes on behind if it ran before.
+
+        Nobody is told of that. What stops by itself just then stays as it is.
+        """
         with self.control:
             ran = self._state is RunState.RUNNING
             if ran:
-                self.pause()
+                self._require_other_thread()
             try:
+                with self._changed:
+                    self._barred += 1
+                    self._bars = threading.get_ident()
+                if ran:
+                    self._brief = True
+                    self._hold()
                 yield
             finally:
-                if ran and self._active and self._ending is None:
-                    self.resume()
+                with self._changed:
+                    self._barred -= 1
+                    brief, self._brief = self._brief and ran, False
+                    self._changed.notify_all()
+                if brief and self._active and self._ending is None:
+                    self.resume(self._interrupted)
 
     def reset(self, back: Callable[[], None] | None = None) -> None:
         """Put the guest back to its beginning, or where `back()` puts it while no vCPU runs.
@@ -235,13 +301,18 @@ class Lifecycle:
         """
         self._require_other_thread()
         with self.paused():
-            (back or self._reset)()
+            try:
+                (back or self._reset)()
+            except BaseException:
+                if self._brief:  # half of a guest must not run on
+                    self._brief = False
+                    self._become(RunState.PAUSED, EventKind.PAUSED)
+                raise
             self._last = None
             self._become(RunState.PAUSED, EventKind.RESET)
 
     def close(self) -> None:
         """The machine is closed."""
-        self.stop()
         self._state = RunState.CLOSED
 
     def _require_other_thread(self) -> None:

@@ -22,14 +22,15 @@ from vmexit.machine.config import (
     parse_size,
 )
 from vmexit.machine.console import GuestConsole
-from vmexit.machine.debug import ALL, DebuggedRunner, Turn
-from vmexit.machine.events import EventKind, RunState, Subscriber
+from vmexit.machine.counters import CounterReader, MachineCounters
+from vmexit.machine.debug import ALL, DebuggedRunner, Turn, check_point
+from vmexit.machine.events import EventKind, RunState, Subscriber, Subscribers
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
 from vmexit.machine.inspection import Inspection
 from vmexit.machine.lifecycle import Decision, Lifecycle
 from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
-from vmexit.machine.stop import Stop
+from vmexit.machine.stop import Stop, StopReason
 
 if TYPE_CHECKING:
     from vmexit.core.chrome_trace import ChromeTrace
@@ -102,7 +103,8 @@ class Machine(Inspection):
         (`auto`, `pvh`, `elf`, `64`, `32`, `16`), on `machine` `microvm`: a PC without PCI, with
         `smp` vCPUs. The other machine is `bare`, which has no interrupts. `cpu` is `host`, all that
         the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
-        name: `testdev`, the test device of QEMU that test suites for KVM look for.
+        name: `testdev`, the test device of QEMU that test suites for KVM look for, and `pvpanic`,
+        by which a guest tells that it panics.
         `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, `nets` network interfaces,
         `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
         `balloon` is how much memory to take back from the guest at first, None for no balloon.
@@ -183,10 +185,16 @@ class Machine(Inspection):
         self.within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
-        self._parts = parts = builder.build(config, self._request, observer, restored)
+        subscribers = Subscribers()
+        self._parts = parts = builder.build(
+            config, self._request, observer, subscribers.tell, restored
+        )
         self._runner = Runner(parts.vm.executors, self._request, parts.running)
         self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)
-        self._life = Lifecycle(self._debug, self._request, self._begin_again)
+        self._life = Lifecycle(self._debug, self._request, self._begin_again, subscribers)
+        self._reader = CounterReader(
+            config.memory, parts.memory, parts.pio, parts.mmio, parts.balloon, parts.virtio_counters
+        )
         self._loads: list[tuple[int, bytes]] = []  # what load_bytes() did, for a reset
         self._start: _Start | None = None
         self._background: Background | None = None
@@ -266,6 +274,17 @@ class Machine(Inspection):
         buses = (self._parts.pio, self._parts.mmio)
         return sum(bus.unclaimed_reads + bus.unclaimed_writes for bus in buses)
 
+    def counters(self) -> MachineCounters:
+        """How much has happened so far; from any thread, also while vCPUs run, and never waits.
+
+        Exits are counted by an observer: `ExitStats`, whose `snapshot()` is such numbers, too.
+        """
+        return self._reader.read(self.state)
+
+    def device_at(self, address: int, *, mmio: bool) -> str:
+        """The name of the device at a port, or at a GPA; empty where there is none."""
+        return (self._parts.mmio if mmio else self._parts.pio).name_at(address)
+
     def load(
         self,
         path: str | os.PathLike[str],
@@ -309,12 +328,10 @@ class Machine(Inspection):
             self._loaded = True
         self._loads.append((at, raw))
 
-    def _go_to(self, start: "_Start") -> None:
+    def _go_to(self, start: _Start) -> None:
         segment = self.config.segment if start.mode == "real" else None
         first = flat.start(self.memory, start.entry, start.mode, start.image, segment)
-        vcpu = self._parts.vcpus[0]
-        vcpu.set_system_registers(first.system)
-        vcpu.set_registers(first.registers)
+        builder.start_at(self._parts.vcpus[0], first)
 
     def on_pio(
         self,
@@ -374,7 +391,7 @@ class Machine(Inspection):
 
         The reason is DEBUG; another one if the guest, `stop()` or the timeout came between.
         """
-        self._require_vcpu(vcpu)
+        self._vcpu(vcpu)
         return self._run(timeout, Turn(vcpu, vcpu))
 
     def _run(self, timeout: float | None, turn: Turn) -> Stop:
@@ -385,10 +402,6 @@ class Machine(Inspection):
         if stop.crashed and not self._closed:
             stop = stop._replace(dump=self.dump(stop.vcpu))
         return stop
-
-    def _require_vcpu(self, vcpu: int) -> None:
-        if not 0 <= vcpu < len(self.vcpus):
-            raise ConfigError(f"there is no vCPU {vcpu}; use 0 to {len(self.vcpus) - 1}")
 
     def start(self, timeout: float | None = None) -> None:
         """Begin a `run()` in a thread of its own; `wait()` has what it returns."""
@@ -418,7 +431,7 @@ class Machine(Inspection):
         """
         self._require_open()
         for vcpu in (step, only):
-            self._require_vcpu(vcpu or 0)
+            self._vcpu(vcpu or 0)
         self._life.resume(Turn(step, only))
 
     def paused(self) -> AbstractContextManager[None]:
@@ -512,6 +525,7 @@ class Machine(Inspection):
         Raises HostError if the accelerator cannot, with those that there are already.
         """
         self._require_outside()
+        check_point(point)
         with self._life.paused():
             self._debug.add(point)
             try:
@@ -550,17 +564,30 @@ class Machine(Inspection):
         """Whether a run under way is to end: what writes for it should not wait any more."""
         return self._request.pending()
 
-    def stop(self) -> bool:
-        """Make the `run()` under way return, from any thread or callback; False without one."""
-        return self._life.stop()
+    def stop(self, reason: StopReason = StopReason.STOPPED) -> bool:
+        """Make the `run()` under way return, from any thread or callback; False without one.
+
+        `reason` is what it returns: STOPPED, or QUIT, whose exit status is 0. QUIT ends the next
+        run if none is under way.
+        """
+        if reason not in (StopReason.STOPPED, StopReason.QUIT):
+            raise ConfigError(f"stop() cannot be for {reason}; use STOPPED or QUIT")
+        return self._life.stop(reason)
+
+    def thread_id(self, vcpu: int) -> int:
+        """The system's number of the thread that runs `vcpu`; 0 before the first run."""
+        return self._runner.native_id(vcpu)
 
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards."""
         if not self._closed:
-            self._life.close()
+            self._life.stop()
             self._runner.close()
-            self._closed = True
-            self._parts.closer.close()
+            with self._life.control:  # whoever looks into it meanwhile has soon done
+                if not self._closed:
+                    self._life.close()
+                    self._closed = True
+                    self._parts.closer.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "running" if self.running else "paused"
@@ -587,7 +614,9 @@ class Machine(Inspection):
         if not self._runner.busy:
             return
         if not self._runner.in_vcpu_thread():
-            raise VmexitError("this machine runs; stop() it first, or do it in a callback")
+            raise VmexitError(
+                "this machine runs; pause() or stop() it first, or do it in a callback"
+            )
         if vcpu is not None and not self._runner.holds(vcpu):
             raise VmexitError(
                 f"vCPU {vcpu} runs, and this is an access of another one; stop() it first"

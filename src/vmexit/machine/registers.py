@@ -2,14 +2,15 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from vmexit.accel.base import FXSAVE_SIZE, Vcpu
-from vmexit.arch.x86.code import linear_ip
+from vmexit.accel.base import Vcpu, linear_rip
+from vmexit.arch.x86 import fxsave
 from vmexit.arch.x86.registers import (
     CR0_PE,
     GENERAL,
     RFLAGS_VM,
     SEGMENTS,
     TABLES,
+    Registers,
     Segment,
     SystemRegisters,
     Table,
@@ -136,7 +137,7 @@ class RegisterView:
     def linear_ip(self) -> int:
         """Where the next instruction is, with the base of CS, which 64-bit mode has not."""
         self._owner.require_still(self._vcpu.index)
-        return linear_ip(self._vcpu.registers(), self._vcpu.system_registers())
+        return linear_rip(self._vcpu)
 
     @property
     def real_mode(self) -> bool:
@@ -148,6 +149,16 @@ class RegisterView:
 
     def __dir__(self) -> list[str]:
         return [*GENERAL, *SystemRegisters._fields]
+
+    def general(self) -> Registers:
+        """General registers, RIP and RFLAGS by name."""
+        self._owner.require_still(self._vcpu.index)
+        return self._vcpu.registers()
+
+    def system(self) -> SystemRegisters:
+        """Segments, descriptor tables, control registers and EFER."""
+        self._owner.require_still(self._vcpu.index)
+        return self._vcpu.system_registers()
 
     def as_dict(self) -> dict[str, int | Segment | Table]:
         """All registers by name."""
@@ -198,8 +209,8 @@ class MachineVcpu:
 
     @fpu.setter
     def fpu(self, image: bytes) -> None:
-        if len(image) != FXSAVE_SIZE:
-            raise ValueError(f"an FXSAVE image has {FXSAVE_SIZE} bytes; this has {len(image)}")
+        if len(image) != fxsave.SIZE:
+            raise ValueError(f"an FXSAVE image has {fxsave.SIZE} bytes; this has {len(image)}")
         self._owner.require_still(self.index)
         if self._owner.running:
             raise VmexitError("the FPU cannot be written within an access; stop() first")

@@ -1,8 +1,10 @@
 """Running vCPUs: a host thread for each, and one caller who waits for the first to stop."""
 
 import atexit
+import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +14,7 @@ from typing import NamedTuple
 
 from vmexit.accel.base import Executor, Exit, ExitReason
 from vmexit.core.errors import HostError, VmexitError
-from vmexit.core.threads import block_signals
+from vmexit.core.threads import SIGNAL_SECONDS, start_without_signals
 from vmexit.machine.stop import Stop, StopReason, stop_from_exit
 
 # How soon a vCPU that a kick has missed is kicked again.
@@ -20,7 +22,9 @@ _SETTLE_SECONDS = 0.05
 
 
 # What a guest asks of a device outlives what it does after that.
-_ASKED_BY_GUEST = (StopReason.DEBUG_EXIT, StopReason.POWEROFF, StopReason.RESET)
+_ASKED_BY_GUEST = (
+    StopReason.DEBUG_EXIT, StopReason.POWEROFF, StopReason.RESET, StopReason.GUEST_CRASH
+)  # fmt: skip
 
 _runners: "weakref.WeakSet[Runner]" = weakref.WeakSet()
 
@@ -160,7 +164,6 @@ class _VcpuThread:
         self._ordered = self._done = 0
         # A daemon: a program that forgets close() must still be able to end.
         self.thread = threading.Thread(target=self._main, name=f"vmexit-vcpu{number}", daemon=True)
-        self.thread.start()
 
     @property
     def running(self) -> bool:
@@ -173,12 +176,12 @@ class _VcpuThread:
         self._orders.put(run)
 
     def end(self) -> None:
-        """End the thread, which does not run its vCPU now."""
+        """End the thread, if it has started; it does not run its vCPU now."""
         self._orders.put(0)
-        self.thread.join()
+        if self.thread.ident is not None:
+            self.thread.join()
 
     def _main(self) -> None:
-        block_signals()
         executor = self._executor
         attached = False
         try:
@@ -231,6 +234,12 @@ class Runner:
     def in_vcpu_thread(self) -> bool:
         """Whether the caller is a device or a callback, on a vCPU's thread."""
         return self._executor() is not None
+
+    def native_id(self, vcpu: int) -> int:
+        """The system's number of the thread that runs `vcpu`; 0 before the first run."""
+        threads = self._threads
+        thread = threads[vcpu if len(threads) > 1 else 0].thread if threads else None
+        return (thread.native_id or 0) if thread is not None else 0
 
     def holds(self, vcpu: int) -> bool:
         """Whether the caller is within an access of `vcpu`, or of one that shares its thread."""
@@ -292,20 +301,28 @@ class Runner:
             for number, executor in enumerate(self._executors):
                 thread = _VcpuThread(number, executor, self._request, self._reports)
                 self._threads.append(thread)
-        except RuntimeError as error:
+                start_without_signals(thread.thread)
+        except BaseException as error:  # a signal's handler may raise anything
             for thread in self._threads:
                 thread.end()
             self._threads.clear()
-            raise HostError(f"cannot start a thread for a vCPU: {error}; free memory") from error
+            if isinstance(error, RuntimeError):
+                raise HostError(
+                    f"cannot start a thread for a vCPU: {error}; free memory"
+                ) from error
+            raise
 
     def _wait(self, timeout: float | None, count: int) -> Stop:
         reports: list[_Report] = []
+        end = None if timeout is None else time.monotonic() + timeout
         while len(reports) < count:
+            left = math.inf if reports or end is None else end - time.monotonic()
             try:
-                report = self._reports.get(timeout=None if reports else timeout)
+                report = self._reports.get(timeout=min(max(left, 0), SIGNAL_SECONDS))
             except Empty:
-                self._request(Stop(StopReason.TIMEOUT))
-                timeout = None
+                if left <= SIGNAL_SECONDS:
+                    self._request(Stop(StopReason.TIMEOUT))
+                    end = None
                 continue
             if report.run != self._number:
                 continue  # of an earlier run, which an exception has ended

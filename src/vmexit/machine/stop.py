@@ -24,6 +24,7 @@ class StopReason(Enum):
     IRQ_WINDOW = "irq-window"  # the guest can take an interrupt now
     TIMEOUT = "timeout"
     STOPPED = "stopped"  # Machine.stop()
+    QUIT = "quit"  # the same, with status 0: somebody wants no more of it
     PAUSED = "paused"  # Machine.pause(): run() does not return for that
 
 

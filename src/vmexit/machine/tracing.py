@@ -9,7 +9,7 @@ from vmexit.accel.base import Vm
 from vmexit.core.chrome_trace import ChromeTrace, MemorySlot, TraceInfo
 from vmexit.core.errors import HostError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
-from vmexit.core.threads import block_signals
+from vmexit.core.threads import start_without_signals
 from vmexit.machine.builder import Parts
 
 _CHUNK = 2 << 20  # bytes: as a large page
@@ -56,14 +56,13 @@ class DirtySampler:
         # A daemon: a program that forgets close() must still be able to end.
         self._thread = threading.Thread(target=self._main, name="vmexit-dirty", daemon=True)
         try:
-            self._thread.start()
+            start_without_signals(self._thread)
         except RuntimeError as error:
             raise HostError(
                 f"cannot start a thread that looks at memory: {error}; free memory"
             ) from error
 
     def _main(self) -> None:
-        block_signals()
         wait = _INTERVAL
         try:
             while not self._end.wait(wait):

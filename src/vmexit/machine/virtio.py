@@ -17,6 +17,7 @@ from vmexit.core.memory import GuestMemory
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.mmio import MmioTransport
 from vmexit.machine.config import MachineConfig
+from vmexit.machine.counters import DeviceCounters, FlowCounters
 
 if TYPE_CHECKING:
     import socket
@@ -98,6 +99,18 @@ class VirtioSlots:
     def undriven(self) -> list[str]:
         """The names of devices that no driver has ever made ready."""
         return [name for name, transport in self._transports.items() if not transport.driven]
+
+    def counters(self) -> tuple[DeviceCounters, ...]:
+        """What has gone through each device; from any thread."""
+        return tuple(
+            DeviceCounters(
+                name,
+                v.NAMES.get(transport.device.device_id, "virtio"),
+                tuple(FlowCounters(f.name, f.operations, f.size) for f in transport.flows),
+                transport.waited_ns,
+            )
+            for name, transport in self._transports.items()
+        )
 
     def running(self, runs: bool) -> None:
         """A run begins, or has ended: in between, no device does anything to the guest."""
@@ -244,7 +257,7 @@ class VirtioParts:
     def _vhost_disk(
         self, name: str, connect: "Callable[[], socket.socket]", drive: "Drive", limit: "Limit"
     ) -> VirtioDevice:
-        from vmexit.devices.virtio.blk import CONFIG_SIZE, PASSED_ON, QUEUE_SIZE
+        from vmexit.devices.virtio.blk import CONFIG_SIZE, PASSED_ON, QUEUE_SIZE, DiskFlows
         from vmexit.devices.virtio.vhost import Vhost
 
         backend = self._vhost(name, connect, drive.queues)
@@ -258,6 +271,7 @@ class VirtioParts:
             self._fail,
             drive.reconnect,
             limit,
+            DiskFlows(),
         )
 
     def _vhost(self, name: str, connect: "Callable[[], socket.socket]", queues: int) -> "VhostUser":

@@ -14,9 +14,18 @@ from vmexit.abi.kvm_state import (
     KVM_GUESTDBG_USE_HW_BP,
     KVM_GUESTDBG_USE_SW_BP,
 )
-from vmexit.accel.base import Exit, ExitReason, Linked, Point, PointKind, Way, nowhere
-from vmexit.accel.kvm.vcpu import KvmVcpu
-from vmexit.arch.x86.code import linear_ip
+from vmexit.accel.base import (
+    Exit,
+    ExitReason,
+    Point,
+    PointKind,
+    Way,
+    WhereLinked,
+    first_gpa,
+    linear_rip,
+    nowhere,
+)
+from vmexit.accel.kvm.vcpu import TRAP_PORT, KvmVcpu
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import GuestAddressError, HostError
 from vmexit.core.memory import GuestMemory
@@ -24,12 +33,15 @@ from vmexit.core.memory import GuestMemory
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
 
-_INT3 = 0xCC
+_INT3 = b"\xcc"
+# out TRAP_PORT, al: an exit of ring 0 on every KVM, which others have only by mistake.
+_OUT = bytes((0xE6, TRAP_PORT))
 _BREAKPOINT = 3  # the vector of #BP
 
 # Debug registers (Intel SDM vol. 3, 18.2.3, 18.2.4).
 _SLOTS = 4
 _DR6_STEP = 1 << 14
+_DR6_CAUSES = 0xE00F
 _DR7_ALWAYS = 1 << 10
 # A read alone cannot be watched for; whoever asks has to see whether the value has changed.
 _DR7_KIND = {PointKind.EXECUTE: 0, PointKind.WRITE: 1, PointKind.READ: 3, PointKind.ACCESS: 3}
@@ -44,7 +56,8 @@ class KvmDebugger:
         self._memory = memory
         self._vcpus = vcpus
         self._armed = False
-        self._replaced: dict[int, int] = {}  # the bytes that an INT3 stands for, by GPA
+        # What is in memory for the point at a GPA, and what was there.
+        self._replaced: dict[int, tuple[bytes, bytes]] = {}
         self._software: dict[int, Point] = {}  # by GPA
         self._stepped: dict[int, Point] = {}  # by linear address
         self._slots: list[tuple[int, int, Point]] = []  # address, length
@@ -55,7 +68,7 @@ class KvmDebugger:
         points: Collection[Point],
         step: int | None = None,
         only: int | None = None,
-        linked: Linked = nowhere,
+        linked: WhereLinked = nowhere,
     ) -> dict[Point, Way]:
         """See `vmexit.accel.base.Debugger`. Raises HostError."""
         self.disarm()
@@ -63,7 +76,7 @@ class KvmDebugger:
             raise HostError("this KVM lacks KVM_CAP_SET_GUEST_DEBUG; use --accel soft")
         self._armed = True
         self._step = step
-        skipped = self._rip(self._vcpus[step]) if step is not None else None
+        skipped = linear_rip(self._vcpus[step]) if step is not None else None
         ways: dict[Point, Way] = {}
         try:
             for point in points:
@@ -76,13 +89,12 @@ class KvmDebugger:
             for vcpu in self._vcpus:
                 self._load(vcpu)
                 vcpu.on_debug = partial(self._judge, vcpu)
+                if Way.PORT in ways.values():
+                    vcpu.is_trap = partial(self._is_trap, vcpu)
         except BaseException:
             self.disarm()
             raise
         return ways
-
-    def _rip(self, vcpu: KvmVcpu) -> int:
-        return linear_ip(vcpu.registers(), vcpu.system_registers())
 
     def _watch(self, point: Point) -> None:
         from vmexit.accel.kvm.probe import watches_memory
@@ -97,34 +109,44 @@ class KvmDebugger:
                 )
             self._slots.append((*piece, point))
 
-    def _break(self, point: Point, linked: Linked) -> Way:
+    def _break(self, point: Point, linked: WhereLinked) -> Way:
         from vmexit.accel.kvm.probe import breaks_by_register, int3_exits
 
-        gpa = self._gpa(point.gva)
+        gpa = first_gpa(self._memory, self._vcpus, point.gva)
         if gpa is None:
             gpa = linked(point.gva)
-        if gpa is not None and int3_exits(self._system):
-            try:
-                byte = self._memory.view(gpa, 1)
-            except GuestAddressError:
-                byte = None
-            if byte is not None:
-                self._replaced.setdefault(gpa, byte[0])
-                byte[0] = _INT3
-                self._software[gpa] = point
-                return Way.SOFTWARE
-        if len(self._slots) < _SLOTS and breaks_by_register(self._system):
-            self._slots.append((point.gva, 1, point))
-            return Way.HARDWARE
+        if int3_exits(self._system) and self._replace(gpa, _INT3, point):
+            return Way.SOFTWARE
+        if breaks_by_register(self._system):
+            if len(self._slots) < _SLOTS:
+                self._slots.append((point.gva, 1, point))
+                return Way.HARDWARE
+        elif self._replace(gpa, _OUT, point):
+            return Way.PORT
         self._stepped[point.gva] = point
         return Way.STEPPING
 
-    def _gpa(self, gva: int) -> int | None:
-        for vcpu in self._vcpus:
-            gpa = translate(self._memory, vcpu.system_registers(), gva)
-            if gpa is not None:
-                return gpa
-        return None
+    def _replace(self, gpa: int | None, code: bytes, point: Point) -> bool:
+        """Put `code` where `point` is; False if there is no memory, or no room.
+
+        That is another one's code, and an instruction behind it at which a vCPU is.
+        """
+        if gpa is None or any(0 < abs(gpa - other) < len(code) for other in self._replaced):
+            return False
+        if len(code) > 1 and any(
+            translate(self._memory, vcpu.system_registers(), linear_rip(vcpu)) == gpa + 1
+            for vcpu in self._vcpus
+        ):
+            return False
+        try:
+            place = self._memory.view(gpa, len(code))
+        except GuestAddressError:
+            return False
+        if gpa not in self._replaced:
+            self._replaced[gpa] = code, bytes(place)
+            place[:] = code
+        self._software[gpa] = point
+        return True
 
     def _load(self, vcpu: KvmVcpu, more: int = 0) -> None:
         """Give KVM what `arm()` wants of this vCPU, and `more`."""
@@ -152,9 +174,13 @@ class KvmDebugger:
 
         Called on the vCPU's thread.
         """
+        trapped, vcpu.trapped = vcpu.trapped, False
+        if trapped and (point := self._software_at(vcpu, rip - len(_OUT))):
+            registers = vcpu.registers()
+            vcpu.set_registers(registers | {"rip": registers["rip"] - len(_OUT)})
+            return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
         if vector == _BREAKPOINT:
-            gpa = translate(self._memory, vcpu.system_registers(), rip)
-            point = None if gpa is None else self._software.get(gpa)
+            point = self._software_at(vcpu, rip)
             if point is None:
                 self._load(vcpu, KVM_GUESTDBG_INJECT_BP)
                 return None
@@ -165,21 +191,34 @@ class KvmDebugger:
         if dr6 & _DR6_STEP and vcpu.index == self._step:
             return Exit(ExitReason.DEBUG, vcpu=vcpu.index)
         if dr6 & _DR6_STEP and self._stepped:
-            point = self._stepped.get(rip)
-            return point and Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+            if (point := self._stepped.get(rip)) is not None:
+                return Exit(ExitReason.DEBUG, vcpu=vcpu.index, point=point)
+            self._load(vcpu)  # once more: what sets flags, as POPF, ends the stepping
+            return None
+        vcpu.add_to_dr6(dr6 & _DR6_CAUSES)
         self._load(vcpu, KVM_GUESTDBG_INJECT_DB)
         return None
+
+    def _software_at(self, vcpu: KvmVcpu, rip: int) -> Point | None:
+        gpa = translate(self._memory, vcpu.system_registers(), rip)
+        return None if gpa is None else self._software.get(gpa)
+
+    def _is_trap(self, vcpu: KvmVcpu) -> bool:
+        """Whether its OUT is ours. KVM steps over it before or after this, as it happens."""
+        rip = linear_rip(vcpu)
+        return any(self._software_at(vcpu, at) is not None for at in (rip, rip - len(_OUT)))
 
     def disarm(self) -> None:
         """See `vmexit.accel.base.Debugger`."""
         if not self._armed:
             return
-        for gpa, byte in self._replaced.items():
-            view = self._memory.view(gpa, 1)
-            if view[0] == _INT3:  # or the guest has written there since
-                view[0] = byte
+        for gpa, (code, before) in self._replaced.items():
+            place = self._memory.view(gpa, len(code))
+            for at, byte in enumerate(code):
+                if place[at] == byte:  # or the guest has written there since
+                    place[at] = before[at]
         for vcpu in self._vcpus:
-            vcpu.on_debug = None
+            vcpu.on_debug = vcpu.is_trap = None
             vcpu.set_guest_debug(0, [0] * 8)
         self._replaced.clear()
         self._software.clear()

@@ -36,10 +36,13 @@ from vmexit.abi.kvm import (
 )
 from vmexit.abi.kvm_run import kvm_run
 from vmexit.abi.kvm_state import (
+    KVM_GET_DEBUGREGS,
     KVM_GET_XSAVE,
     KVM_GUESTDBG_SINGLESTEP,
+    KVM_SET_DEBUGREGS,
     KVM_SET_GUEST_DEBUG,
     KVM_SET_XSAVE,
+    kvm_debugregs,
     kvm_xsave,
 )
 from vmexit.abi.kvm_structs import (
@@ -48,10 +51,10 @@ from vmexit.abi.kvm_structs import (
     kvm_regs,
     kvm_sregs,
 )
-from vmexit.accel.base import FXSAVE_SIZE, Exit, ExitReason
+from vmexit.accel.base import Exit, ExitReason, linear_rip
 from vmexit.accel.kvm.exits import explain
 from vmexit.accel.kvm.kick import KickTarget
-from vmexit.arch.x86.code import linear_ip
+from vmexit.arch.x86 import fxsave
 from vmexit.arch.x86.registers import (
     CONTROL,
     GENERAL,
@@ -82,6 +85,9 @@ _MMIO_GPA = 4  # u64 at 32
 _MMIO_DATA = 40  # bytes
 _MMIO_LEN = 12  # u32 at 48
 _MMIO_IS_WRITE = 52  # byte
+
+TRAP_PORT = 0xEF
+"""What the debugger's OUT goes to, where it has to use one."""
 
 _IO_OUT = 1  # KVM_EXIT_IO_OUT, the low byte of the key
 
@@ -140,6 +146,10 @@ class KvmVcpu:
         self._kicked = False
         self.on_debug: Callable[[int, int, int], Exit | None] | None = None
         """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
+        self.is_trap: Callable[[], bool] | None = None
+        """Whether it is at an OUT of the debugger's, to port TRAP_PORT."""
+        self.trapped = False
+        """Whether it has just executed that."""
         self._stepping = False
         self._stepped = False  # over an instruction with an access, which is done or not quite
         self._kick_target = KickTarget(self._set_signal_mask)
@@ -208,11 +218,12 @@ class KvmVcpu:
                         f"KVM_RUN failed on vCPU {self.index}: {error.strerror}"
                     ) from error
                 # A kick, or a signal that is none of our business.
-                if self._take_kick():
-                    return Exit(ExitReason.INTERRUPTED, vcpu=self.index)
+                kicked = self._take_kick()
                 stopped = self._debug_exit(reason) if self._stepped else None
                 if stopped is not None:
                     return stopped
+                if kicked:
+                    return Exit(ExitReason.INTERRUPTED, vcpu=self.index)
                 continue
             except BaseException:
                 self._complete()
@@ -239,7 +250,7 @@ class KvmVcpu:
             seen = arch.exception, arch.pc, arch.dr6
             del arch
         else:
-            seen = 1, linear_ip(self.registers(), self.system_registers()), 1 << 14
+            seen = 1, linear_rip(self), 1 << 14
         exit = self.on_debug(*seen) if self.on_debug is not None else None
         if exit is not None and self._observer is not None:
             self._observer.other(self.index, exit.reason.value, exit.detail)
@@ -345,6 +356,11 @@ class KvmVcpu:
         start = self._u64[_IO_DATA_OFFSET]
         end = start + size * count
         observer = self._observer
+        is_trap = self.is_trap if port == TRAP_PORT else None
+        if is_trap is not None and is_trap():
+            self.trapped = True
+            self._end_step()
+            return
         generation = self._pio.generation
         if write:
             data = bytes(self._u8[start:end])
@@ -358,7 +374,7 @@ class KvmVcpu:
                 observer.io(self.index, False, port, size, count, data)
         if self._stepping:
             self._end_step()
-        elif observer is None and count == 1:
+        elif observer is None and count == 1 and is_trap is None:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             route = self._pio.route_write if write else self._pio.route_read
@@ -488,16 +504,12 @@ class KvmVcpu:
         self._access().restore(self, state)
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        entries = dict.fromkeys(indices, 0)
-        buffer = _pack_msrs(entries)
-        done = ioctl(self.fd, KVM_GET_MSRS, buffer, True)
-        if done < len(entries):
-            raise HostError(f"KVM cannot read MSR {list(entries)[done]:#x} of vCPU {self.index}")
-        head, step = sizeof(kvm_msrs), sizeof(kvm_msr_entry)
-        return {
-            index: kvm_msr_entry.from_buffer(buffer, head + i * step).data
-            for i, index in enumerate(entries)
-        }
+        wanted = list(indices)
+        values = self.msrs_that_exist(wanted)
+        for index in wanted:
+            if index not in values:
+                raise HostError(f"KVM cannot read MSR {index:#x} of vCPU {self.index}")
+        return values
 
     def msrs_that_exist(self, indices: Iterable[int]) -> dict[int, int]:
         """As `msrs()`, without those that KVM cannot read."""
@@ -516,7 +528,7 @@ class KvmVcpu:
         """See `vmexit.accel.base.Vcpu`; the first part of KVM_GET_XSAVE."""
         buffer = bytearray(sizeof(kvm_xsave))
         self.get("FPU", KVM_GET_XSAVE, buffer)
-        return bytes(buffer[:FXSAVE_SIZE])
+        return bytes(buffer[: fxsave.SIZE])
 
     def set_fpu(self, image: bytes) -> None:
         """Load what `fpu()` gives."""
@@ -524,7 +536,7 @@ class KvmVcpu:
         self.get("FPU", KVM_GET_XSAVE, buffer)
         buffer[: len(image)] = image
         # x87 and SSE are not in their initial state any more (SDM vol. 1, 13.4.2: XSTATE_BV).
-        buffer[FXSAVE_SIZE] |= 3
+        buffer[fxsave.SIZE] |= 3
         self.set("FPU", KVM_SET_XSAVE, buffer)
 
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
@@ -543,6 +555,14 @@ class KvmVcpu:
         self._stepped = False
         self._routes.clear()  # a step sees every access
         self.set("debug control", KVM_SET_GUEST_DEBUG, _GUEST_DEBUG.pack(control, *registers))
+
+    def add_to_dr6(self, bits: int) -> None:
+        """The guest sees these causes of a debug exception, too. Raises HostError."""
+        buffer = bytearray(sizeof(kvm_debugregs))
+        self.get("debug registers", KVM_GET_DEBUGREGS, buffer)
+        registers = kvm_debugregs.from_buffer(buffer)
+        registers.dr6 |= bits
+        self.set("debug registers", KVM_SET_DEBUGREGS, bytes(buffer))
 
     def set(self, what: str, request: int, data: bytes | bytearray) -> None:
         """One of KVM's requests that load state. Raises HostError."""

@@ -8,6 +8,8 @@ the running library before the first use.
 
 import ctypes
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from vmexit.accel.soft.layout import (
     CLASS,
@@ -16,6 +18,7 @@ from vmexit.accel.soft.layout import (
     CLASS_INTERRUPT,
     CONTROL_OFFSET,
     EIP,
+    ERROR_CODE,
     FLAT_CODE,
     FLAT_CODE_64,
     FLAT_DATA,
@@ -60,6 +63,7 @@ from vmexit.core.errors import HostError
 _SIZE = 0x1600
 _SEARCH = 0x10000  # CPUX86State begins within so many bytes of CPUState
 
+_CR2 = CONTROL_OFFSET["cr2"] // 8
 _CR4_OSFXSR, _CR4_SMAP = 1 << 9, 1 << 21
 
 
@@ -132,6 +136,20 @@ class CpuState:
     def halted(self) -> bool:
         """Whether the engine ended behind a HLT."""
         return bool(self._halted.value)
+
+    @halted.setter
+    def halted(self, value: bool) -> None:
+        self._halted.value = value
+
+    @contextmanager
+    def exceptions_kept(self) -> Iterator[None]:
+        """What the engine notes of exceptions within is forgotten."""
+        cr2, error, old = self.u64[_CR2], self.u32[ERROR_CODE // 4], self.u32[OLD_EXCEPTION // 4]
+        try:
+            yield
+        finally:
+            self.u64[_CR2], self.u32[ERROR_CODE // 4] = cr2, error
+            self.u32[OLD_EXCEPTION // 4] = old
 
     def replace(self, entry: int, interrupt: int, debug: int) -> None:
         """Have the engine call these in place of QEMU's functions that layout.py names."""

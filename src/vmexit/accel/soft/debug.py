@@ -3,9 +3,7 @@
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from vmexit.accel.base import Linked, Point, PointKind, Way, nowhere
-from vmexit.arch.x86.code import linear_ip
-from vmexit.arch.x86.paging import translate
+from vmexit.accel.base import Point, PointKind, Way, WhereLinked, first_gpa, linear_rip, nowhere
 from vmexit.core.errors import HostError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 
@@ -29,23 +27,26 @@ class SoftDebugger:
         self._scheduler = scheduler
         self._vcpus = vcpus
         self._memory = memory
+        self._armed = False
 
     def arm(
         self,
         points: Collection[Point],
         step: int | None = None,
         only: int | None = None,
-        linked: Linked = nowhere,
+        linked: WhereLinked = nowhere,
     ) -> dict[Point, Way]:
         """See `vmexit.accel.base.Debugger`. Raises HostError."""
         self.disarm()
-        skipped = None
-        if step is not None:
-            vcpu = self._vcpus[step]
-            skipped = linear_ip(vcpu.registers(), vcpu.system_registers())
+        skipped = linear_rip(self._vcpus[step]) if step is not None else None
         breakpoints = [p for p in points if p.kind is PointKind.EXECUTE and p.gva != skipped]
         watched = [(p, self._ranges(p)) for p in points if p.kind is not PointKind.EXECUTE]
-        self._processor.debug(breakpoints, watched)
+        self._armed = True
+        try:
+            self._processor.debug(breakpoints, watched)
+        except BaseException:
+            self.disarm()
+            raise
         self._scheduler.debug(step, only)
         return dict.fromkeys((*breakpoints, *(point for point, _ in watched)), Way.ENGINE)
 
@@ -60,15 +61,16 @@ class SoftDebugger:
         return ranges
 
     def _gpa(self, gva: int) -> int:
-        for vcpu in self._vcpus:
-            gpa = translate(self._memory, vcpu.system_registers(), gva)
-            if gpa is not None:
-                return gpa
-        raise HostError(
-            f"no memory is mapped at {gva:#x}; set the watchpoint once the guest has mapped it"
-        )
+        gpa = first_gpa(self._memory, self._vcpus, gva)
+        if gpa is None:
+            raise HostError(
+                f"no memory is mapped at {gva:#x}; set the watchpoint once the guest has mapped it"
+            )
+        return gpa
 
     def disarm(self) -> None:
         """See `vmexit.accel.base.Debugger`."""
-        self._processor.debug((), ())
-        self._scheduler.debug(None, None)
+        if self._armed:
+            self._processor.debug((), ())
+            self._scheduler.debug(None, None)
+            self._armed = False

@@ -1,15 +1,13 @@
-"""x87 and SSE of the software CPU, in the form in which FXSAVE stores them (SDM vol. 1, 10.5.1)."""
+"""x87 and SSE of the software CPU, as an image of FXSAVE."""
 
 import struct
 
-from vmexit.accel.base import FXSAVE_SIZE
 from vmexit.accel.soft.native import Engine
+from vmexit.arch.x86 import fxsave
 
-_HEAD = struct.Struct("<HHBxHQQII")  # FCW, FSW, FTW, FOP, FIP, FDP, MXCSR, MXCSR_MASK
-_ST, _ST_STEP, _XMM = 32, 16, 160
+_ST = struct.Struct("<QH")  # mantissa, exponent
 _MXCSR_MASK = 0xFFFF
 _TOP_SHIFT = 11  # FSW: the register that ST(0) is
-_EMPTY = 3  # a register's tag in the full tag word, of two bits each
 
 
 class Fpu:
@@ -31,17 +29,16 @@ class Fpu:
     def read(self) -> bytes:
         """The image, of 512 bytes."""
         read = self._engine.reg_read
-        image = bytearray(FXSAVE_SIZE)
+        image = bytearray(fxsave.SIZE)
         tags, status = read(self._tags), read(self._status)
-        full = sum((tags >> 2 * i & 3 != _EMPTY) << i for i in range(8))
+        in_use = fxsave.abridged_tags(tags)
         control, mxcsr = read(self._control), read(self._mxcsr)
-        _HEAD.pack_into(image, 0, control, status, full, 0, 0, 0, mxcsr, _MXCSR_MASK)
+        fxsave.HEAD.pack_into(image, 0, control, status, in_use, 0, 0, 0, mxcsr, _MXCSR_MASK)
         for i in range(8):  # FP0 to FP7 are the physical registers
             mantissa, exponent = self._read_st(self._physical[(i + (status >> _TOP_SHIFT)) & 7])
-            struct.pack_into("<QH", image, _ST + i * _ST_STEP, mantissa, exponent & 0xFFFF)
+            image[fxsave.st(i)] = _ST.pack(mantissa, exponent & 0xFFFF)
         for i, register in enumerate(self._xmm):
-            at = _XMM + 16 * i
-            image[at : at + 16] = read(register).to_bytes(16, "little")
+            image[fxsave.xmm(i)] = read(register).to_bytes(16, "little")
         return bytes(image)
 
     def _read_st(self, register: int) -> tuple[int, int]:
@@ -52,15 +49,12 @@ class Fpu:
     def write(self, image: bytes) -> None:
         """Load such an image."""
         write = self._engine.reg_write
-        control, status, full, _, _, _, mxcsr, _ = _HEAD.unpack_from(image)
+        control, status, in_use, _, _, _, mxcsr, _ = fxsave.HEAD.unpack_from(image)
         write(self._control, control)
         write(self._status, status)
         write(self._mxcsr, mxcsr & _MXCSR_MASK)
         for i in range(8):
-            mantissa, exponent = struct.unpack_from("<QH", image, _ST + i * _ST_STEP)
-            write(self._physical[(i + (status >> _TOP_SHIFT)) & 7], (mantissa, exponent))
-        tags = sum((0 if full >> i & 1 else _EMPTY) << 2 * i for i in range(8))
-        write(self._tags, tags)
+            write(self._physical[(i + (status >> _TOP_SHIFT)) & 7], _ST.unpack(image[fxsave.st(i)]))
+        write(self._tags, fxsave.full_tags(in_use))
         for i, register in enumerate(self._xmm):
-            at = _XMM + 16 * i
-            write(register, int.from_bytes(image[at : at + 16], "little"))
+            write(register, int.from_bytes(image[fxsave.xmm(i)], "little"))

@@ -122,6 +122,7 @@ class Processor:
         self._state.set_tsc(library, 0)
         self._stubs = Stubs(library, self._handle, cpu, self._state.base)
         self._words = self._stubs.view
+        self._limited = False  # the engine has a hook that counts instructions
         self._points = Points(library, self._handle, cpu, self._stubs)
         self._stopper = Stopper(library, cpu, self._words)
         self._host_writes = HostWrites(library, self._handle, memory, self._stopper)
@@ -292,6 +293,7 @@ class Processor:
         """Execute one instruction of `vcpu`, without interrupts; else as `run()`."""
         self.select(vcpu)
         self._state.request(0)
+        self._withheld = NMI if vcpu.nmi else 0  # one that waits goes on waiting
         self._stopper.hold(True)
         self._translate_for_steps(True)
         try:
@@ -311,6 +313,34 @@ class Processor:
         """
         self._library.check_at_accesses(self._handle, wanted or self._points.watching)
         self._library.flush_translations(self._handle)
+        if not wanted:
+            self._drop_limit()
+
+    def _drop_limit(self) -> None:
+        """Have the engine forget the limit of one instruction now, by a run that ends at once.
+
+        It has a hook for that, and removes it with the next start. Wherever the hook was it looks
+        for translated code then, by the page tables of the moment: of another vCPU, or of ring 3.
+        What of that faults must not be seen by the guest.
+        """
+        words, state = self._words, self._state
+        if not self._limited:
+            return
+        requested, halted, held = state.requested, state.halted, words[StopWords.HOLD]
+        state.request(0)
+        words[StopWords.HOLD] = 0
+        words[StopWords.ATTENTION] = 1  # which is looked at again in any case
+        with state.exceptions_kept():
+            self._start(0)
+        words[StopWords.HOLD] = held
+        state.halted = halted
+        state.request(requested)
+
+    def _start(self, count: int) -> int:
+        """Run from where the CPU is, for so many instructions, 0: no limit; gives the error."""
+        self._limited = count > 0
+        error: int = self._library.emu_start(self._handle, self._state.rip, 0, 0, count)
+        return error
 
     def _execute(self, vcpu: SoftVcpu, count: int) -> Exit | None:
         words, state = self._words, self._state
@@ -322,7 +352,7 @@ class Processor:
             observer.left(self._index)
             observer.enters(self._index)
         self._stopper.running(True)
-        error: int = self._library.emu_start(self._handle, state.rip, 0, 0, count)
+        error = self._start(count)
         if self._replay.unfinished or (not error and self._ports.in_string):
             error = self._finish()
         self._stopper.running(False)
@@ -361,7 +391,8 @@ class Processor:
         self, breakpoints: Iterable[Point], watched: Iterable[tuple[Point, list[tuple[int, int]]]]
     ) -> None:
         """Stop at these points and no others; see `Points.set()`."""
-        self._points.set(breakpoints, watched)
+        with self._state.exceptions_kept():
+            self._points.set(breakpoints, watched)
         self._translate_for_steps(False)
 
     def begin(self) -> None:
@@ -375,19 +406,18 @@ class Processor:
 
         An INS goes on until it has consumed what it read ahead: the device has given it.
         """
-        library, engine = self._library, self._handle
         self._withheld |= self._state.requested
         self._state.request(0)
         self._stopper.hold(True)
         self._replay.repeat()
         self._translate_for_steps(True)
-        error: int = library.emu_start(engine, self._state.rip, 0, 0, 1)
+        error = self._start(1)
         self._replay.repeated()
         # What is written may be the INS itself, and then nothing consumes the rest.
         for _ in range(MAX_AHEAD):
             if error or not self._ports.in_string or self._is_double_fault():
                 break
-            error = library.emu_start(engine, self._state.rip, 0, 0, 1)
+            error = self._start(1)
         self._ports.forget_ahead()
         self._translate_for_steps(False)
         self._replay.finished()

@@ -1,10 +1,10 @@
 """The state of the engine's CPU as plain data, without anything of this process."""
 
-from vmexit.accel.base import FXSAVE_SIZE
 from vmexit.accel.soft.cpu_state import CpuState
 from vmexit.accel.soft.fpu import Fpu
 from vmexit.accel.soft.layout import HF2_NMI, HF_INHIBIT_IRQ, HFLAGS, HFLAGS2
 from vmexit.accel.soft.native import Engine, Library
+from vmexit.arch.x86 import fxsave
 from vmexit.arch.x86.registers import (
     CONTROL,
     GENERAL,
@@ -73,7 +73,7 @@ class CpuSaving:
         parts += [Table(*tables.numbers(name, _WORD, 2)) for name in TABLES]
         parts += saved.numbers("control", _WORD, len(CONTROL))
         general = saved.numbers("general", _WORD, len(GENERAL))
-        fpu = saved.data("fpu", FXSAVE_SIZE, FXSAVE_SIZE)
+        fpu = saved.data("fpu", fxsave.SIZE, fxsave.SIZE)
         msrs = saved.numbers("msrs", _WORD, len(_MSRS))
         debug = saved.numbers("debug", _WORD, len(_DEBUG))
         tsc = saved.number("tsc", _WORD)

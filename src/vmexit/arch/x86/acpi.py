@@ -16,6 +16,7 @@ from vmexit.arch.x86.layout import (
     PM1A_CONTROL_PORT,
     PM1A_EVENT_PORT,
     PM_TIMER_PORT,
+    PVPANIC_PORT,
     RESET_PORT,
     RESET_VALUE,
     RTC_CENTURY,
@@ -109,6 +110,23 @@ def virtio_mmio(count: int) -> bytes:
             ),
         )
         for number, (gpa, gsi) in enumerate(map(virtio_place, range(count)))
+    )
+
+
+def pvpanic() -> bytes:
+    """AML of the device by which a guest tells that it panics, as QEMU's specs/pvpanic has it.
+
+    Drivers take the port from the resources; RDPT and WRPT read and write it for those who do not.
+    """
+    return aml.device(
+        "PEVT",
+        aml.name("_HID", aml.string("QEMU0001")),
+        aml.name("_CRS", aml.resource_template(aml.io(PVPANIC_PORT, 1))),
+        aml.io_region("PEOR", PVPANIC_PORT, 1),
+        aml.byte_field("PEOR", "PEPT"),
+        aml.method("RDPT", 0, aml.returns("PEPT")),
+        aml.method("WRPT", 1, aml.store_argument(0, "PEPT")),
+        aml.name("_STA", aml.integer(0x0F)),
     )
 
 

@@ -13,6 +13,10 @@ _BYTE, _WORD, _DWORD, _STRING, _QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x
 _NAME, _SCOPE, _BUFFER, _PACKAGE = b"\x08", b"\x10", b"\x11", b"\x12"
 _DEVICE = b"\x5b\x82"
 _DUAL_NAME, _MULTI_NAME = b"\x2e", b"\x2f"
+_REGION, _FIELD = b"\x5b\x80", b"\x5b\x81"
+_METHOD, _STORE, _RETURN = b"\x14", b"\x70", b"\xa4"
+_ARGUMENT_0, _SERIALIZED = 0x68, 1 << 3
+_SYSTEM_IO, _BYTE_ACCESS = b"\x01", b"\x01"
 
 _SEGMENT = re.compile(r"[A-Z_][A-Z0-9_]{0,3}")
 _EISA_ID = re.compile(r"[A-Z]{3}[0-9A-F]{4}")
@@ -87,6 +91,32 @@ def scope(path: str, *terms: bytes) -> bytes:
 def device(path: str, *terms: bytes) -> bytes:
     """Device (path) { terms }."""
     return _DEVICE + _with_length(name_string(path) + b"".join(terms))
+
+
+def io_region(path: str, port: int, size: int) -> bytes:
+    """OperationRegion (path, SystemIO, port, size)."""
+    return _REGION + name_string(path) + _SYSTEM_IO + integer(port) + integer(size)
+
+
+def byte_field(region: str, path: str) -> bytes:
+    """Field (region, ByteAcc, NoLock, Preserve) { path, 8 }."""
+    return _FIELD + _with_length(name_string(region) + _BYTE_ACCESS + name_string(path) + b"\x08")
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """Method (path, arguments, Serialized) { terms }."""
+    flags = bytes((arguments | _SERIALIZED,))
+    return _METHOD + _with_length(name_string(path) + flags + b"".join(terms))
+
+
+def returns(path: str) -> bytes:
+    """Return (path)."""
+    return _RETURN + name_string(path)
+
+
+def store_argument(number: int, path: str) -> bytes:
+    """Store (ArgN, path)."""
+    return _STORE + bytes((_ARGUMENT_0 + number,)) + name_string(path)
 
 
 def resource_template(*descriptors: bytes) -> bytes:

@@ -25,10 +25,13 @@ def linear_ip(registers: Registers, system: SystemRegisters) -> int:
 
 
 def read_linear(memory: GuestMemory, system: SystemRegisters, address: int, size: int) -> bytes:
-    """Up to `size` bytes at a linear address; fewer where memory ends."""
+    """Up to `size` bytes at a linear address, from the last of which the first follows.
+
+    Fewer where memory ends.
+    """
     data = b""
     while len(data) < size:
-        gva = address + len(data)
+        gva = address + len(data) & (1 << 64) - 1
         gpa = translate(memory, system, gva)
         if gpa is None:
             break

@@ -110,6 +110,8 @@ PORT92 = 0x92
 RESET_CONTROL_PORTS = 0xCF8
 # The firmware configuration device, where QEMU's PC has it and firmware looks for it.
 FW_CFG_PORT = 0x510
+# The device by which a guest tells that it panics, where QEMU has it (QEMU, specs/pvpanic).
+PVPANIC_PORT = 0x505
 # QEMU's test device: the register twice, the page flush between, the lines, the memory.
 TESTDEV_ECHO_PORT, TESTDEV_FLUSH_PORT, TESTDEV_ECHO_BYTES_PORT = 0xE0, 0xE4, 0xE8
 TESTDEV_LINES_PORT = 0x2000

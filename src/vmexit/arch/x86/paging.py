@@ -14,7 +14,7 @@ from vmexit.core.errors import GuestAddressError
 from vmexit.core.memory import GuestMemory
 
 PRESENT, WRITABLE, ACCESSED, DIRTY, LARGE = 1 << 0, 1 << 1, 1 << 5, 1 << 6, 1 << 7
-_ADDRESS = 0x000F_FFFF_FFFF_F000
+ADDRESS = 0x000F_FFFF_FFFF_F000  # of an entry of 64 bits
 
 GIB = 1 << 30
 
@@ -48,6 +48,8 @@ def translate(memory: GuestMemory, system: SystemRegisters, gva: int) -> int | N
     No paging, 32-bit, PAE, 4-level and 5-level paging. Tables outside guest RAM, or with reserved
     layout, count as unmapped; permissions are not checked.
     """
+    if not 0 <= gva < 1 << 64:
+        return None
     if not system.cr0 & CR0_PG:
         return gva & 0xFFFF_FFFF
     try:
@@ -56,10 +58,10 @@ def translate(memory: GuestMemory, system: SystemRegisters, gva: int) -> int | N
             top = 12 + 9 * levels
             if gva >> top - 1 not in (0, (1 << 65 - top) - 1):
                 return None  # not canonical
-            return _walk(memory, system.cr3 & _ADDRESS, gva, top - 9)
+            return _walk(memory, system.cr3 & ADDRESS, gva, top - 9)
         if system.cr4 & CR4_PAE:
             pdpte = memory.read_u64((system.cr3 & 0xFFFF_FFE0) + (gva >> 30 & 3) * 8)
-            return _walk(memory, pdpte & _ADDRESS, gva, 21) if pdpte & PRESENT else None
+            return _walk(memory, pdpte & ADDRESS, gva, 21) if pdpte & PRESENT else None
         return _walk32(memory, system, gva & 0xFFFF_FFFF)
     except GuestAddressError:
         return None
@@ -74,8 +76,8 @@ def _walk(memory: GuestMemory, table: int, gva: int, shift: int) -> int | None:
             if shift > 30:
                 return None  # a page larger than 1 GiB is reserved
             offset = (1 << shift) - 1
-            return entry & _ADDRESS & ~offset | gva & offset
-        table = entry & _ADDRESS
+            return entry & ADDRESS & ~offset | gva & offset
+        table = entry & ADDRESS
         shift -= 9
 
 

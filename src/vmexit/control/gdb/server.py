@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from vmexit.control.gdb.packet import packet
 from vmexit.control.gdb.session import Session
 from vmexit.control.gdb.target import Target
-from vmexit.control.server import Address, Server
+from vmexit.control.server import Address, Server, Service
 
 if TYPE_CHECKING:
     from vmexit.machine.machine import Machine
 
 
-class GdbServer:
+class GdbServer(Service):
     """Lets gdb debug `machine`: `target remote` with what `where` says.
 
     A debugger that attaches pauses the machine; one that goes lets it run again.
@@ -30,21 +30,9 @@ class GdbServer:
         self._target = Target(names[-1] if names else _architecture(machine))
         address = Address.parse(",".join(rest), "--gdb")
         self._server = Server(address, self._serve, "gdb", most=1, refuse=_refuse)
-        self.where = self._server.where
 
     def _serve(self, client: socket.socket) -> None:
-        client.sendall(b"")  # gone already?
         Session(self._machine, self._target, client).serve()
-
-    def close(self) -> None:
-        """Cut a debugger off, and listen no more."""
-        self._server.close()
-
-    def __enter__(self) -> "GdbServer":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _architecture(machine: "Machine") -> str:

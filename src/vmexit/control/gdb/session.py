@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from vmexit.accel.base import Point, PointKind
 from vmexit.control.gdb.packet import MOST, PacketReader, Signal, packet
 from vmexit.control.gdb.target import Target
-from vmexit.core.errors import GuestAddressError, VmexitError
+from vmexit.control.steering import resume
+from vmexit.core.errors import ConfigError, GuestAddressError, VmexitError
+from vmexit.machine.debug import check_point
 from vmexit.machine.events import Event, EventKind
 from vmexit.machine.lifecycle import After
 from vmexit.machine.stop import Stop, StopReason
@@ -30,18 +32,13 @@ _KINDS = {
 }
 _WATCHES = {PointKind.WRITE: "watch", PointKind.READ: "rwatch", PointKind.ACCESS: "awatch"}
 
-# What a page of watched memory has, at most; more is a mistake of whoever asks.
-_LONGEST_WATCH = 4096
+_MOST_POINTS = 1024
 
 _OK, _UNKNOWN = b"OK", b""
 
 
 class Ended(Exception):
     """The session is over: detached, killed, or the machine has gone."""
-
-
-class _Refused(Exception):
-    """What was asked for cannot be; the text goes to the user of gdb."""
 
 
 class Session:
@@ -61,7 +58,7 @@ class Session:
         self._vcpu = 0  # that registers and memory are read of
         self._points: dict[tuple[str, int, int], Point] = {}
         self._physical = False
-        self._crashed = self._ends = False
+        self._crashed = False
         self._told_ways: set[str] = set()
         self._queries: dict[str, Callable[[str], bytes]] = {
             "qSupported": self._supported,
@@ -75,6 +72,27 @@ class Session:
             "QStartNoAckMode": self._no_acknowledgements,
             "qqemu.PhyMemMode": lambda _: b"1" if self._physical else b"0",
             "Qqemu.PhyMemMode": self._set_physical,
+        }
+        self._requests: dict[str, Callable[[str], bytes | None]] = {
+            "?": lambda _: self._stop_reply(_SIGTRAP),
+            "g": lambda _: b"".join(r.hex().encode() for r in self._read_registers()),
+            "G": self._write_registers,
+            "p": lambda n: self._read_registers()[int(n, 16)].hex().encode(),
+            "P": self._write_register,
+            "m": self._read_memory,
+            "M": self._write_memory,
+            "X": self._write_binary,
+            "H": self._select,
+            "T": lambda n: _OK if self._number(n) in self._numbers else b"E22",
+            "Z": self._insert,
+            "z": self._remove,
+            "c": lambda at: self._go(at, None),
+            "C": lambda at: self._go(at.partition(";")[2], None),
+            "s": lambda at: self._go(at, self._vcpu),
+            "S": lambda at: self._go(at.partition(";")[2], self._vcpu),
+            "D": lambda _: self._detach(),
+            "k": lambda _: self._kill(),
+            "!": lambda _: _OK,
         }
 
     @property
@@ -91,7 +109,7 @@ class Session:
         try:
             self._machine.pause()
             self._loop()
-        except (Ended, OSError):
+        except (Ended, OSError, VmexitError):  # it has gone, or the machine has
             return
         finally:
             stop_deciding()
@@ -102,9 +120,12 @@ class Session:
             self._leave()
 
     def _loop(self) -> None:
+        poll = select.poll()
+        for fd in (self._client.fileno(), self._wake):
+            poll.register(fd, select.POLLIN)
         while True:
             client = self._client.fileno()
-            ready, _, _ = select.select((client, self._wake), (), ())
+            ready = {fd for fd, _ in poll.poll()}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
                 self._report_events()
@@ -154,7 +175,6 @@ class Session:
         if stop.crashed and not self._crashed:
             self._crashed = True
             return After.HOLD
-        self._ends = True
         return After.END
 
     def _report_events(self) -> None:
@@ -163,23 +183,24 @@ class Session:
         for event in events:
             if event.kind is EventKind.RESET:
                 self._crashed = False
-            if event.kind is EventKind.RESUMED:
-                self._runs = True
-            elif not self._runs:
-                continue
-            elif event.kind is EventKind.PAUSED:
+            if not self._runs:
+                continue  # gdb does not wait for anything
+            if event.kind is EventKind.PAUSED:
                 self._stopped(_SIGINT)
             elif event.kind is EventKind.DEBUG and event.stop is not None:
                 self._vcpu = event.stop.vcpu
                 self._stopped(_SIGTRAP, event.stop.point)
             elif event.kind is EventKind.CRASHED and event.stop is not None:
                 self._vcpu = event.stop.vcpu
-                if self._ends:
+                if not event.held:
                     self._send(f"X{_SIGSEGV:02x}".encode())
                     raise Ended
                 self._say(f"{event.stop.summary()}\n")
                 self._stopped(_SIGSEGV)
             elif event.kind is EventKind.SHUTDOWN and event.stop is not None:
+                if event.held:  # it is to be looked at
+                    self._stopped(_SIGTRAP)
+                    continue
                 self._send(f"W{event.stop.status & 0xFF:02x}".encode())
                 raise Ended
 
@@ -201,20 +222,20 @@ class Session:
         try:
             for point in self._points.values():
                 self._machine.remove_breakpoint(point)
-            self._machine.resume()
+            resume(self._machine)
         except VmexitError:
-            return  # closed, or nothing to resume
+            return  # closed, at its end, or nothing to resume
 
     # Requests (GDB manual, E.2).
 
     def _answer(self, request: bytes) -> bytes | None:
         """The answer to one packet; None if it comes later."""
-        text = request.decode("latin-1")
+        text = request.decode("latin-1")  # a character for each byte, of binary data, too
         try:
-            with self._machine.paused() if not self._runs else _anyway():
-                return self._dispatch(text, request)
-        except _Refused as error:
-            return f"E.{error}".encode()
+            # What the monitor does takes its time, and it pauses the machine by itself.
+            alone = self._runs or text.startswith("qRcmd,")
+            with _anyway() if alone else self._machine.paused():
+                return self._dispatch(text)
         except GuestAddressError:
             return b"E14"  # EFAULT, as QEMU says
         except (AttributeError, TypeError, VmexitError) as error:
@@ -222,7 +243,7 @@ class Session:
         except (IndexError, KeyError, ValueError):
             return b"E22"  # EINVAL
 
-    def _dispatch(self, text: str, request: bytes) -> bytes | None:
+    def _dispatch(self, text: str) -> bytes | None:
         kind, rest = text[:1], text[1:]
         if kind in ("q", "Q"):
             for separator in (":", ",", ";", ""):
@@ -232,28 +253,7 @@ class Session:
             return _UNKNOWN
         if kind == "v":
             return self._verbose(text)
-        requests: dict[str, Callable[[str], bytes | None]] = {
-            "?": lambda _: self._stop_reply(_SIGTRAP),
-            "g": lambda _: b"".join(r.hex().encode() for r in self._read_registers()),
-            "G": self._write_registers,
-            "p": lambda n: self._read_registers()[int(n, 16)].hex().encode(),
-            "P": self._write_register,
-            "m": self._read_memory,
-            "M": self._write_memory,
-            "X": lambda _: self._write_binary(request),
-            "H": self._select,
-            "T": lambda n: _OK if self._number(n) in self._numbers else b"E22",
-            "Z": self._insert,
-            "z": self._remove,
-            "c": lambda at: self._go(at, None),
-            "C": lambda at: self._go(at.partition(";")[2], None),
-            "s": lambda at: self._go(at, self._vcpu),
-            "S": lambda at: self._go(at.partition(";")[2], self._vcpu),
-            "D": lambda _: self._detach(),
-            "k": lambda _: self._kill(),
-            "!": lambda _: _OK,
-        }
-        return requests[kind](rest) if kind in requests else _UNKNOWN
+        return self._requests[kind](rest) if kind in self._requests else _UNKNOWN
 
     def _supported(self, theirs: str) -> bytes:
         return (
@@ -343,7 +343,11 @@ class Session:
                 self._told_ways.add(text)
                 self._say(text)
         self._runs = True
-        self._machine.resume(step=step, only=only)
+        try:
+            self._machine.resume(step=step, only=only)
+        except BaseException:
+            self._runs = False
+            raise
         return None
 
     def _detach(self) -> None:
@@ -398,10 +402,10 @@ class Session:
         address, _, _length = place.partition(",")
         return self._write(int(address, 16), bytes.fromhex(data))
 
-    def _write_binary(self, request: bytes) -> bytes:
-        place, _, data = request[1:].partition(b":")
-        address, _, _length = place.decode("ascii").partition(",")
-        return self._write(int(address, 16), data)
+    def _write_binary(self, text: str) -> bytes:
+        place, _, data = text.partition(":")
+        address, _, _length = place.partition(",")
+        return self._write(int(address, 16), data.encode("latin-1"))
 
     def _write(self, address: int, data: bytes) -> bytes:
         if self._physical:
@@ -421,6 +425,8 @@ class Session:
         if point is None:
             return _UNKNOWN
         if key not in self._points:
+            if len(self._points) >= _MOST_POINTS:
+                raise ConfigError(f"there are {_MOST_POINTS} breakpoints; delete some")
             self._machine.add_breakpoint(point)
             self._points[key] = point
         return _OK
@@ -439,21 +445,39 @@ class Session:
         key = kind, address, length
         if kind not in _KINDS:
             return key, None
-        if _KINDS[kind] is PointKind.EXECUTE:
-            return key, Point(address)
-        if not 0 < length <= _LONGEST_WATCH:
-            raise _Refused(f"cannot watch {length} bytes; use 1 to {_LONGEST_WATCH}")
-        return key, Point(address, _KINDS[kind], length)
+        point = Point(address, _KINDS[kind], 1 if _KINDS[kind] is PointKind.EXECUTE else length)
+        check_point(point)
+        return key, point
 
     # `monitor`.
 
     def _monitor(self, text: str) -> bytes:
-        from vmexit.control.gdb.monitor import run
+        """What the monitor for people says, and a few words more."""
+        from vmexit.control.monitor import execute
 
-        said = run(self._machine, bytes.fromhex(text).decode("utf-8", "replace"), self._vcpu)
+        line = bytes.fromhex(text).decode("utf-8", "replace").strip()
+        try:
+            said = self._own_command(line) or execute(self._machine, line, self._vcpu)
+        except VmexitError as error:
+            said = str(error)
         for start in range(0, len(said), 1000):
             self._say(said[start : start + 1000])
+        if said and not said.endswith("\n"):
+            self._say("\n")
         return _OK
+
+    def _own_command(self, line: str) -> str:
+        if line in ("reset", "system_reset"):
+            self._machine.reset()
+            return "the machine is at its beginning; maintenance flush register-cache shows it"
+        if line == "info breakpoints":
+            lines = [
+                f"{point.gva:#x} {point.kind.value} {point.length} "
+                f"{way.value if way is not None else 'new'}"
+                for point, way in self._machine.breakpoints.items()
+            ]
+            return "\n".join(lines) or "none is set now; gdb takes its own out at each stop"
+        return ""
 
 
 class _anyway:
@@ -480,5 +504,9 @@ def _explain(point: Point, way: str) -> str:
         "hardware": (
             f"vmexit: the {'break' if point.kind is PointKind.EXECUTE else 'watch'}point at "
             f"{point.gva:#x} is a debug register of the processor, of which there are four\n"
+        ),
+        "port": (
+            f"vmexit: the breakpoint at {point.gva:#x} is a port access in its place, for ring 0 "
+            "only: this processor tells its KVM of no better one\n"
         ),
     }.get(way, "")

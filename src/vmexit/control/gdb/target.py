@@ -4,10 +4,9 @@ GDB manual, appendix G; the features are those of G.5.21, "i386 Features". Contr
 a feature of our own, which gdb shows as it shows any other.
 """
 
-import struct
 from typing import NamedTuple
 
-from vmexit.accel.base import FXSAVE_SIZE
+from vmexit.arch.x86 import fxsave
 from vmexit.arch.x86.registers import Segment
 from vmexit.core.errors import ConfigError, quoted
 from vmexit.machine.registers import MachineVcpu
@@ -24,10 +23,6 @@ _GENERAL_32 = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
 _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
 _FPU_CONTROL = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
 _SYSTEM = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
-
-# FXSAVE in 64-bit mode (Intel SDM vol. 1, table 10-2).
-_FXSAVE = struct.Struct("<HHBxHQQI")
-_ST, _XMM, _MXCSR = 32, 160, 24
 
 
 class _Register(NamedTuple):
@@ -159,16 +154,16 @@ class Target:
         if self.architecture == "i8086":
             values["rsp"] = values["ss_base"] + (values["rsp"] & 0xFFFF)
         image = vcpu.fpu
-        control, status, tags, opcode, rip, rdp, mxcsr = _FXSAVE.unpack_from(image)
+        control, status, tags, opcode, rip, rdp, mxcsr, _ = fxsave.HEAD.unpack_from(image)
         values |= {
-            "fctrl": control, "fstat": status, "ftag": _full_tags(tags), "fop": opcode,
+            "fctrl": control, "fstat": status, "ftag": fxsave.full_tags(tags), "fop": opcode,
             "fioff": rip & 0xFFFF_FFFF, "fiseg": rip >> 32 & 0xFFFF,
             "fooff": rdp & 0xFFFF_FFFF, "foseg": rdp >> 32 & 0xFFFF, "mxcsr": mxcsr,
         }  # fmt: skip
         for n in range(8):
-            values[f"st{n}"] = int.from_bytes(image[_ST + 16 * n :][:10], "little")
+            values[f"st{n}"] = int.from_bytes(image[fxsave.st(n)], "little")
         for n in range(16):
-            values[f"xmm{n}"] = int.from_bytes(image[_XMM + 16 * n :][:16], "little")
+            values[f"xmm{n}"] = int.from_bytes(image[fxsave.xmm(n)], "little")
         return values
 
     def write(self, vcpu: MachineVcpu, values: dict[int, bytes]) -> None:
@@ -195,10 +190,10 @@ class Target:
                 segment: Segment = getattr(vcpu.regs, name[:2])
                 changes[name[:2]] = segment._replace(base=value)
             elif name in _SEGMENTS:
-                segment = getattr(vcpu.regs, name)
-                if vcpu.regs.real_mode:
-                    segment = segment._replace(base=value << 4)
-                changes[name] = segment._replace(selector=value & 0xFFFF)
+                if not vcpu.regs.real_mode:
+                    raise ValueError(f"{name} has a descriptor, which a selector does not tell")
+                segment, selector = getattr(vcpu.regs, name), value & 0xFFFF
+                changes[name] = segment._replace(selector=selector, base=selector << 4)
             elif not _put_fpu(image, name, data):
                 changes[name] = value
         if changes:
@@ -207,31 +202,26 @@ class Target:
             vcpu.fpu = bytes(image)
 
 
-def _full_tags(abridged: int) -> int:
-    """The x87 tag word of two bits a register; that of FXSAVE tells only which are empty."""
-    return sum((0 if abridged >> n & 1 else 3) << 2 * n for n in range(8))
-
-
 def _put_fpu(image: bytearray, name: str, data: bytes) -> bool:
     """Put a register into an FXSAVE image; False if it is none of x87 and SSE."""
-    assert len(image) == FXSAVE_SIZE
+    assert len(image) == fxsave.SIZE
     if name.startswith("st"):
-        at, size = _ST + 16 * int(name[2:]), 10
+        place = fxsave.st(int(name[2:]))
     elif name.startswith("xmm"):
-        at, size = _XMM + 16 * int(name[3:]), 16
+        place = fxsave.xmm(int(name[3:]))
     elif name == "ftag":
-        word = int.from_bytes(data, "little")
-        image[4] = sum((word >> 2 * n & 3 != 3) << n for n in range(8))
+        image[4] = fxsave.abridged_tags(int.from_bytes(data, "little"))
         return True
     elif name in _FPU_PLACES:
-        at, size = _FPU_PLACES[name]
+        place = _FPU_PLACES[name]
     else:
         return False
-    image[at : at + size] = data[:size]
+    image[place] = data[: place.stop - place.start]
     return True
 
 
 _FPU_PLACES = {
-    "fctrl": (0, 2), "fstat": (2, 2), "fop": (6, 2), "fioff": (8, 4), "fiseg": (12, 2),
-    "fooff": (16, 4), "foseg": (20, 2), "mxcsr": (_MXCSR, 4),
+    "fctrl": slice(0, 2), "fstat": slice(2, 4), "fop": slice(6, 8),
+    "fioff": slice(8, 12), "fiseg": slice(12, 14), "fooff": slice(16, 20), "foseg": slice(20, 22),
+    "mxcsr": slice(fxsave.MXCSR, fxsave.MXCSR + 4),
 }  # fmt: skip

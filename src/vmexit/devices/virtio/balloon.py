@@ -45,6 +45,7 @@ class Balloon(VirtioDevice):
         self.statistics: dict[str, int] = {}
         """What the guest has told last, by name; sizes in bytes."""
         self._roles: list[Callable[[Queue], None]] = []
+        self._told: Callable[[int], None] | None = None
 
     @property
     def target(self) -> int:
@@ -73,6 +74,12 @@ class Balloon(VirtioDevice):
     def write_config(self, offset: int, data: bytes) -> None:
         if offset == _ACTUAL and len(data) == 4:
             self._actual = int.from_bytes(data, "little")
+            if self._told is not None:
+                self._told(self.actual)
+
+    def on_change(self, function: Callable[[int], None]) -> None:
+        """Call `function` with how many bytes it has whenever the guest says so."""
+        self._told = function
 
     def activate(self, queues: Sequence[Queue], features: int) -> None:
         super().activate(queues, features)

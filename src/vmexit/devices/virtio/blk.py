@@ -7,6 +7,7 @@ from typing import Protocol
 from vmexit.abi import virtio as v
 from vmexit.core.rate import Limit
 from vmexit.devices.virtio.device import VirtioDevice
+from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Chain, QueueError, without_first
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
@@ -71,6 +72,40 @@ class DiskBackend(Protocol):
         ...
 
 
+class DiskFlows:
+    """What a disk has done, by kind, with the bytes that were meant."""
+
+    def __init__(self) -> None:
+        self._kinds = {
+            v.BLK_T_IN: Flow("read"),
+            v.BLK_T_OUT: Flow("write"),
+            v.BLK_T_FLUSH: Flow("flush"),
+            v.BLK_T_DISCARD: Flow("discard"),
+            v.BLK_T_WRITE_ZEROES: Flow("write_zeroes"),
+        }
+        self.all = tuple(self._kinds.values())
+
+    def count(self, kind: int, size: int) -> None:
+        """A request of this kind is done, for `size` bytes."""
+        flow = self._kinds.get(kind)
+        if flow is not None:
+            flow.count(size)
+
+    def count_request(self, chain: Chain) -> None:
+        """Likewise for one that others serve, which is counted as it is passed on to them."""
+        data = chain.read(_HEADER.size + _RANGE.size)
+        if len(data) < _HEADER.size:
+            return
+        kind = _HEADER.unpack_from(data)[0]
+        size = sum(size for _, size in chain.sources) - _HEADER.size
+        if kind == v.BLK_T_IN:
+            size = max(chain.writable_size() - _STATUS, 0)
+        elif kind in (v.BLK_T_DISCARD, v.BLK_T_WRITE_ZEROES):
+            ranged = len(data) == _HEADER.size + _RANGE.size
+            size = _RANGE.unpack_from(data, _HEADER.size)[1] * v.SECTOR_SIZE if ranged else 0
+        self.count(kind, size)
+
+
 class Blk(VirtioDevice):
     """Queues of requests, each of which is done before the next one is looked at."""
 
@@ -86,6 +121,8 @@ class Blk(VirtioDevice):
         """
         self._disk = disk
         self.limit = limit
+        counts = DiskFlows()
+        self._count, self.flows = counts.count, counts.all
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self._id = serial.encode()[: v.BLK_ID_SIZE].ljust(v.BLK_ID_SIZE, b"\0")
         bits = [v.BLK_F_SEG_MAX, v.BLK_F_BLK_SIZE, v.BLK_F_TOPOLOGY, v.BLK_F_FLUSH]
@@ -129,6 +166,7 @@ class Blk(VirtioDevice):
             if not self._readable(sector, size):
                 return v.BLK_S_IOERR
             disk.read_into(data, sector * v.SECTOR_SIZE)
+            self._count(kind, size)
         elif kind == v.BLK_T_GET_ID:
             if size < v.BLK_ID_SIZE:
                 return v.BLK_S_IOERR
@@ -136,11 +174,14 @@ class Blk(VirtioDevice):
         elif kind == v.BLK_T_FLUSH:
             if not disk.readonly:
                 disk.flush()
+            self._count(kind, 0)
         elif kind == v.BLK_T_OUT:
             source = without_first(chain.readable, _HEADER.size)
-            if disk.readonly or not self._readable(sector, sum(map(len, source))):
+            length = sum(map(len, source))
+            if disk.readonly or not self._readable(sector, length):
                 return v.BLK_S_IOERR
             disk.write_from(source, sector * v.SECTOR_SIZE)
+            self._count(kind, length)
         elif kind in (v.BLK_T_DISCARD, v.BLK_T_WRITE_ZEROES):
             return self._clear(kind, chain.read(_HEADER.size + _RANGE.size + 1)[_HEADER.size :])
         else:
@@ -163,6 +204,7 @@ class Blk(VirtioDevice):
             disk.discard(offset, size)
         else:
             disk.write_zeroes(offset, size, unmap=unmap)
+        self._count(kind, size)
         return v.BLK_S_OK
 
     def _within(self, sector: int, size: int) -> bool:

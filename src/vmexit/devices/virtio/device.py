@@ -6,6 +6,7 @@ from typing import Protocol
 from vmexit.core.bus import State
 from vmexit.core.rate import Limit
 from vmexit.core.saved import Saved
+from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Queue
 
 
@@ -50,13 +51,16 @@ class VirtioDevice:
     limit: Limit | None = None
     """How much there may be in a time, on all queues together."""
 
+    flows: Sequence[Flow] = ()
+    """What it counts of its operations; where that is nothing, its queues do."""
+
+    queues: Sequence[Queue] = ()
+    """Those that the driver has set up; none before it is ready."""
+
     @property
     def unsaved(self) -> str:
         """Why its state cannot be saved now, and after a semicolon the remedy; else empty."""
         return ""
-
-    queues: Sequence[Queue] = ()
-    """Those that the driver has set up; none before it is ready."""
 
     def config(self) -> bytes:
         """The device configuration space as it is now."""

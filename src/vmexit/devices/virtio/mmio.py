@@ -16,6 +16,7 @@ from vmexit.core.irq import EdgeLine
 from vmexit.core.memory import GuestMemory
 from vmexit.core.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
+from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Queue, QueueError
 
 _VENDOR = int.from_bytes(b"VMEX", "little")
@@ -48,6 +49,12 @@ class MmioTransport:
             Queue(memory, size, self._used, self._kick_later(index, clock))
             for index, size in enumerate(device.queue_sizes)
         ]
+        self.flows = device.flows
+        """How much has gone through the device; any thread may read."""
+        if not self.flows:
+            self.flows = both = (Flow("from_guest"), Flow("to_guest"))
+            for queue in self._queues:
+                queue.flows = both
         self._notify = [partial(device.notify, i) for i in range(len(self._queues))]
         self.driven = False
         """Whether a driver was ready once."""
@@ -74,6 +81,14 @@ class MmioTransport:
     def _kick_later(self, index: int, clock: Clock) -> Callable[[int | None], None]:
         timer = clock.timer(lambda: self.kick(index))
         return lambda when: timer.set(clock.now() if when is None else when)
+
+    # Counters.
+
+    @property
+    def waited_ns(self) -> int | None:
+        """How long limits have held requests back; None where there can be none."""
+        limits = {self.device.limit, *(queue.limit for queue in self._queues)} - {None}
+        return sum(limit.waited_ns for limit in limits if limit is not None) if limits else None
 
     # Interrupts.
 

@@ -9,6 +9,7 @@ from vmexit.core.bus import State
 from vmexit.core.rate import Limit
 from vmexit.core.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
+from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Chain, Queue, QueueError, without_first
 
 QUEUE_SIZE = 256
@@ -97,6 +98,8 @@ class Net(VirtioDevice):
         self._backend = backend
         self._mac = mac
         self._limits = (received, sent)
+        self.flows = (Flow("receive"), Flow("transmit"))  # frames, without virtio's header
+        self._header = v.NET_HEADER_SIZE if backend.offloads else 0
         self._link = True
         self._frame: memoryview | None = None  # from the backend, and not yet taken by the guest
         self._merges = False
@@ -166,6 +169,7 @@ class Net(VirtioDevice):
             if not self._deliver(queue, self._frame):
                 break  # until the guest notifies of new buffers
             queue.count(len(self._frame))
+            self.flows[RECEIVE].count(max(0, len(self._frame) - self._header))
             self._frame = None
         else:
             self._backend.when_readable(self._readable)
@@ -224,6 +228,7 @@ class Net(VirtioDevice):
         if not self._backend.offloads:
             parts = without_first(parts, v.NET_HEADER_SIZE)
         self._backend.send(parts)
+        self.flows[TRANSMIT].count(size - v.NET_HEADER_SIZE)
         return 0
 
     # Commands.

@@ -21,6 +21,7 @@ from vmexit.core.errors import GuestAddressError, VmexitError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.rate import Limit
 from vmexit.core.saved import Saved
+from vmexit.devices.virtio.flow import Flow
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
 _U16 = struct.Struct("<H")
@@ -116,6 +117,8 @@ class Queue:
         # but not across the locked instruction that this takes (Intel SDM vol. 3, 9.2.3.4).
         self._fence = threading.Lock()
         self.size_max = size_max
+        self.flows: tuple[Flow, Flow] | None = None
+        """Who counts what was done with bytes from the guest, and for it, if nobody else does."""
         self.limit: Limit | None = None
         """How much `serve()` does in a time."""
         self.reset()
@@ -191,6 +194,8 @@ class Queue:
         """Whether the limit forbids another request now: then `again` is called in time."""
         if self.limit is None or (later := self.limit.ready_at()) is None:
             return False
+        if self.ready and self._avail_index() != self._next_avail:
+            self.limit.waits_until(later)
         self._again(later)
         return True
 
@@ -271,11 +276,20 @@ class Queue:
             return
         for chain, written in done:
             self._memory.host_wrote(chain.ranges, written)
+            if self.flows is not None:
+                self._count_flows(chain, written, *self.flows)
             at = _RING + 8 * (self._next_used & self.size - 1)
             # Buffers may name the same memory many times, and have more than there is.
             _USED.pack_into(self._used, at, chain.head, min(written, _MASK32))
             self._next_used = self._next_used + 1 & _MASK16
         _U16.pack_into(self._used, 2, self._next_used)
+
+    @staticmethod
+    def _count_flows(chain: Chain, written: int, from_guest: Flow, to_guest: Flow) -> None:
+        if chain.sources:
+            from_guest.count(sum(size for _, size in chain.sources))
+        if written:
+            to_guest.count(written)
 
     def give_back(self, count: int) -> None:
         """The last `count` requests are not used after all: `pop()` gives them again."""

@@ -8,6 +8,7 @@ from vmexit.core.clock import Clock
 from vmexit.core.errors import HostError, VmexitError
 from vmexit.core.rate import Limit
 from vmexit.devices.virtio.device import VirtioDevice
+from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Chain, Queue, QueueError
 
 Segment = tuple[int, int, bool]
@@ -76,6 +77,17 @@ class VhostBackend(Protocol):
         ...
 
 
+class RequestFlows(Protocol):
+    """Who knows what the requests of a type of device are."""
+
+    @property
+    def all(self) -> Sequence[Flow]: ...
+
+    def count_request(self, chain: Chain) -> None:
+        """Count one that is passed on."""
+        ...
+
+
 class Vhost(VirtioDevice):
     """Each request is checked and passed on, and its answer passed back.
 
@@ -94,9 +106,11 @@ class Vhost(VirtioDevice):
         fail: Callable[[BaseException], None],
         patience: float = 0,
         limit: Limit | None = None,
+        flows: RequestFlows | None = None,
     ) -> None:
         """`features` are those of its type that may be offered; `limit` is for all queues together.
 
+        `flows` count requests; without, the queues do.
         If the other program is gone for more than `patience` seconds, `fail` is told.
         """
         self.device_id = device_id
@@ -108,6 +122,8 @@ class Vhost(VirtioDevice):
         self._fail = fail
         self._patience = round(patience * 1e9)
         self.limit = limit
+        self._flows = flows
+        self.flows = flows.all if flows is not None else ()
         self._give_up_at = 0
         self._retry = clock.timer(self._connect)
         self._agreed = 0
@@ -169,6 +185,8 @@ class Vhost(VirtioDevice):
             if not all(backend.reaches(gpa, size) for gpa, size in chain.sources):
                 raise QueueError("a request lies in ROM, which is not shared")
             queue.count(chain.size())
+            if self._flows is not None:
+                self._flows.count_request(chain)
             # Without its views: each part of each request that may be under way would have one.
             kept = chain._replace(readable=[], writable=[])
             under_way[backend.add(index, chain.segments())] = kept

@@ -1,0 +1,5 @@
+"""Numbers of a running machine for Prometheus: `MetricsServer(vm, "unix:PATH", stats)`."""
+
+from vmexit.control.metrics.server import MetricsServer
+
+__all__ = ["MetricsServer"]

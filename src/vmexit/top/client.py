@@ -1,0 +1,152 @@
+"""A client of QMP that asks one thing after the other."""
+
+import json
+import select
+import socket
+import time
+
+from vmexit.control.server import Address
+from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+_PATIENCE = 10.0  # seconds for an answer
+# Bytes of one message: the exits of 4096 addresses take less than 1 MiB.
+_MOST = 8 << 20
+_PIECE = 1 << 16
+
+
+class GoneError(VmexitError):
+    """The machine has ended, or has closed the connection."""
+
+
+class RefusedError(VmexitError):
+    """The other side cannot do a command; it says why."""
+
+
+class QmpClient:
+    """Connected and negotiated, until `close()`. Events are passed over."""
+
+    def __init__(self, where: str) -> None:
+        """`where` is `unix:PATH`, `tcp:HOST:PORT`, or a path. Raises ConfigError, HostError."""
+        if not where.startswith(("unix:", "tcp:")):
+            where = f"unix:{where}"
+        address = Address.parse(where, "vmexit top")
+        self._name = str(address)
+        self._data = bytearray()
+        self._socket = self._connect(address)
+        try:
+            self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, address: Address) -> socket.socket:
+        try:
+            if not address.path:
+                return socket.create_connection((address.host, address.port), _PATIENCE)
+            end = socket.socket(socket.AF_UNIX)
+            try:
+                end.settimeout(_PATIENCE)
+                end.connect(address.path)
+            except BaseException:
+                end.close()
+                raise
+            return end
+        except (OSError, OverflowError, ValueError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or error
+            raise ConfigError(
+                f"cannot connect to {self._name}: {why}; give the address of a machine that runs "
+                "with --qmp"
+            ) from error
+
+    def _greet(self) -> None:
+        try:
+            greeting = self._read()
+        except (HostError, GoneError) as error:
+            raise self._no_qmp() from error
+        if not isinstance(greeting, dict) or "QMP" not in greeting:
+            raise self._no_qmp()
+        self.execute("qmp_capabilities")
+
+    def _no_qmp(self) -> ConfigError:
+        return ConfigError(f"{self._name} is no QMP; give what the machine's --qmp says")
+
+    def execute(self, command: str) -> Json:
+        """What `command` returns. Raises RefusedError, GoneError, HostError."""
+        try:
+            self._socket.settimeout(_PATIENCE)
+            self._socket.sendall(json.dumps({"execute": command}).encode() + b"\n")
+        except TimeoutError as error:
+            raise self._silent() from error
+        except OSError as error:
+            raise GoneError("the machine has ended") from error
+        while True:
+            message = self._read()
+            if not isinstance(message, dict):
+                raise self._no_qmp()
+            if "return" in message:
+                return message["return"]
+            if "error" in message:
+                told = message["error"]
+                why = told.get("desc") if isinstance(told, dict) else None
+                raise RefusedError(shown(why) if isinstance(why, str) else "it says not why")
+
+    def ended(self) -> bool:
+        """Take in what has come by itself: events, or the end, which it tells."""
+        while select.select([self._socket], [], [], 0)[0]:
+            try:
+                piece = self._socket.recv(_PIECE)
+            except OSError:
+                return True
+            if not piece:
+                return True
+            self._data += piece
+            # Nothing was asked for: whole lines are events.
+            del self._data[: self._data.rfind(b"\n") + 1]
+            if len(self._data) > _MOST:
+                return True
+        return False
+
+    def fileno(self) -> int:
+        """To wait for what comes by itself."""
+        return self._socket.fileno()
+
+    def _read(self) -> Json:
+        """The next message. Raises GoneError, HostError."""
+        until = time.monotonic() + _PATIENCE
+        start = 0
+        while (end := self._data.find(b"\n", start)) < 0:
+            start = len(self._data)
+            if start > _MOST:
+                raise self._no_qmp()
+            try:
+                self._socket.settimeout(max(until - time.monotonic(), 0.001))
+                piece = self._socket.recv(_PIECE)
+            except TimeoutError as error:
+                raise self._silent() from error
+            except OSError as error:
+                raise GoneError("the machine has ended") from error
+            if not piece:
+                raise GoneError("the machine has ended")
+            self._data += piece
+        line = bytes(self._data[:end])
+        del self._data[: end + 1]
+        try:
+            message: Json = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._no_qmp() from error
+        return message
+
+    def _silent(self) -> HostError:
+        return HostError(f"{self._name} does not answer; is its machine stopped?")
+
+    def close(self) -> None:
+        """Say goodbye to nobody."""
+        self._socket.close()
+
+    def __enter__(self) -> "QmpClient":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
