@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from command import assert_one_line, vmexit
 
-from vmexit import ConfigError, JsonTrace, Machine, RunState, Snapshot, StopReason, VmexitError
+from vmexit import (
+    ConfigError,
+    JsonTrace,
+    Machine,
+    Point,
+    RunState,
+    Snapshot,
+    StopReason,
+    VmexitError,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
@@ -196,8 +205,11 @@ def test_a_saved_one_goes_on_in_another_process(accel, tmp_path):
 
 
 def test_a_loaded_one_is_as_the_one_that_was_saved(accel, tmp_path):
+    counts = SMP.read_bytes().index(bytes.fromhex("f0ff0508600000"))  # lock inc dword ptr [0x6008]
     with smp(accel) as vm:
-        vm.run(timeout=0.005)
+        vm.add_breakpoint(Point(counts))
+        assert vm.run(TIMEOUT).reason is StopReason.DEBUG
+        vm.remove_breakpoint(Point(counts))
         with vm.snapshot() as snap:
             snap.save(tmp_path / "a")
             with Snapshot.load(tmp_path / "a") as again:
