@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from vmexit.arguments import parse
 from vmexit.backends.wait import PATIENCE, never, write_all
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vmexit.machine.config import MachineConfig
     from vmexit.machine.machine import Machine
 
+_SOON = 1.0  # seconds
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
@@ -32,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.disable()
     _open_standard_descriptors()
     arguments = parse(sys.argv[1:] if argv is None else list(argv))
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
-            signal.signal(number, _end)
+    end = _End()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Not what nohup and shells have others ignore.
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end)
     try:
         status = _COMMANDS[arguments.command](arguments)
     except VmexitError as error:
@@ -79,9 +84,24 @@ def _open_standard_descriptors() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be anything
 
 
-def _end(number: int, _frame: object) -> NoReturn:
-    """End in order: files are written out, sockets removed."""
-    raise SystemExit(128 + number)
+class _End:
+    """Ends in order when a signal comes: files are written out, sockets removed.
+
+    A second one soon after could break that in the middle, so it counts as the first. A later one
+    is for what hangs.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if now - self._last < _SOON:
+            return
+        self._last = now
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 
 import pytest
 from command import GUESTS, VMEXIT, vmexit
@@ -62,6 +63,24 @@ def test_a_crash_is_status_3_with_registers_and_the_instruction(accel):
 def test_the_timeout_is_status_124(accel):
     done = vmexit("run", "--accel", accel, GUESTS / "endless.bin", "--timeout", "0.2")
     assert done == (124, "", "vmexit: timeout: the guest still ran after 0.2 s\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_twice_ends_in_order_too(accel, number, tmp_path):
+    guest, path = GUESTS / "out-loop.bin", tmp_path / "qmp"
+    command = ["run", "--accel", accel, guest, "--debugcon", "0x10", "--qmp", f"unix:{path}"]
+    for n in range(8):
+        with subprocess.Popen(
+            [*VMEXIT, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.read(1) == b"\0"  # it runs
+            for wait in (0, n / 1000, n / 1000):
+                time.sleep(wait)
+                process.send_signal(number)
+            assert b"Traceback" not in process.stderr.read()
+            assert process.wait(60) in (128 + number, -number)  # when it has ended all but itself
+        assert not path.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

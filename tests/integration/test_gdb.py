@@ -1,6 +1,8 @@
 """A real gdb at a machine that runs, and at its first instruction."""
 
+import random
 import re
+import select
 import stat
 import subprocess
 
@@ -156,6 +158,52 @@ def test_the_end_and_a_crash_are_told(accel, tmp_path, image):
         assert "Program terminated with signal SIGSEGV" in said
         status, _, err = run.finish()
         assert status == 3 and "vcpu 0: " in err
+
+
+@pytest.mark.parametrize("last", [b"s", b"c"])
+def test_gdb_goes_at_any_moment_and_the_guest_goes_on(accel, tmp_path, image, last):
+    """Also at the end of a step, or at a breakpoint, that nobody waits for any more."""
+    with flat(tmp_path, image(FOREVER), accel) as run:
+        chance, gone = random.Random(1), 0
+        while gone < 40:
+            with Wire(run.path) as wire:
+                try:
+                    if not wire.ask(b"?").startswith(b"T05"):
+                        continue  # the one before is still there
+                except BrokenPipeError:
+                    continue
+                assert wire.ask(b"Z0,1000,1") == b"OK"
+                wire.send(last)
+                select.select([wire.socket], [], [], chance.random() * 0.003)
+                gone += 1
+        assert "$1 = " in gdb(run.path, "print $ax", "detach")
+        assert run.process.poll() is None
+
+
+def test_a_crash_that_gdb_has_seen_ends_the_run_when_it_goes(accel, tmp_path, image):
+    for goes in (b"D", b""):
+        with flat(tmp_path, image(CRASH), accel, "--paused") as run:
+            with Wire(run.path) as wire:
+                wire.send(b"c")
+                while not (packet := wire.receive()).startswith(b"T"):
+                    assert packet.startswith(b"O")
+                assert packet.startswith(b"T0b")
+                if goes:
+                    assert wire.ask(goes) == b"OK"
+            status, _, err = run.finish()
+            assert status == 3 and "vcpu 0: " in err
+
+
+def test_a_guest_that_is_held_at_its_end_does_not_go_on(accel, tmp_path, image):
+    """It can be looked into, and reset."""
+    options = ("--paused", "--action", "shutdown=pause")
+    halts = image(bytes.fromhex("f4 ebfe"))  # hlt; jmp $
+    with flat(tmp_path, halts, accel, *options) as run, Wire(run.path) as wire:
+        assert wire.ask(b"c").startswith(b"T05")
+        before = wire.ask(b"g")
+        for more in (b"c", b"vCont;c", b"s"):
+            assert wire.ask(more).startswith(b"E.the guest is at its end")
+        assert wire.ask(b"g") == before
 
 
 def test_a_library_user_has_it_too(tmp_path, accel):

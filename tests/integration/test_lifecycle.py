@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from vmexit import After, EventKind, Machine, RunState, StopReason, VmexitError
+from vmexit import After, EventKind, Machine, Point, RunState, StopReason, VmexitError
 
 TIMEOUT = 60
 START = 0x1000
@@ -341,6 +341,66 @@ def test_closing_waits_for_whoever_looks_into_it(accel):
         looking.join(TIMEOUT)
         closing.join(TIMEOUT)
         assert seen == [(RunState.CREATED, HALTS[0])] and vm.state is RunState.CLOSED
+
+
+def test_closing_meets_a_run_with_breakpoints_at_any_moment(accel):
+    """What is armed for a run is disarmed before it is gone."""
+    for _ in range(25):
+        vm = Machine(memory="1M", accel=accel)
+        vm.load_bytes(SPIN, at=START)
+        vm.add_breakpoint(Point(0x5000))
+        vm.start(TIMEOUT)
+        vm.close()
+        try:
+            assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+        except VmexitError as error:  # it came first
+            assert "closed; make a new one" in str(error)
+        for used in (vm.pause, vm.reset, lambda vm=vm: vm.add_breakpoint(Point(0))):
+            with pytest.raises(VmexitError, match="closed; make a new one"):
+                used()
+
+
+def test_a_callback_that_may_not_pause_waits_for_nobody_who_does(spinning):
+    """The machine's own callbacks, while another thread waits for the vCPUs to stand still."""
+    vm, refused = spinning, []
+
+    def decide(stop):
+        for steer in (vm.paused().__enter__, vm.pause, vm.reset):
+            with pytest.raises(VmexitError, match="from within its own run"):
+                steer()
+        vm.resume()  # it runs
+        refused.append(stop)
+        return After.RESET
+
+    vm.decide(decide)
+    vm.pause()
+    vm.add_breakpoint(Point(START))
+    vm.resume()
+    for _ in range(50):
+        with vm.paused():
+            before = len(refused)
+        end = time.monotonic() + TIMEOUT
+        while len(refused) == before:
+            assert time.monotonic() < end
+    vm.pause()
+    vm.remove_breakpoint(Point(START))
+
+
+def test_what_a_subscriber_raises_comes_out_of_run_whoever_made_it_happen(accel):
+    def fail(event):
+        raise RuntimeError(f"at {event.kind.value}")
+
+    told = []
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        vm.start(TIMEOUT)
+        assert moves(vm)
+        vm.subscribe(fail)
+        vm.subscribe(lambda event: told.append(event.kind))
+        vm.reset()
+        assert EventKind.RESET in told
+        with pytest.raises(RuntimeError, match="at reset"):
+            vm.wait(TIMEOUT)
 
 
 def test_a_closed_machine_stays_closed(accel):

@@ -51,6 +51,31 @@ def error(answer, kind="GenericError"):
     return answer["error"]["desc"]
 
 
+def test_a_fork_that_ends_takes_nothing_from_its_parent(accel, tmp_path):
+    path, child, status = str(tmp_path / "qmp.sock"), -1, 1
+    try:
+        with Machine(memory="1M", accel=accel) as vm:
+            vm.load_bytes(SPIN, at=0x1000)
+            with QmpServer(vm, f"unix:{path}"):
+                vm.start(TIMEOUT)
+                with Raw(path) as client:
+                    client.read()
+                    child = os.fork()
+                    if child:
+                        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                        assert client.say(b'{"execute":"qmp_capabilities"}') == {"return": {}}
+                if child:
+                    with Client(path) as another:
+                        assert another.execute("query-status")["running"]
+            if child:
+                vm.stop()
+                assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+        status = 0
+    finally:
+        if child == 0:
+            os._exit(status)
+
+
 def test_nothing_is_done_before_the_negotiation(served):
     with Raw(served.path) as client:
         greeting = client.read()["QMP"]

@@ -1,6 +1,7 @@
 """Sockets that other programs connect to, or that we connect to them by."""
 
 import math
+import os
 import socket
 import threading
 import time
@@ -80,6 +81,7 @@ class Server:
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._closing = False
+        self._process = os.getpid()
         self._gone = threading.Event()
         self._listener: socket.socket | None = None
         self._file: SocketFile | None = None
@@ -166,6 +168,9 @@ class Server:
 
     def close(self) -> None:
         """Cut all clients off and wait for their threads; a Unix socket's path is removed."""
+        if os.getpid() != self._process:
+            self._drop()
+            return
         with self._lock:
             self._closing = True
             self._gone.set()
@@ -188,6 +193,13 @@ class Server:
                     client.shutdown(how)
             for thread in clients.values():
                 thread.join(min(max(0, end - time.monotonic()), threading.TIMEOUT_MAX))
+
+    def _drop(self) -> None:
+        """In a fork: the sockets are still its parent's, and it has none of the threads."""
+        if self._listener is not None:
+            self._listener.close()
+        for client in tuple(self._clients):
+            client.close()
 
 
 class Service:

@@ -42,8 +42,8 @@ def run_status(vm: Machine, *, debugging: bool = False) -> RunStatus:
     return _STATUS[state]
 
 
-def resume(vm: Machine) -> None:
-    """Let the machine go on. Raises VmexitError for a guest that is at its end."""
+def resume(vm: Machine, *, step: int | None = None, only: int | None = None) -> None:
+    """As `Machine.resume()`. Raises VmexitError for a guest that is at its end, too."""
     if vm.state in (RunState.SHUTDOWN, RunState.CRASHED):
         raise VmexitError("the guest is at its end and cannot go on; use system_reset first")
-    vm.resume()
+    vm.resume(step=step, only=only)

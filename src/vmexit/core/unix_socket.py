@@ -20,10 +20,13 @@ class SocketFile:
         _remove_stale(path)
         server.bind(path)
         self._path = path
+        self._process = os.getpid()
         self._inode = _inode(path)
 
     def remove(self) -> None:
-        """Remove it, unless it is another one's by now."""
+        """Remove it, unless it is another one's by now; a fork leaves it to who made it."""
+        if os.getpid() != self._process:
+            return
         if self._inode is not None and _inode(self._path) == self._inode:
             Path(self._path).unlink(missing_ok=True)
 

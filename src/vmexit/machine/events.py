@@ -55,7 +55,9 @@ Subscriber = Callable[[Event], object]
 class Subscribers:
     """Tells each event to all who want to know, in the thread where it happens."""
 
-    def __init__(self) -> None:
+    def __init__(self, fail: Callable[[Exception], None]) -> None:
+        """`fail` gets what a subscriber raises."""
+        self._fail = fail
         self._lock = threading.Lock()
         self._functions: tuple[Subscriber, ...] = ()
 
@@ -73,8 +75,11 @@ class Subscribers:
     def tell(
         self, kind: EventKind, stop: Stop | None = None, *, held: bool = False, value: int = 0
     ) -> None:
-        """Raises whatever a subscriber raises."""
+        """One that raises keeps the others from nothing."""
         if self._functions:
             event = Event(kind, time.time(), stop, held, value)
             for function in self._functions:
-                function(event)
+                try:
+                    function(event)
+                except Exception as error:
+                    self._fail(error)

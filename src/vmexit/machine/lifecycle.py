@@ -43,11 +43,16 @@ class Lifecycle:
         runner: DebuggedRunner,
         request: StopRequest,
         reset: Callable[[], None],
+        describe: Callable[[Stop], Stop],
         subscribers: Subscribers,
     ) -> None:
-        """`reset` puts the guest back to its beginning, while no vCPU runs."""
+        """`reset` puts the guest back to its beginning, while no vCPU runs.
+
+        `describe` adds what can be told of a stop only as long as the machine is there.
+        """
         self._runner = runner
         self._reset = reset
+        self._describe = describe
         self._request = request
         self.subscribers = subscribers
         self.control = threading.RLock()
@@ -62,6 +67,7 @@ class Lifecycle:
         self._told = False  # what subscribers know: whether it runs
         self._quit = False  # the next run is over before it begins
         self._active = 0  # the thread in run()
+        self._over = False  # no run may begin any more
         self._woken = False
         self._ending: Stop | None = None  # asked for while it was held
         self._last: Stop | None = None
@@ -100,6 +106,8 @@ class Lifecycle:
     def run(self, timeout: float | None, turn: Turn = ALL) -> Stop:
         """See `Machine.run()`."""
         with self._changed:
+            if self._over:
+                raise VmexitError("this machine is closed; make a new one")
             if self._active:
                 raise VmexitError("this machine runs already; stop() it first")
             if self._barred and self._bars == threading.get_ident():
@@ -116,7 +124,8 @@ class Lifecycle:
                 left = None if end is None else max(0.0, end - time.monotonic())
                 stop = self._wait(left) or self._run(end)
                 if stop is not None:
-                    return stop
+                    self._request.raise_failure()
+                    return self._describe(stop)
         finally:
             with self._changed:
                 self._active = 0
@@ -240,6 +249,8 @@ class Lifecycle:
 
     def resume(self, turn: Turn = ALL) -> None:
         """Let a held run go on, by a step if `turn` says so. Raises VmexitError without one."""
+        if self._runs_here():
+            return  # and who is about to pause it waits for this thread
         with self.control, self._changed:
             if self._state is RunState.RUNNING:
                 return
@@ -274,10 +285,11 @@ class Lifecycle:
 
         Nobody is told of that. What stops by itself just then stays as it is.
         """
+        self._require_other_thread()
         with self.control:
+            if self._state is RunState.CLOSED:
+                raise VmexitError("this machine is closed; make a new one")
             ran = self._state is RunState.RUNNING
-            if ran:
-                self._require_other_thread()
             try:
                 with self._changed:
                     self._barred += 1
@@ -311,10 +323,27 @@ class Lifecycle:
             self._last = None
             self._become(RunState.PAUSED, EventKind.RESET)
 
+    def end(self) -> None:
+        """No run is under way any more, and none begins. Raises VmexitError from within one."""
+        with self._changed:
+            if self._active == threading.get_ident():
+                raise VmexitError("a machine cannot be closed from within its own run(); stop() it")
+            self._over = True
+            while self._active:
+                self.stop()
+                self._changed.wait(_AGAIN)
+            if self._state is RunState.RUNNING:  # a signal came as run() was left by another one
+                self._state = RunState.PAUSED
+                self._changed.notify_all()
+
     def close(self) -> None:
         """The machine is closed."""
         self._state = RunState.CLOSED
 
+    def _runs_here(self) -> bool:
+        """Whether it runs, and this is the thread in `run()`: a callback."""
+        return self._active == threading.get_ident() and self._state is RunState.RUNNING
+
     def _require_other_thread(self) -> None:
-        if self._active == threading.get_ident() and self._state is RunState.RUNNING:
+        if self._runs_here():
             raise VmexitError("a machine cannot be paused from within its own run(); stop() it")

@@ -185,13 +185,15 @@ class Machine(Inspection):
         self.within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
-        subscribers = Subscribers()
+        subscribers = Subscribers(self._request.fail)
         self._parts = parts = builder.build(
             config, self._request, observer, subscribers.tell, restored
         )
         self._runner = Runner(parts.vm.executors, self._request, parts.running)
         self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)
-        self._life = Lifecycle(self._debug, self._request, self._begin_again, subscribers)
+        self._life = Lifecycle(
+            self._debug, self._request, self._begin_again, self._describe, subscribers
+        )
         self._reader = CounterReader(
             config.memory, parts.memory, parts.pio, parts.mmio, parts.balloon, parts.virtio_counters
         )
@@ -398,10 +400,10 @@ class Machine(Inspection):
         self._require_open()
         if timeout is not None and not timeout >= 0:
             raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
-        stop = self._life.run(timeout, turn)
-        if stop.crashed and not self._closed:
-            stop = stop._replace(dump=self.dump(stop.vcpu))
-        return stop
+        return self._life.run(timeout, turn)
+
+    def _describe(self, stop: Stop) -> Stop:
+        return stop._replace(dump=self.dump(stop.vcpu)) if stop.crashed else stop
 
     def start(self, timeout: float | None = None) -> None:
         """Begin a `run()` in a thread of its own; `wait()` has what it returns."""
@@ -432,6 +434,8 @@ class Machine(Inspection):
         self._require_open()
         for vcpu in (step, only):
             self._vcpu(vcpu or 0)
+        if self._runner.in_vcpu_thread():
+            return  # it runs; and who is about to pause it waits for this thread
         self._life.resume(Turn(step, only))
 
     def paused(self) -> AbstractContextManager[None]:
@@ -580,14 +584,22 @@ class Machine(Inspection):
 
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards."""
-        if not self._closed:
-            self._life.stop()
-            self._runner.close()
-            with self._life.control:  # whoever looks into it meanwhile has soon done
-                if not self._closed:
-                    self._life.close()
-                    self._closed = True
-                    self._parts.closer.close()
+        if self._closed:
+            return
+        if self._runner.forked:  # nobody uses it here, and locks may be held for ever
+            self._free()
+            return
+        self._runner.require_closable()
+        self._life.end()
+        self._runner.close()
+        with self._life.control:  # whoever looks into it meanwhile has soon done
+            if not self._closed:
+                self._free()
+
+    def _free(self) -> None:
+        self._life.close()
+        self._closed = True
+        self._parts.closer.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "running" if self.running else "paused"
@@ -605,6 +617,8 @@ class Machine(Inspection):
 
     def _require_outside(self) -> None:
         self._require_open()
+        if self._runner.forked:
+            raise VmexitError("a fork has no threads of this machine; make a new one in it")
         if self._runner.in_vcpu_thread():
             raise VmexitError("a machine cannot be paused from within its own access; stop() it")
 

@@ -122,11 +122,12 @@ class StopRequest:
         if not runs:
             self._idle()
 
-    def take_error(self) -> BaseException | None:
-        """What `fail()` was given."""
+    def raise_failure(self) -> None:
+        """Raises what `fail()` was given, if anything."""
         with self._lock:
             error, self._error = self._error, None
-            return error
+        if error is not None:
+            raise error
 
     def __call__(self, stop: Stop) -> bool:
         """End the run under way with `stop`, unless it ends already. False if there is none."""
@@ -259,7 +260,7 @@ class Runner:
         Whatever a device raises is raised here, once all vCPUs have stopped. So is what a signal's
         handler raises meanwhile (KeyboardInterrupt, …); the machine can go on after it.
         """
-        if os.getpid() != self._process:
+        if self.forked:
             raise VmexitError("a fork has no threads to run this machine; make a new one in it")
         if not self._busy.acquire(blocking=False):
             raise VmexitError("this machine runs already; stop() it first")
@@ -287,7 +288,7 @@ class Runner:
         self._settle()  # in case a run was left twice by exceptions
         self._request.begin()
         self._number += 1
-        self._raise_failure()
+        self._request.raise_failure()
         try:
             for thread in threads:
                 thread.go(self._number)
@@ -332,13 +333,8 @@ class Runner:
         for report in reports:
             if report.error is not None:
                 raise report.error
-        self._raise_failure()
+        self._request.raise_failure()
         return self._verdict(reports)
-
-    def _raise_failure(self) -> None:
-        error = self._request.take_error()
-        if error is not None:
-            raise error
 
     def _settle(self) -> None:
         """Stop all vCPUs, whatever state an exception has left them in.
@@ -361,14 +357,23 @@ class Runner:
         assert request is not None  # nothing else lets a vCPU report INTERRUPTED
         return request
 
-    def close(self) -> None:
-        """End the threads. Raises VmexitError from within a device, a callback, or run()."""
-        if os.getpid() != self._process:
-            return  # a fork has none of them
+    @property
+    def forked(self) -> bool:
+        """Whether this is a fork of the process that made it, which has none of the threads."""
+        return os.getpid() != self._process
+
+    def require_closable(self) -> None:
+        """Raises VmexitError from within a device, a callback, or run()."""
         if self.in_vcpu_thread():
             raise VmexitError("a machine cannot be closed from within its own access; stop() it")
         if self._caller == threading.get_ident():  # in the handler of a signal
             raise VmexitError("a machine cannot be closed from within its own run(); stop() it")
+
+    def close(self) -> None:
+        """End the threads. Raises VmexitError from within a device, a callback, or run()."""
+        if self.forked:
+            return
+        self.require_closable()
         # Again and again: a run may just begin, and not listen yet.
         while not self._busy.acquire(timeout=_SETTLE_SECONDS):
             self._request(Stop(StopReason.STOPPED))

@@ -13,7 +13,7 @@ from vmexit.control.gdb.target import Target
 from vmexit.control.steering import resume
 from vmexit.core.errors import ConfigError, GuestAddressError, VmexitError
 from vmexit.machine.debug import check_point
-from vmexit.machine.events import Event, EventKind
+from vmexit.machine.events import Event, EventKind, RunState
 from vmexit.machine.lifecycle import After
 from vmexit.machine.stop import Stop, StopReason
 
@@ -112,12 +112,11 @@ class Session:
         except (Ended, OSError, VmexitError):  # it has gone, or the machine has
             return
         finally:
-            stop_deciding()
             stop_telling()
             with self._lock:  # an event may be on its way still
                 os.close(self._wake)
                 self._wake = -1
-            self._leave()
+            self._leave(stop_deciding)
 
     def _loop(self) -> None:
         poll = select.poll()
@@ -217,14 +216,26 @@ class Session:
             reason = "hwbreak:;" if hard else "swbreak:;"
         return f"T{signal:02x}{reason}thread:{_thread(self._vcpu)};".encode()
 
-    def _leave(self) -> None:
+    def _leave(self, stop_deciding: Callable[[], None]) -> None:
         """Take away what this debugger has set, and let the machine go on."""
         try:
-            for point in self._points.values():
-                self._machine.remove_breakpoint(point)
-            resume(self._machine)
+            # Within: a step that is under way would go on behind it, and be nobody's.
+            with self._machine.paused():
+                for point in self._points.values():
+                    self._machine.remove_breakpoint(point)
+                stop_deciding()
+                self._let_go()
         except VmexitError:
             return  # closed, at its end, or nothing to resume
+        finally:
+            stop_deciding()
+
+    def _let_go(self, *, step: int | None = None, only: int | None = None) -> None:
+        """Let the guest run on. A crash that was held for us, and comes again, ends the run."""
+        if self._crashed and self._machine.state is RunState.CRASHED:
+            self._machine.resume(step=step, only=only)
+        else:
+            resume(self._machine, step=step, only=only)
 
     # Requests (GDB manual, E.2).
 
@@ -344,7 +355,7 @@ class Session:
                 self._say(text)
         self._runs = True
         try:
-            self._machine.resume(step=step, only=only)
+            self._let_go(step=step, only=only)
         except BaseException:
             self._runs = False
             raise
