@@ -137,6 +137,23 @@ def test_watchpoints_stop_behind_the_access(vm):
     assert vm.run(TIMEOUT).reason is StopReason.HALT
 
 
+def test_a_breakpoint_behind_a_watched_access_comes_second(vm):
+    write, behind = Point(0x3000, PointKind.WRITE, 2), Point(START + 6)
+    try:
+        vm.add_breakpoint(write)
+    except HostError as error:
+        assert vm.accel == "kvm"
+        pytest.skip(str(error))
+    vm.add_breakpoint(behind)
+    for n in (1, 2):
+        for point in (write, behind):
+            assert (vm.run(TIMEOUT).point, rip(vm)) == (point, START + 6)
+            assert vm.memory.read_u16(0x3000) == n
+    vm.remove_breakpoint(behind)
+    assert vm.run(TIMEOUT).point == write
+    assert vm.memory.read_u16(0x3000) == 3
+
+
 def test_a_breakpoint_where_nothing_is_mapped_waits(accel):
     """It is a linear address, and need not have memory behind it when it is set."""
     with Machine(memory="2M", accel=accel) as vm:
