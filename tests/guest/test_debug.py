@@ -5,6 +5,7 @@ import pytest
 from vmexit import ConfigError, HostError, Machine, Point, PointKind, StopReason, Way
 from vmexit.accel.base import ExitReason
 from vmexit.accel.kvm import probe
+from vmexit.boot.entry import Linked
 
 TIMEOUT = 30
 
@@ -184,6 +185,57 @@ def test_code_that_is_not_mapped_yet_gets_its_out_where_it_lies(as_in_the_lab, h
         assert bytes(vm.memory[START + 6 : START + 8]) != COUNTER[6:8]
         debugger.disarm()
         assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+
+
+ALIAS = 3 << 30  # where the same memory has other linear addresses
+
+
+def check_aliases(accel):
+    """A breakpoint is a linear address, though it may stand in memory that has two."""
+    # 64-bit: inc ebx; 2: inc ecx; 4: cmp ebx, 3; 7: jne 0; hlt
+    code = bytes.fromhex("ffc3 ffc1 83fb03 75f7 f4")
+    for places, stops in (
+        ([START], []),
+        ([ALIAS + START], [ALIAS + START] * 3),
+        ([ALIAS + START, START], [ALIAS + START] * 3),
+        ([START, ALIAS + START], [ALIAS + START] * 3),
+        ([START, ALIAS + START + 2], [ALIAS + START + 2] * 3),  # stepped on to
+    ):
+        with Machine(memory="4M", accel=accel) as vm:
+            vm.load_bytes(code, at=START, mode="long")
+            tables = vm.memory.read_u64(vm.vcpus[0].regs.cr3) & ~0xFFF
+            vm.memory.write_u64(tables + 8 * (ALIAS >> 30), vm.memory.read_u64(tables))
+            vm.vcpus[0].regs.rip = ALIAS + START
+            for place in places:
+                vm.add_breakpoint(Point(place))
+            for place in stops:
+                assert (vm.run(TIMEOUT).point, rip(vm)) == (Point(place), place)
+            assert vm.run(TIMEOUT).reason is StopReason.HALT
+            assert vm.vcpus[0].regs.rbx == vm.vcpus[0].regs.rcx == 3
+            assert bytes(vm.memory[START : START + len(code)]) == code
+
+
+def test_the_same_code_at_another_address_has_no_breakpoint(accel):
+    check_aliases(accel)
+
+
+@pytest.mark.kvm
+def test_nor_has_it_where_an_out_does_it(as_in_the_lab):
+    check_aliases("kvm")
+
+
+@pytest.mark.kvm
+def test_code_that_runs_before_it_is_mapped_has_no_breakpoint_there(as_in_the_lab):
+    """As that of a kernel that is linked high and starts low."""
+    with Machine(memory="1M", accel="kvm") as vm:
+        vm.load_bytes(COUNTER, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        vm._debug._linked = [Linked(HIGH, START, len(COUNTER))]
+        point = Point(HIGH + 0xF)
+        vm.add_breakpoint(point)
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+        assert vm.vcpus[0].regs.rbx == 1000
+        assert vm.breakpoints == {point: Way.PORT}
 
 
 def test_two_want_the_same_point(vm):

@@ -58,7 +58,7 @@ class KvmDebugger:
         self._armed = False
         # What is in memory for the point at a GPA, and what was there.
         self._replaced: dict[int, tuple[bytes, bytes]] = {}
-        self._software: dict[int, Point] = {}  # by GPA
+        self._software: dict[int, list[Point]] = {}  # by GPA, which may have several addresses
         self._stepped: dict[int, Point] = {}  # by linear address
         self._slots: list[tuple[int, int, Point]] = []  # address, length
         self._step: int | None = None
@@ -129,14 +129,14 @@ class KvmDebugger:
     def _replace(self, gpa: int | None, code: bytes, point: Point) -> bool:
         """Put `code` where `point` is; False if there is no memory, or no room.
 
-        That is another one's code, and an instruction behind it at which a vCPU is.
+        That is another one's code, an instruction behind it at which a vCPU is, and the one that
+        a vCPU is to step over, by whatever address.
         """
         if gpa is None or any(0 < abs(gpa - other) < len(code) for other in self._replaced):
             return False
-        if len(code) > 1 and any(
-            translate(self._memory, vcpu.system_registers(), linear_rip(vcpu)) == gpa + 1
-            for vcpu in self._vcpus
-        ):
+        if len(code) > 1 and any(self._next(vcpu) == gpa + 1 for vcpu in self._vcpus):
+            return False
+        if self._step is not None and self._next(self._vcpus[self._step]) == gpa:
             return False
         try:
             place = self._memory.view(gpa, len(code))
@@ -145,8 +145,12 @@ class KvmDebugger:
         if gpa not in self._replaced:
             self._replaced[gpa] = code, bytes(place)
             place[:] = code
-        self._software[gpa] = point
+        self._software.setdefault(gpa, []).append(point)
         return True
+
+    def _next(self, vcpu: KvmVcpu) -> int | None:
+        """The GPA of its next instruction."""
+        return translate(self._memory, vcpu.system_registers(), linear_rip(vcpu))
 
     def _load(self, vcpu: KvmVcpu, more: int = 0) -> None:
         """Give KVM what `arm()` wants of this vCPU, and `more`."""
@@ -200,8 +204,10 @@ class KvmDebugger:
         return None
 
     def _software_at(self, vcpu: KvmVcpu, rip: int) -> Point | None:
+        """The point whose code is at `rip`; if none has that address, one with the same memory."""
         gpa = translate(self._memory, vcpu.system_registers(), rip)
-        return None if gpa is None else self._software.get(gpa)
+        points = [] if gpa is None else self._software.get(gpa, [])
+        return min(points, key=lambda point: point.gva != rip, default=None)
 
     def _is_trap(self, vcpu: KvmVcpu) -> bool:
         """Whether its OUT is ours. KVM steps over it before or after this, as it happens."""
