@@ -68,23 +68,59 @@ def test_where_kvm_is_told_of_nothing_an_out_does_it(as_in_the_lab):
         vm.on_pio(0x10, write=lambda access: None)
         seen = []
         vm.on_pio(0xEF, write=lambda access: seen.append(access.value))
-        places = (2, 3, 6, 0xA, 0xC, 0xF)  # at 3 there is no room for another one
+        places = (2, 3, 6, 0xA, 0xC, 0xF)  # at 2 there is no room for one
         for place in places:
             vm.add_breakpoint(Point(START + place))
         for place in places * 2:
             assert vm.run(TIMEOUT).point == Point(START + place)
             assert rip(vm) == START + place
-        assert set(vm.breakpoints.values()) == {Way.PORT, Way.STEPPING}
+        assert vm.breakpoints == {
+            Point(START + place): Way.STEPPING if place == 2 else Way.PORT for place in places
+        }
         assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
         for place in places:
             vm.remove_breakpoint(Point(START + place))
-        # The guest's own access to that port is its own: out 0xef, al; nop; hlt
-        vm.load_bytes(bytes.fromhex("e6ef 90 f4"), at=START)
+        # The guest's own access to that port is its own: out 0xef, al; nop; jmp $
+        vm.load_bytes(bytes.fromhex("e6ef 90 ebfe"), at=START)
         vm.vcpus[0].regs.rip = 0
         vm.vcpus[0].regs.rax = 5
         vm.add_breakpoint(Point(START + 3))
         assert vm.run(TIMEOUT).point == Point(START + 3)
         assert seen == [5]
+        assert vm.breakpoints == {Point(START + 3): Way.PORT}
+
+
+@pytest.mark.kvm
+def test_an_out_covers_no_more_than_one_instruction(as_in_the_lab):
+    """It has two bytes, and the guest may go to the second one without the first."""
+    with Machine(memory="1M", accel="kvm") as vm:
+        # jmp 3; 2: nop; 3: inc bx; 4: cmp bx, 3; 7: jne 3; 9: hlt
+        vm.load_bytes(bytes.fromhex("eb01 90 43 83fb03 75fa f4"), at=START)
+        vm.add_breakpoint(Point(START + 2))
+        vm.add_breakpoint(Point(START + 9))
+        stop = vm.run(TIMEOUT)
+        assert (stop.point, vm.vcpus[0].regs.rbx) == (Point(START + 9), 3)
+        assert set(vm.breakpoints.values()) == {Way.STEPPING}
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("mode", "code", "way"),
+    [
+        ("real", "48 90", Way.STEPPING),  # dec ax; nop
+        ("protected", "48 90", Way.STEPPING),
+        ("long", "48 90", Way.PORT),  # one instruction with a REX prefix
+        ("long", "55 90", Way.STEPPING),  # push rbp
+    ],
+)
+def test_how_long_an_instruction_is_depends_on_the_mode(as_in_the_lab, mode, code, way):
+    with Machine(memory="4M", accel="kvm") as vm:
+        vm.load_bytes(bytes.fromhex(code), at=START, mode=mode)
+        vm.memory.write(2 * START - 1, b"\xeb")  # a jump that ends on the next page
+        last = Point(2 * START - 1)
+        debugger, point = vm._parts.vm.debugger, Point(START)
+        assert debugger.arm([point, last]) == {point: way, last: Way.STEPPING}
+        debugger.disarm()
 
 
 def test_steps_stop_behind_each_instruction_once(vm):

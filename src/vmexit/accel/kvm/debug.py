@@ -26,9 +26,10 @@ from vmexit.accel.base import (
     nowhere,
 )
 from vmexit.accel.kvm.vcpu import TRAP_PORT, KvmVcpu
+from vmexit.arch.x86.code import code_bits, disassemble
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import GuestAddressError, HostError
-from vmexit.core.memory import GuestMemory
+from vmexit.core.memory import PAGE_SIZE, GuestMemory
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
@@ -121,7 +122,7 @@ class KvmDebugger:
             if len(self._slots) < _SLOTS:
                 self._slots.append((point.gva, 1, point))
                 return Way.HARDWARE
-        elif self._replace(gpa, _OUT, point):
+        elif self._has_room_for_out(gpa, point) and self._replace(gpa, _OUT, point):
             return Way.PORT
         self._stepped[point.gva] = point
         return Way.STEPPING
@@ -147,6 +148,21 @@ class KvmDebugger:
             place[:] = code
         self._software.setdefault(gpa, []).append(point)
         return True
+
+    def _has_room_for_out(self, gpa: int | None, point: Point) -> bool:
+        """Whether the OUT covers no instruction but the one that is there, so no jump's target.
+
+        It has one byte if its first byte alone is an instruction. Code above 4 GiB is 64-bit code;
+        of other code the first vCPU tells what it is.
+        """
+        if gpa is None or gpa % PAGE_SIZE == PAGE_SIZE - 1:  # the next page may be elsewhere
+            return False
+        vcpu = self._vcpus[0]
+        bits = 64 if point.gva >= 1 << 32 else code_bits(vcpu.registers(), vcpu.system_registers())
+        try:
+            return not disassemble(self._memory.read(gpa, 1), gpa, bits)
+        except GuestAddressError:
+            return False
 
     def _next(self, vcpu: KvmVcpu) -> int | None:
         """The GPA of its next instruction."""
