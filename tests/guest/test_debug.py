@@ -132,6 +132,43 @@ def test_steps_stop_behind_each_instruction_once(vm):
     assert seen == [2, 3, 6, 0xA, 0xC, 0xF, 2, 3]
 
 
+# 16-bit: mov al, 1; 2: out 0x10, al; 4: hlt; 5: inc ax; 6: out 0x10, al; 8: hlt
+TWO_HALTS = bytes.fromhex("b001 e610 f4 40 e610 f4")
+
+
+@pytest.fixture
+def halting(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(TWO_HALTS, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        yield vm
+
+
+def test_a_step_over_hlt_is_a_halt(halting):
+    for place, reason in ((2, StopReason.DEBUG), (4, StopReason.DEBUG), (5, StopReason.HALT)):
+        assert halting.step(timeout=TIMEOUT).reason is reason
+        assert rip(halting) == START + place
+    assert halting.step(timeout=TIMEOUT).reason is StopReason.DEBUG
+    assert halting.run(TIMEOUT).reason is StopReason.HALT
+    assert (rip(halting), halting.vcpus[0].regs.rax) == (START + 9, 2)
+
+
+def test_a_guest_halts_while_breakpoints_are_looked_for_by_stepping(halting):
+    for place in range(5):  # one more than there are debug registers
+        halting.add_breakpoint(Point(2 * START + place))
+    for place in (5, 9):
+        assert halting.run(TIMEOUT).reason is StopReason.HALT
+        assert rip(halting) == START + place
+
+
+def test_a_breakpoint_at_a_hlt(halting):
+    halting.add_breakpoint(Point(START + 4))
+    assert halting.run(TIMEOUT).point == Point(START + 4)
+    for place in (5, 9):
+        assert halting.run(TIMEOUT).reason is StopReason.HALT
+        assert rip(halting) == START + place
+
+
 def test_a_step_with_an_access_makes_it_once(accel):
     with Machine(memory="1M", accel=accel) as vm:
         # mov al, 7; out 0x10, al; in al, 0x11; mov dx, 0x12; mov cx, 3; rep outsb; hlt

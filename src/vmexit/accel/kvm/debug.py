@@ -26,7 +26,7 @@ from vmexit.accel.base import (
     nowhere,
 )
 from vmexit.accel.kvm.vcpu import TRAP_PORT, KvmVcpu
-from vmexit.arch.x86.code import code_bits, disassemble
+from vmexit.arch.x86.code import code_bits, disassemble, linear_ip, read_linear
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import GuestAddressError, HostError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _INT3 = b"\xcc"
 # out TRAP_PORT, al: an exit of ring 0 on every KVM, which others have only by mistake.
 _OUT = bytes((0xE6, TRAP_PORT))
+_HLT = b"\xf4"
 _BREAKPOINT = 3  # the vector of #BP
 
 # Debug registers (Intel SDM vol. 3, 18.2.3, 18.2.4).
@@ -52,7 +53,11 @@ _DR7_LENGTH = {1: 0, 2: 1, 4: 3, 8: 2}
 class KvmDebugger:
     """What stops the vCPUs of one VM. The INT3 are in memory only while the guest runs."""
 
-    def __init__(self, system: "System", memory: GuestMemory, vcpus: Sequence[KvmVcpu]) -> None:
+    def __init__(
+        self, system: "System", memory: GuestMemory, vcpus: Sequence[KvmVcpu], hlt_exits: bool
+    ) -> None:
+        """`hlt_exits`: there is no interrupt controller in the kernel, where HLT would wait."""
+        self._hlt_exits = hlt_exits
         self._system = system
         self._memory = memory
         self._vcpus = vcpus
@@ -181,13 +186,27 @@ class KvmDebugger:
                 registers[number] = address
                 kind = _DR7_KIND[point.kind] | _DR7_LENGTH[length] << 2
                 registers[7] |= 2 << 2 * number | kind << 16 + 4 * number
-        if self._stepped or vcpu.index == self._step:
+        if (self._stepped or vcpu.index == self._step) and (more or not self._will_halt(vcpu)):
             control |= KVM_GUESTDBG_SINGLESTEP
         if vcpu.index == self._step:
             control |= self._system.check_extension(KVM_CAP_SET_GUEST_DEBUG2) & (
                 KVM_GUESTDBG_BLOCKIRQ
             )
         vcpu.set_guest_debug(control, registers)
+
+    def _will_halt(self, vcpu: KvmVcpu) -> bool:
+        """Whether a HLT is next that ends the run by itself.
+
+        Stepped by KVM's emulator it would be a step as others, and halt a later run where none is.
+        Outside ring 0 it is a #GP (Intel SDM vol. 2, HLT), whose handler is to be stepped.
+        """
+        if not self._hlt_exits:
+            return False
+        system = vcpu.system_registers()
+        if system.ss.dpl:
+            return False
+        rip = linear_ip(vcpu.registers(), system)
+        return read_linear(self._memory, system, rip, 1) == _HLT
 
     def _judge(self, vcpu: KvmVcpu, vector: int, rip: int, dr6: int) -> Exit | None:
         """What KVM_EXIT_DEBUG on `vcpu` means; None if it was the guest's own and has it now.
