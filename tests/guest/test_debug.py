@@ -5,6 +5,7 @@ import pytest
 from vmexit import ConfigError, HostError, Machine, Point, PointKind, StopReason, Way
 from vmexit.accel.base import ExitReason
 from vmexit.accel.kvm import probe
+from vmexit.boot.entry import Linked
 
 TIMEOUT = 30
 
@@ -67,23 +68,59 @@ def test_where_kvm_is_told_of_nothing_an_out_does_it(as_in_the_lab):
         vm.on_pio(0x10, write=lambda access: None)
         seen = []
         vm.on_pio(0xEF, write=lambda access: seen.append(access.value))
-        places = (2, 3, 6, 0xA, 0xC, 0xF)  # at 3 there is no room for another one
+        places = (2, 3, 6, 0xA, 0xC, 0xF)  # at 2 there is no room for one
         for place in places:
             vm.add_breakpoint(Point(START + place))
         for place in places * 2:
             assert vm.run(TIMEOUT).point == Point(START + place)
             assert rip(vm) == START + place
-        assert set(vm.breakpoints.values()) == {Way.PORT, Way.STEPPING}
+        assert vm.breakpoints == {
+            Point(START + place): Way.STEPPING if place == 2 else Way.PORT for place in places
+        }
         assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
         for place in places:
             vm.remove_breakpoint(Point(START + place))
-        # The guest's own access to that port is its own: out 0xef, al; nop; hlt
-        vm.load_bytes(bytes.fromhex("e6ef 90 f4"), at=START)
+        # The guest's own access to that port is its own: out 0xef, al; nop; jmp $
+        vm.load_bytes(bytes.fromhex("e6ef 90 ebfe"), at=START)
         vm.vcpus[0].regs.rip = 0
         vm.vcpus[0].regs.rax = 5
         vm.add_breakpoint(Point(START + 3))
         assert vm.run(TIMEOUT).point == Point(START + 3)
         assert seen == [5]
+        assert vm.breakpoints == {Point(START + 3): Way.PORT}
+
+
+@pytest.mark.kvm
+def test_an_out_covers_no_more_than_one_instruction(as_in_the_lab):
+    """It has two bytes, and the guest may go to the second one without the first."""
+    with Machine(memory="1M", accel="kvm") as vm:
+        # jmp 3; 2: nop; 3: inc bx; 4: cmp bx, 3; 7: jne 3; 9: hlt
+        vm.load_bytes(bytes.fromhex("eb01 90 43 83fb03 75fa f4"), at=START)
+        vm.add_breakpoint(Point(START + 2))
+        vm.add_breakpoint(Point(START + 9))
+        stop = vm.run(TIMEOUT)
+        assert (stop.point, vm.vcpus[0].regs.rbx) == (Point(START + 9), 3)
+        assert set(vm.breakpoints.values()) == {Way.STEPPING}
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("mode", "code", "way"),
+    [
+        ("real", "48 90", Way.STEPPING),  # dec ax; nop
+        ("protected", "48 90", Way.STEPPING),
+        ("long", "48 90", Way.PORT),  # one instruction with a REX prefix
+        ("long", "55 90", Way.STEPPING),  # push rbp
+    ],
+)
+def test_how_long_an_instruction_is_depends_on_the_mode(as_in_the_lab, mode, code, way):
+    with Machine(memory="4M", accel="kvm") as vm:
+        vm.load_bytes(bytes.fromhex(code), at=START, mode=mode)
+        vm.memory.write(2 * START - 1, b"\xeb")  # a jump that ends on the next page
+        last = Point(2 * START - 1)
+        debugger, point = vm._parts.vm.debugger, Point(START)
+        assert debugger.arm([point, last]) == {point: way, last: Way.STEPPING}
+        debugger.disarm()
 
 
 def test_steps_stop_behind_each_instruction_once(vm):
@@ -93,6 +130,43 @@ def test_steps_stop_behind_each_instruction_once(vm):
         assert (stop.reason, stop.point) == (StopReason.DEBUG, None)
         seen.append(rip(vm) - START)
     assert seen == [2, 3, 6, 0xA, 0xC, 0xF, 2, 3]
+
+
+# 16-bit: mov al, 1; 2: out 0x10, al; 4: hlt; 5: inc ax; 6: out 0x10, al; 8: hlt
+TWO_HALTS = bytes.fromhex("b001 e610 f4 40 e610 f4")
+
+
+@pytest.fixture
+def halting(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(TWO_HALTS, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        yield vm
+
+
+def test_a_step_over_hlt_is_a_halt(halting):
+    for place, reason in ((2, StopReason.DEBUG), (4, StopReason.DEBUG), (5, StopReason.HALT)):
+        assert halting.step(timeout=TIMEOUT).reason is reason
+        assert rip(halting) == START + place
+    assert halting.step(timeout=TIMEOUT).reason is StopReason.DEBUG
+    assert halting.run(TIMEOUT).reason is StopReason.HALT
+    assert (rip(halting), halting.vcpus[0].regs.rax) == (START + 9, 2)
+
+
+def test_a_guest_halts_while_breakpoints_are_looked_for_by_stepping(halting):
+    for place in range(5):  # one more than there are debug registers
+        halting.add_breakpoint(Point(2 * START + place))
+    for place in (5, 9):
+        assert halting.run(TIMEOUT).reason is StopReason.HALT
+        assert rip(halting) == START + place
+
+
+def test_a_breakpoint_at_a_hlt(halting):
+    halting.add_breakpoint(Point(START + 4))
+    assert halting.run(TIMEOUT).point == Point(START + 4)
+    for place in (5, 9):
+        assert halting.run(TIMEOUT).reason is StopReason.HALT
+        assert rip(halting) == START + place
 
 
 def test_a_step_with_an_access_makes_it_once(accel):
@@ -137,6 +211,23 @@ def test_watchpoints_stop_behind_the_access(vm):
     assert vm.run(TIMEOUT).reason is StopReason.HALT
 
 
+def test_a_breakpoint_behind_a_watched_access_comes_second(vm):
+    write, behind = Point(0x3000, PointKind.WRITE, 2), Point(START + 6)
+    try:
+        vm.add_breakpoint(write)
+    except HostError as error:
+        assert vm.accel == "kvm"
+        pytest.skip(str(error))
+    vm.add_breakpoint(behind)
+    for n in (1, 2):
+        for point in (write, behind):
+            assert (vm.run(TIMEOUT).point, rip(vm)) == (point, START + 6)
+            assert vm.memory.read_u16(0x3000) == n
+    vm.remove_breakpoint(behind)
+    assert vm.run(TIMEOUT).point == write
+    assert vm.memory.read_u16(0x3000) == 3
+
+
 def test_a_breakpoint_where_nothing_is_mapped_waits(accel):
     """It is a linear address, and need not have memory behind it when it is set."""
     with Machine(memory="2M", accel=accel) as vm:
@@ -167,6 +258,57 @@ def test_code_that_is_not_mapped_yet_gets_its_out_where_it_lies(as_in_the_lab, h
         assert bytes(vm.memory[START + 6 : START + 8]) != COUNTER[6:8]
         debugger.disarm()
         assert bytes(vm.memory[START : START + len(COUNTER)]) == COUNTER
+
+
+ALIAS = 3 << 30  # where the same memory has other linear addresses
+
+
+def check_aliases(accel):
+    """A breakpoint is a linear address, though it may stand in memory that has two."""
+    # 64-bit: inc ebx; 2: inc ecx; 4: cmp ebx, 3; 7: jne 0; hlt
+    code = bytes.fromhex("ffc3 ffc1 83fb03 75f7 f4")
+    for places, stops in (
+        ([START], []),
+        ([ALIAS + START], [ALIAS + START] * 3),
+        ([ALIAS + START, START], [ALIAS + START] * 3),
+        ([START, ALIAS + START], [ALIAS + START] * 3),
+        ([START, ALIAS + START + 2], [ALIAS + START + 2] * 3),  # stepped on to
+    ):
+        with Machine(memory="4M", accel=accel) as vm:
+            vm.load_bytes(code, at=START, mode="long")
+            tables = vm.memory.read_u64(vm.vcpus[0].regs.cr3) & ~0xFFF
+            vm.memory.write_u64(tables + 8 * (ALIAS >> 30), vm.memory.read_u64(tables))
+            vm.vcpus[0].regs.rip = ALIAS + START
+            for place in places:
+                vm.add_breakpoint(Point(place))
+            for place in stops:
+                assert (vm.run(TIMEOUT).point, rip(vm)) == (Point(place), place)
+            assert vm.run(TIMEOUT).reason is StopReason.HALT
+            assert vm.vcpus[0].regs.rbx == vm.vcpus[0].regs.rcx == 3
+            assert bytes(vm.memory[START : START + len(code)]) == code
+
+
+def test_the_same_code_at_another_address_has_no_breakpoint(accel):
+    check_aliases(accel)
+
+
+@pytest.mark.kvm
+def test_nor_has_it_where_an_out_does_it(as_in_the_lab):
+    check_aliases("kvm")
+
+
+@pytest.mark.kvm
+def test_code_that_runs_before_it_is_mapped_has_no_breakpoint_there(as_in_the_lab):
+    """As that of a kernel that is linked high and starts low."""
+    with Machine(memory="1M", accel="kvm") as vm:
+        vm.load_bytes(COUNTER, at=START)
+        vm.on_pio(0x10, write=lambda access: None)
+        vm._debug._linked = [Linked(HIGH, START, len(COUNTER))]
+        point = Point(HIGH + 0xF)
+        vm.add_breakpoint(point)
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+        assert vm.vcpus[0].regs.rbx == 1000
+        assert vm.breakpoints == {point: Way.PORT}
 
 
 def test_two_want_the_same_point(vm):

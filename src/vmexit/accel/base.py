@@ -185,6 +185,9 @@ class Debugger(Protocol):
         `only` is the one vCPU that will run, if not all do. `linked` tells the GPA of code at a
         linear address that is not mapped yet. Such stops are DEBUG exits. Tells how it is done for
         each point. Raises HostError if that cannot be, and nothing is armed then.
+
+        What stands in memory for a point may also stop a vCPU that executes this memory at another
+        linear address: then its RIP is not the point's.
         """
         ...
 

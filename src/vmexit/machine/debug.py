@@ -96,12 +96,16 @@ class DebuggedRunner:
             return self._runner.run(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         if turn.step is None:
-            stop = self._leave_points(points, stopped_at, turn.only, end)
-            if stop is not None:
-                return stop
+            left = self._leave_points(points, stopped_at, turn.only, end)
+            if left is not None:
+                return left
         elif turn.only is not None:
             self._stopped_at = {n: gva for n, gva in stopped_at.items() if n != turn.step}
-        return self._run(points, end, turn)
+        while self._is_elsewhere(stop := self._run(points, end, turn)):
+            over = self._step_off(stop.vcpu, points, end)
+            if over is not None:
+                return over
+        return stop
 
     def _leave_points(
         self,
@@ -120,18 +124,35 @@ class DebuggedRunner:
                 self._stopped_at[number] = gva  # it stays where it is
             elif linear_rip(vcpu) == gva and Point(gva) in points:
                 try:
-                    stop = self._run(points, end, Turn(number, number))
+                    stop = self._step_off(number, points, end)
                 except BaseException:
                     self._stopped_at = stopped_at
                     raise
-                if stop.reason is not StopReason.DEBUG or stop.point is not None:
+                if stop is not None:
                     self._stopped_at = stopped_at | self._stopped_at  # it may not have stepped
                     return stop
-                # Not each accelerator stops at a point where the run begins.
-                if (here := Point(linear_rip(vcpu))) in points:
-                    self._stopped_at[number] = here.gva
-                    return stop._replace(point=here)
         return None
+
+    def _step_off(self, number: int, points: Collection[Point], end: float | None) -> Stop | None:
+        """Have a vCPU execute the instruction that a breakpoint is at; how that ends the run.
+
+        None if it goes on.
+        """
+        stop = self._run(points, end, Turn(number, number))
+        if stop.reason is not StopReason.DEBUG or stop.point is not None:
+            return stop
+        # Not each accelerator stops at a point where the run begins.
+        if (here := Point(linear_rip(self._vcpus[number]))) in points:
+            self._stopped_at[number] = here.gva
+            return stop._replace(point=here)
+        return None
+
+    def _is_elsewhere(self, stop: Stop) -> bool:
+        """Whether it came to a breakpoint's code by another address, which has no breakpoint."""
+        point = stop.point
+        if point is None or point.kind is not PointKind.EXECUTE:
+            return False
+        return linear_rip(self._vcpus[stop.vcpu]) != point.gva
 
     def _run(self, points: Collection[Point], end: float | None, turn: Turn) -> Stop:
         """One run, armed; `end` is when it is over, on the monotonic clock."""
@@ -143,8 +164,9 @@ class DebuggedRunner:
             stop = self._runner.run(timeout, turn.only)
         finally:
             self._vm.debugger.disarm()
-        if stop.point is not None and stop.point.kind is PointKind.EXECUTE:
-            self._stopped_at[stop.vcpu] = stop.point.gva
+        point = stop.point
+        if point is not None and point.kind is PointKind.EXECUTE and not self._is_elsewhere(stop):
+            self._stopped_at[stop.vcpu] = point.gva
         return stop
 
     def _gpa(self, gva: int) -> int | None:

@@ -26,9 +26,10 @@ from vmexit.accel.base import (
     nowhere,
 )
 from vmexit.accel.kvm.vcpu import TRAP_PORT, KvmVcpu
+from vmexit.arch.x86.code import code_bits, disassemble, linear_ip, read_linear
 from vmexit.arch.x86.paging import translate
 from vmexit.core.errors import GuestAddressError, HostError
-from vmexit.core.memory import GuestMemory
+from vmexit.core.memory import PAGE_SIZE, GuestMemory
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _INT3 = b"\xcc"
 # out TRAP_PORT, al: an exit of ring 0 on every KVM, which others have only by mistake.
 _OUT = bytes((0xE6, TRAP_PORT))
+_HLT = b"\xf4"
 _BREAKPOINT = 3  # the vector of #BP
 
 # Debug registers (Intel SDM vol. 3, 18.2.3, 18.2.4).
@@ -51,14 +53,18 @@ _DR7_LENGTH = {1: 0, 2: 1, 4: 3, 8: 2}
 class KvmDebugger:
     """What stops the vCPUs of one VM. The INT3 are in memory only while the guest runs."""
 
-    def __init__(self, system: "System", memory: GuestMemory, vcpus: Sequence[KvmVcpu]) -> None:
+    def __init__(
+        self, system: "System", memory: GuestMemory, vcpus: Sequence[KvmVcpu], hlt_exits: bool
+    ) -> None:
+        """`hlt_exits`: there is no interrupt controller in the kernel, where HLT would wait."""
+        self._hlt_exits = hlt_exits
         self._system = system
         self._memory = memory
         self._vcpus = vcpus
         self._armed = False
         # What is in memory for the point at a GPA, and what was there.
         self._replaced: dict[int, tuple[bytes, bytes]] = {}
-        self._software: dict[int, Point] = {}  # by GPA
+        self._software: dict[int, list[Point]] = {}  # by GPA, which may have several addresses
         self._stepped: dict[int, Point] = {}  # by linear address
         self._slots: list[tuple[int, int, Point]] = []  # address, length
         self._step: int | None = None
@@ -121,7 +127,7 @@ class KvmDebugger:
             if len(self._slots) < _SLOTS:
                 self._slots.append((point.gva, 1, point))
                 return Way.HARDWARE
-        elif self._replace(gpa, _OUT, point):
+        elif self._has_room_for_out(gpa, point) and self._replace(gpa, _OUT, point):
             return Way.PORT
         self._stepped[point.gva] = point
         return Way.STEPPING
@@ -129,14 +135,14 @@ class KvmDebugger:
     def _replace(self, gpa: int | None, code: bytes, point: Point) -> bool:
         """Put `code` where `point` is; False if there is no memory, or no room.
 
-        That is another one's code, and an instruction behind it at which a vCPU is.
+        That is another one's code, an instruction behind it at which a vCPU is, and the one that
+        a vCPU is to step over, by whatever address.
         """
         if gpa is None or any(0 < abs(gpa - other) < len(code) for other in self._replaced):
             return False
-        if len(code) > 1 and any(
-            translate(self._memory, vcpu.system_registers(), linear_rip(vcpu)) == gpa + 1
-            for vcpu in self._vcpus
-        ):
+        if len(code) > 1 and any(self._next(vcpu) == gpa + 1 for vcpu in self._vcpus):
+            return False
+        if self._step is not None and self._next(self._vcpus[self._step]) == gpa:
             return False
         try:
             place = self._memory.view(gpa, len(code))
@@ -145,8 +151,27 @@ class KvmDebugger:
         if gpa not in self._replaced:
             self._replaced[gpa] = code, bytes(place)
             place[:] = code
-        self._software[gpa] = point
+        self._software.setdefault(gpa, []).append(point)
         return True
+
+    def _has_room_for_out(self, gpa: int | None, point: Point) -> bool:
+        """Whether the OUT covers no instruction but the one that is there, so no jump's target.
+
+        It has one byte if its first byte alone is an instruction. Code above 4 GiB is 64-bit code;
+        of other code the first vCPU tells what it is.
+        """
+        if gpa is None or gpa % PAGE_SIZE == PAGE_SIZE - 1:  # the next page may be elsewhere
+            return False
+        vcpu = self._vcpus[0]
+        bits = 64 if point.gva >= 1 << 32 else code_bits(vcpu.registers(), vcpu.system_registers())
+        try:
+            return not disassemble(self._memory.read(gpa, 1), gpa, bits)
+        except GuestAddressError:
+            return False
+
+    def _next(self, vcpu: KvmVcpu) -> int | None:
+        """The GPA of its next instruction."""
+        return translate(self._memory, vcpu.system_registers(), linear_rip(vcpu))
 
     def _load(self, vcpu: KvmVcpu, more: int = 0) -> None:
         """Give KVM what `arm()` wants of this vCPU, and `more`."""
@@ -161,13 +186,27 @@ class KvmDebugger:
                 registers[number] = address
                 kind = _DR7_KIND[point.kind] | _DR7_LENGTH[length] << 2
                 registers[7] |= 2 << 2 * number | kind << 16 + 4 * number
-        if self._stepped or vcpu.index == self._step:
+        if (self._stepped or vcpu.index == self._step) and (more or not self._will_halt(vcpu)):
             control |= KVM_GUESTDBG_SINGLESTEP
         if vcpu.index == self._step:
             control |= self._system.check_extension(KVM_CAP_SET_GUEST_DEBUG2) & (
                 KVM_GUESTDBG_BLOCKIRQ
             )
         vcpu.set_guest_debug(control, registers)
+
+    def _will_halt(self, vcpu: KvmVcpu) -> bool:
+        """Whether a HLT is next that ends the run by itself.
+
+        Stepped by KVM's emulator it would be a step as others, and halt a later run where none is.
+        Outside ring 0 it is a #GP (Intel SDM vol. 2, HLT), whose handler is to be stepped.
+        """
+        if not self._hlt_exits:
+            return False
+        system = vcpu.system_registers()
+        if system.ss.dpl:
+            return False
+        rip = linear_ip(vcpu.registers(), system)
+        return read_linear(self._memory, system, rip, 1) == _HLT
 
     def _judge(self, vcpu: KvmVcpu, vector: int, rip: int, dr6: int) -> Exit | None:
         """What KVM_EXIT_DEBUG on `vcpu` means; None if it was the guest's own and has it now.
@@ -200,8 +239,10 @@ class KvmDebugger:
         return None
 
     def _software_at(self, vcpu: KvmVcpu, rip: int) -> Point | None:
+        """The point whose code is at `rip`; if none has that address, one with the same memory."""
         gpa = translate(self._memory, vcpu.system_registers(), rip)
-        return None if gpa is None else self._software.get(gpa)
+        points = [] if gpa is None else self._software.get(gpa, [])
+        return min(points, key=lambda point: point.gva != rip, default=None)
 
     def _is_trap(self, vcpu: KvmVcpu) -> bool:
         """Whether its OUT is ours. KVM steps over it before or after this, as it happens."""

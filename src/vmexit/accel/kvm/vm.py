@@ -305,7 +305,9 @@ class KvmVm:
         if self._debugger is None:
             from vmexit.accel.kvm.debug import KvmDebugger
 
-            self._debugger = KvmDebugger(self._system, self._memory, self._vcpus)
+            self._debugger = KvmDebugger(
+                self._system, self._memory, self._vcpus, hlt_exits=self._irqchip is None
+            )
         return self._debugger
 
     @property

@@ -84,9 +84,12 @@ class Points:
         words[StopWords.HIT] = words[StopWords.WATCHED] = 0
 
     def hit(self, linear_ip: Callable[[], int]) -> Point | None:
-        """The point at which the CPU has stopped."""
+        """The point at which the CPU has stopped.
+
+        At a watchpoint with a breakpoint right behind it that is the former, which is not seen
+        again; the next run begins at the latter, and stops there.
+        """
         words = self._stubs.view
-        if words[StopWords.HIT]:
-            return self._breakpoints.get(linear_ip())
-        number = words[StopWords.WATCHED]
-        return self._watched[number - 1] if number else None
+        if number := words[StopWords.WATCHED]:
+            return self._watched[number - 1]
+        return self._breakpoints.get(linear_ip()) if words[StopWords.HIT] else None

@@ -509,8 +509,8 @@ def _explain(point: Point, way: str) -> str:
     return {
         "single-stepping": (
             f"vmexit: the breakpoint at {point.gva:#x} is looked for by single-stepping, "
-            "thousands of times as slow: this KVM does not tell of INT3, and its debug registers "
-            "are used up\n"
+            "thousands of times as slow: this KVM does not tell of INT3 there, and its debug "
+            "registers are used up or do not work\n"
         ),
         "hardware": (
             f"vmexit: the {'break' if point.kind is PointKind.EXECUTE else 'watch'}point at "
