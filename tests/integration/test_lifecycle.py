@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from vmexit import After, EventKind, Machine, RunState, StopReason, VmexitError
+from vmexit import After, ConfigError, EventKind, Machine, RunState, StopReason, VmexitError
 
 TIMEOUT = 60
 START = 0x1000
@@ -78,6 +78,21 @@ def test_stop_and_timeout_end_a_paused_run(accel):
         assert vm.run(0.05).reason is StopReason.TIMEOUT
         assert vm.run(0.05).reason is StopReason.TIMEOUT
         assert moves_in_run(vm)
+
+
+@pytest.mark.parametrize("timeout", [1e300, float("inf")])
+def test_no_timeout_is_too_long(accel, timeout):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        vm.start(timeout)
+        assert vm.wait(timeout).reason is StopReason.HALT
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_timeout_that_cannot_be(spinning, timeout):
+    for call in (spinning.run, spinning.wait):
+        with pytest.raises(ConfigError, match="use 0 or more"):
+            call(timeout)
 
 
 def moves_in_run(vm) -> bool:

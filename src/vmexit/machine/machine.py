@@ -1,6 +1,7 @@
 """`Machine`: a virtual machine that a Python program holds."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
@@ -396,9 +397,7 @@ class Machine(Inspection):
 
     def _run(self, timeout: float | None, turn: Turn) -> Stop:
         self._require_open()
-        if timeout is not None and not timeout >= 0:
-            raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
-        stop = self._life.run(timeout, turn)
+        stop = self._life.run(_checked(timeout), turn)
         if stop.crashed and not self._closed:
             stop = stop._replace(dump=self.dump(stop.vcpu))
         return stop
@@ -414,7 +413,7 @@ class Machine(Inspection):
         """What the run that `start()` began has returned, or raised; None if it still goes on."""
         if self._background is None:
             raise VmexitError("nothing has started this machine; start() it")
-        return self._background.wait(timeout)
+        return self._background.wait(_checked(timeout))
 
     def pause(self) -> None:
         """Hold all vCPUs. Returns once none runs, and `run()` waits until somebody resumes it.
@@ -621,6 +620,15 @@ class Machine(Inspection):
             raise VmexitError(
                 f"vCPU {vcpu} runs, and this is an access of another one; stop() it first"
             )
+
+
+def _checked(timeout: float | None) -> float | None:
+    """No longer than threads can wait, which is centuries. Raises ConfigError."""
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
+    return min(timeout, threading.TIMEOUT_MAX)
 
 
 def _tuple(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
