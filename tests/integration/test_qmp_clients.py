@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from qmp_client import Client, Raw
 
 from vmexit import ConfigError, EventKind, Machine, RunState, StopReason
+from vmexit.control import sink
 from vmexit.control.qmp import QmpServer
 from vmexit.control.qmp.server import MOST_CLIENTS
 
@@ -289,6 +291,27 @@ def test_a_dump_into_a_pipe_that_nobody_reads_ends_with_the_machine(accel, tmp_p
             one.close()
         finally:
             os.close(end)
+
+
+@pytest.mark.parametrize("command", ["memsave", "pmemsave"])
+def test_so_does_what_the_monitor_saves(accel, tmp_path, nothing_left, monkeypatch, command):
+    monkeypatch.setattr(sink, "_PATIENCE", 1e9)
+    one = Served(accel, str(tmp_path / "qmp.sock"))
+    os.mkfifo(tmp_path / "fifo")
+    end = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    closing = threading.Thread(target=one.server.close)
+    with Raw(one.path) as client:
+        client.negotiated()
+        line = {"command-line": f"{command} 0 0x80000 {tmp_path / 'fifo'}"}
+        client.send(json.dumps({"execute": "human-monitor-command", "arguments": line}).encode())
+        started = select.select([end], [], [], TIMEOUT)[0]
+        closing.start()
+        closing.join(TIMEOUT)
+        ended = not closing.is_alive()
+        os.close(end)
+        closing.join()
+    one.vm.close()
+    assert started and ended
 
 
 def test_a_part_of_memory_is_dumped(served, tmp_path):
