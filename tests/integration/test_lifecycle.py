@@ -232,7 +232,12 @@ def test_quit_has_status_0_and_waits_for_a_run(spinning):
     assert [(kind, why.reason) for kind, why in told] == [(EventKind.SHUTDOWN, StopReason.QUIT)]
     assert not vm.stop(StopReason.QUIT)  # before a run: it is over at once
     assert vm.run(TIMEOUT).reason is StopReason.QUIT
+    assert len(told) == 1  # nothing ran meanwhile
     assert vm.run(0.01).reason is StopReason.TIMEOUT
+    assert not vm.stop(StopReason.QUIT)
+    assert told[-1][0] is EventKind.SHUTDOWN
+    told.clear()
+    assert vm.run(TIMEOUT).reason is StopReason.QUIT and not told
     with pytest.raises(VmexitError, match="STOPPED or QUIT"):
         vm.stop(StopReason.HALT)
 

@@ -13,7 +13,7 @@ import time
 import pytest
 from qmp_client import Client, Raw
 
-from vmexit import ConfigError, EventKind, Machine, RunState, StopReason
+from vmexit import After, ConfigError, EventKind, Machine, Point, RunState, StopReason
 from vmexit.control import sink
 from vmexit.control.qmp import QmpServer
 from vmexit.control.qmp.server import MOST_CLIENTS
@@ -332,6 +332,37 @@ def test_quit_before_there_is_a_run(accel, tmp_path, nothing_left):
         stop = one.vm.run(TIMEOUT)
         assert (stop.reason, stop.status) == (StopReason.QUIT, 0)
     one.vm.start(0.01)
+    one.close()
+
+
+def test_who_quits_twice_is_told_once(served):
+    with Raw(served.path) as client:
+        client.negotiated()
+        assert client.say(b'{"execute":"quit"}')["event"] == "SHUTDOWN"
+        assert client.read() == {"return": {}}
+        assert served.vm.wait(TIMEOUT).reason is StopReason.QUIT
+        for _ in range(2):
+            assert client.say(b'{"execute":"quit"}') == {"return": {}}
+    assert served.vm.run(TIMEOUT).reason is StopReason.QUIT
+
+
+def test_the_power_button_at_a_breakpoint(accel, tmp_path, nothing_left):
+    one = Served(accel, str(tmp_path / "qmp.sock"), machine="microvm", serial="null")
+    one.vm.decide(lambda stop: After.HOLD)
+    one.vm.add_breakpoint(Point(0x1005))
+    with Client(one.path) as qmp:
+        one.vm.start(TIMEOUT)
+        qmp.event("STOP")
+        for _ in range(2):
+            assert qmp.execute("query-status") == {"running": False, "status": "debug"}
+            qmp.execute("system_powerdown")
+            qmp.event("POWERDOWN")
+        one.vm.remove_breakpoint(Point(0x1005))
+        qmp.execute("cont")
+        qmp.event("RESUME")
+        qmp.execute("stop")
+        qmp.event("STOP")
+        assert qmp.execute("query-status") == {"running": False, "status": "paused"}
     one.close()
 
 
