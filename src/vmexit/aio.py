@@ -10,17 +10,22 @@
 """
 
 import asyncio
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, TypeVar
 
-from vmexit.machine.events import Event
+from vmexit.machine.events import Event, EventKind
 
 if TYPE_CHECKING:
     from vmexit.machine.machine import Machine
     from vmexit.machine.stop import Stop
 
+# So many events may wait for who does not iterate, before some are forgotten.
+_MOST = 1024
 
 T = TypeVar("T")
 
@@ -32,6 +37,13 @@ def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.wrap_future(executor.submit(copy_context().run, call))
     finally:
         executor.shutdown(wait=False)
+
+
+def _is_by_guest(event: Event) -> bool:
+    """Whether a guest can make any number of these while nobody does anything."""
+    if event.kind is EventKind.RESET:
+        return event.stop is not None
+    return event.kind in (EventKind.CRASH_KERNEL, EventKind.BALLOON)
 
 
 class AsyncMachine:
@@ -74,24 +86,44 @@ class AsyncMachine:
 class EventStream:
     """Events in their order, without end, until `close()`, which `with` calls.
 
-    To be made in the event loop that iterates over it.
+    To be made in the event loop that iterates over it. Where many wait already, of what a guest can
+    do at will (CRASH_KERNEL, BALLOON, RESET by itself) the oldest of the same kind is forgotten.
     """
 
     def __init__(self, machine: "Machine") -> None:
-        loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        # A signal's handler may quit while its thread is in here already.
+        self._lock = threading.RLock()
+        self._waiting: deque[Event] = deque()
+        self._called = False  # the loop knows that something waits, or soon will
+        self._ready = asyncio.Event()
+        self.close = machine.subscribe(self._tell)
 
-        def tell(event: Event) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-        self.close = machine.subscribe(tell)
+    def _tell(self, event: Event) -> None:
+        with self._lock:
+            if len(self._waiting) >= _MOST and _is_by_guest(event):
+                for waiting in self._waiting:
+                    if waiting.kind is event.kind and _is_by_guest(waiting):
+                        self._waiting.remove(waiting)
+                        break
+            self._waiting.append(event)
+            called, self._called = self._called, True
+        # Not for each event: a loop that is busy would have any number of calls to make.
+        if not called:
+            with suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._ready.set)
 
     def __aiter__(self) -> "EventStream":
         return self
 
     async def __anext__(self) -> Event:
-        return await self._queue.get()
+        while True:
+            with self._lock:
+                if self._waiting:
+                    return self._waiting.popleft()
+                self._called = False
+                self._ready.clear()
+            await self._ready.wait()
 
     def __enter__(self) -> "EventStream":
         return self

@@ -105,8 +105,12 @@ class _End:
 
 
 def _say(text: str) -> None:
+    _write_error(f"vmexit: {text}")
+
+
+def _write_error(text: str) -> None:
     with suppress(OSError):  # the status tells, at least
-        print(f"vmexit: {text}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _version_or_help(arguments: argparse.Namespace) -> int:
@@ -166,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> int:
             for server in served:
                 server.tell_end()
             if stats is not None:
-                print(stats.table(), file=sys.stderr)
+                _write_error(stats.table())
         if arguments.kernel is not None and vm.without_driver:
             names = ", ".join(vm.without_driver)
             _say(f"the guest had no driver for {names}; see vmexit fetch debian --modules")

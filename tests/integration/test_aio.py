@@ -5,12 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vmexit import EventKind, Machine, RunState, StopReason
+from vmexit import After, EventKind, Machine, RunState, StopReason, aio
 from vmexit.aio import AsyncMachine
 
 TIMEOUT = 30
 # 0: inc dword [0x3000]; jmp 0
 SPIN = bytes.fromhex("66ff060030 ebf9")
+# mov al, 2; mov dx, 0x505; mov cx, 100; 8: out dx, al; loop 8; out 0xf4, al
+PANICS = bytes.fromhex("b002 ba0505 b96400 ee e2fd e6f4")
+EXITS = PANICS[-2:]
 
 
 @pytest.fixture
@@ -53,6 +56,38 @@ def test_a_run_takes_none_of_the_loops_own_threads(vm):
             await machine.pause()
         assert vm.stop()
         await running
+
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+
+
+@pytest.mark.parametrize("kind", [EventKind.CRASH_KERNEL, EventKind.RESET])
+def test_no_guest_fills_memory_with_events(accel, monkeypatch, kind):
+    monkeypatch.setattr(aio, "_MOST", 8)
+    resets = iter([After.RESET] * 100 if kind is EventKind.RESET else [])
+
+    async def main():
+        options = {"machine": "microvm", "devices": ("pvpanic",), "serial": "null"}
+        with Machine("1M", accel, **options) as vm, AsyncMachine(vm).events() as events:
+            vm.load_bytes(EXITS if kind is EventKind.RESET else PANICS, at=0x1000)
+            vm.decide(lambda stop: next(resets, After.END))
+            vm.run(TIMEOUT)  # the loop makes no turn meanwhile
+            told = []
+            while EventKind.SHUTDOWN not in told:
+                told.append((await anext(events)).kind)
+            return told
+
+    told = asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+    assert told == [EventKind.RESUMED, *[kind] * 7, EventKind.SHUTDOWN]
+
+
+def test_several_may_wait_for_events(vm):
+    async def main():
+        with AsyncMachine(vm).events() as events:
+            waiting = [asyncio.create_task(anext(events)) for _ in range(2)]
+            await asyncio.sleep(0)
+            vm.run(0.01)
+            told = {(await task).kind for task in waiting}
+            assert told == {EventKind.RESUMED, EventKind.PAUSED}
 
     asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 

@@ -254,6 +254,9 @@ def test_standard_error_that_is_closed_or_full_changes_no_status():
             ["sh", "-c", f"{command} {redirection}"], stdout=subprocess.PIPE, check=False
         )
         assert (done.returncode, done.stdout) == (2, b""), redirection
+        command = " ".join(map(str, [*VMEXIT, "run", GUESTS / "debug-exit.bin", "--stats"]))
+        done = subprocess.run(["sh", "-c", f"{command} {redirection}"], check=False)
+        assert done.returncode == 67, redirection  # the guest's
 
 
 def test_names_that_standard_output_cannot_show(tmp_path):

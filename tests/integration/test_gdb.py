@@ -1,10 +1,12 @@
 """A real gdb at a machine that runs, and at its first instruction."""
 
+import os
 import random
 import re
 import select
 import stat
 import subprocess
+import threading
 
 import pytest
 from command import GUESTS, assert_one_line, vmexit
@@ -12,6 +14,7 @@ from gdb_client import Run, Wire, gdb
 from qmp_client import Client
 
 from vmexit import EventKind, Machine, RunState, StopReason
+from vmexit.control import sink
 from vmexit.control.gdb import GdbServer
 
 # 16-bit: xor ax, ax; 2: inc ax; 3: mov [0x3000], ax; 6: mov bx, [0x3000]; a: out 0x10, al;
@@ -222,6 +225,24 @@ def test_a_library_user_has_it_too(tmp_path, accel):
         assert vm.state is RunState.SHUTDOWN
         assert not vm.breakpoints
         assert not (tmp_path / "gdb").exists()
+
+
+def test_what_monitor_saves_ends_with_the_machine(tmp_path, accel, nothing_left, monkeypatch):
+    monkeypatch.setattr(sink, "_PATIENCE", 1e9)
+    os.mkfifo(tmp_path / "fifo")
+    end = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    with Machine(memory="1M", accel=accel) as vm:
+        server = GdbServer(vm, f"unix:{tmp_path / 'gdb'}")
+        closing = threading.Thread(target=server.close)
+        with Wire(tmp_path / "gdb") as wire:
+            wire.send(b"qRcmd," + f"memsave 0 0x80000 {tmp_path / 'fifo'}".encode().hex().encode())
+            started = select.select([end], [], [], 60)[0]
+            closing.start()
+            closing.join(60)
+            ended = not closing.is_alive()
+            os.close(end)
+            closing.join()
+    assert started and ended
 
 
 def test_what_is_no_address_is_refused(tmp_path):

@@ -6,7 +6,16 @@ import time
 
 import pytest
 
-from vmexit import After, EventKind, Machine, Point, RunState, StopReason, VmexitError
+from vmexit import (
+    After,
+    ConfigError,
+    EventKind,
+    Machine,
+    Point,
+    RunState,
+    StopReason,
+    VmexitError,
+)
 
 TIMEOUT = 60
 START = 0x1000
@@ -78,6 +87,21 @@ def test_stop_and_timeout_end_a_paused_run(accel):
         assert vm.run(0.05).reason is StopReason.TIMEOUT
         assert vm.run(0.05).reason is StopReason.TIMEOUT
         assert moves_in_run(vm)
+
+
+@pytest.mark.parametrize("timeout", [1e300, float("inf")])
+def test_no_timeout_is_too_long(accel, timeout):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(HALTS, at=START)
+        vm.start(timeout)
+        assert vm.wait(timeout).reason is StopReason.HALT
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_timeout_that_cannot_be(spinning, timeout):
+    for call in (spinning.run, spinning.wait):
+        with pytest.raises(ConfigError, match="use 0 or more"):
+            call(timeout)
 
 
 def moves_in_run(vm) -> bool:
@@ -217,7 +241,12 @@ def test_quit_has_status_0_and_waits_for_a_run(spinning):
     assert [(kind, why.reason) for kind, why in told] == [(EventKind.SHUTDOWN, StopReason.QUIT)]
     assert not vm.stop(StopReason.QUIT)  # before a run: it is over at once
     assert vm.run(TIMEOUT).reason is StopReason.QUIT
+    assert len(told) == 1  # nothing ran meanwhile
     assert vm.run(0.01).reason is StopReason.TIMEOUT
+    assert not vm.stop(StopReason.QUIT)
+    assert told[-1][0] is EventKind.SHUTDOWN
+    told.clear()
+    assert vm.run(TIMEOUT).reason is StopReason.QUIT and not told
     with pytest.raises(VmexitError, match="STOPPED or QUIT"):
         vm.stop(StopReason.HALT)
 

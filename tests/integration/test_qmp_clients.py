@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -12,7 +13,8 @@ import time
 import pytest
 from qmp_client import Client, Raw
 
-from vmexit import ConfigError, EventKind, Machine, RunState, StopReason
+from vmexit import After, ConfigError, EventKind, Machine, Point, RunState, StopReason
+from vmexit.control import sink
 from vmexit.control.qmp import QmpServer
 from vmexit.control.qmp.server import MOST_CLIENTS
 
@@ -316,6 +318,27 @@ def test_a_dump_into_a_pipe_that_nobody_reads_ends_with_the_machine(accel, tmp_p
             os.close(end)
 
 
+@pytest.mark.parametrize("command", ["memsave", "pmemsave"])
+def test_so_does_what_the_monitor_saves(accel, tmp_path, nothing_left, monkeypatch, command):
+    monkeypatch.setattr(sink, "_PATIENCE", 1e9)
+    one = Served(accel, str(tmp_path / "qmp.sock"))
+    os.mkfifo(tmp_path / "fifo")
+    end = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    closing = threading.Thread(target=one.server.close)
+    with Raw(one.path) as client:
+        client.negotiated()
+        line = {"command-line": f"{command} 0 0x80000 {tmp_path / 'fifo'}"}
+        client.send(json.dumps({"execute": "human-monitor-command", "arguments": line}).encode())
+        started = select.select([end], [], [], TIMEOUT)[0]
+        closing.start()
+        closing.join(TIMEOUT)
+        ended = not closing.is_alive()
+        os.close(end)
+        closing.join()
+    one.vm.close()
+    assert started and ended
+
+
 def test_a_part_of_memory_is_dumped(served, tmp_path):
     with Client(served.path) as qmp:
         where = f"file:{tmp_path / 'core'}"
@@ -334,6 +357,37 @@ def test_quit_before_there_is_a_run(accel, tmp_path, nothing_left):
         stop = one.vm.run(TIMEOUT)
         assert (stop.reason, stop.status) == (StopReason.QUIT, 0)
     one.vm.start(0.01)
+    one.close()
+
+
+def test_who_quits_twice_is_told_once(served):
+    with Raw(served.path) as client:
+        client.negotiated()
+        assert client.say(b'{"execute":"quit"}')["event"] == "SHUTDOWN"
+        assert client.read() == {"return": {}}
+        assert served.vm.wait(TIMEOUT).reason is StopReason.QUIT
+        for _ in range(2):
+            assert client.say(b'{"execute":"quit"}') == {"return": {}}
+    assert served.vm.run(TIMEOUT).reason is StopReason.QUIT
+
+
+def test_the_power_button_at_a_breakpoint(accel, tmp_path, nothing_left):
+    one = Served(accel, str(tmp_path / "qmp.sock"), machine="microvm", serial="null")
+    one.vm.decide(lambda stop: After.HOLD)
+    one.vm.add_breakpoint(Point(0x1005))
+    with Client(one.path) as qmp:
+        one.vm.start(TIMEOUT)
+        qmp.event("STOP")
+        for _ in range(2):
+            assert qmp.execute("query-status") == {"running": False, "status": "debug"}
+            qmp.execute("system_powerdown")
+            qmp.event("POWERDOWN")
+        one.vm.remove_breakpoint(Point(0x1005))
+        qmp.execute("cont")
+        qmp.event("RESUME")
+        qmp.execute("stop")
+        qmp.event("STOP")
+        assert qmp.execute("query-status") == {"running": False, "status": "paused"}
     one.close()
 
 

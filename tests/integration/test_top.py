@@ -309,6 +309,44 @@ def test_who_does_not_answer(path, monkeypatch):
         once(str(path), 0.1)
 
 
+EVENT = b'{"event": "STOP", "timestamp": {}}\r\n'
+
+
+def only_events(client: socket.socket) -> None:
+    client.sendall(GREETING)
+    events = EVENT * 100000  # faster than anybody reads them
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        client.sendall(events)
+    client.shutdown(socket.SHUT_RDWR)
+
+
+def test_who_has_nothing_but_events(path, monkeypatch):
+    monkeypatch.setattr(qmp, "_PATIENCE", 0.2)
+    with (
+        listening(path, only_events),
+        QmpClient(str(path)) as client,
+        pytest.raises(HostError, match="does not answer"),
+    ):
+        take(client)
+
+
+def test_events_without_end_hold_up_no_key(path):
+    sent = threading.Event()
+
+    def serve(client: socket.socket) -> None:
+        client.sendall(GREETING)
+        client.recv(1 << 16)  # the negotiation
+        client.sendall(EVENT * 2500)  # more than is read at once
+        client.shutdown(socket.SHUT_RDWR)
+        sent.set()
+
+    with listening(path, serve), QmpClient(str(path)) as client:
+        assert sent.wait(60)
+        assert not client.ended()  # a key may be looked at
+        assert any(client.ended() for _ in range(10))
+
+
 def test_another_machine_than_vmexits(path):
     unknown = {"error": {"class": "CommandNotFound", "desc": "not found \x1b[31m"}}
     answer = GREETING + json.dumps(unknown).encode() + b"\r\n"
@@ -329,6 +367,58 @@ def test_answers_that_are_not_understood(path, told):
         pytest.raises(ConfigError, match="same version"),
     ):
         once(str(path), 0.1)
+
+
+COUNTERS = {
+    "time-ns": 0, "state": "running", "accelerator": "soft", "machine": "bare", "vcpus": 0,
+    "memory": {"size": 0, "resident": 0}, "balloon": {"actual": 0},
+    "process": {"cpu-seconds": 0.0, "resident": 0, "started": 0.0},
+    "devices": [
+        {"name": "x", "kind": "y", "waited-ns": 0,
+         "flows": [{"operation": "z", "operations": 0, "size": 0}]},
+    ],
+    "unclaimed": [{"reads": 0, "writes": 0}],
+}  # fmt: skip
+EXITS = {
+    "rows": [{"reason": "io out", "address": 0, "size": 0, "exits": 0, "host-ns": 0}],
+    "vcpus": [{"cpu-index": 0, "guest-ns": 0, "host-ns": 0, "elsewhere-ns": 0}],
+}
+NUMBERS = re.findall(r"\b0(?:\.0)?\b", json.dumps([COUNTERS, EXITS]))
+
+
+class Answering(QmpClient):
+    """One whose numbers, all of them 0, are these."""
+
+    def __init__(self, numbers: list[float]) -> None:
+        left = iter(numbers)
+        text = json.dumps([COUNTERS, EXITS])
+        text = re.sub(r"\b0(?:\.0)?\b", lambda _: json.dumps(next(left)), text)
+        self._answers = dict(
+            zip(("x-query-counters", "x-query-exits"), json.loads(text), strict=True)
+        )
+
+    def execute(self, command: str) -> qmp.Json:
+        return self._answers[command]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [float("nan"), float("-inf"), float("inf"), 1 << 4096, -1 << 4096],
+    ids=["NaN", "-Infinity", "Infinity", "huge", "-huge"],
+)
+def test_numbers_that_cannot_be(odd):
+    for at in range(len(NUMBERS)):
+        numbers: list[float] = [0] * len(NUMBERS)
+        numbers[at] = odd
+        with pytest.raises(ConfigError, match="same version"):
+            take(Answering(numbers))
+
+
+def test_the_largest_numbers_are_shown():
+    moments = [take(Answering([one] * len(NUMBERS))) for one in (1 - (1 << 64), (1 << 64) - 1)]
+    for before in moments:
+        for now in moments:
+            Console(file=StringIO()).print(view(rates(before, now)))
 
 
 def test_the_machine_ends_before_the_table(path, tmp_path):

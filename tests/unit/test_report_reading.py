@@ -155,6 +155,7 @@ def test_what_cannot_be_read_is_one_line(path, why) -> None:
 ODD = [
     "[1]", "7", "null", '{"t":1,"vcpu":0}', '{"t":-1,"vcpu":0,"exit":"hlt"}',
     '{"t":1e400,"vcpu":0,"exit":"hlt"}', '{"t":NaN,"vcpu":0,"exit":"hlt"}',
+    '{"t":1%s,"vcpu":0,"exit":"hlt"}' % ("0" * 400),  # which no float holds
     '{"t":1,"vcpu":99999,"exit":"hlt"}', '{"t":true,"vcpu":0,"exit":"hlt"}',
     '{"t":1,"vcpu":0,"exit":"io","dir":"out"}', '{"t":1,"vcpu":0,"exit":"io","dir":"up","port":1}',
     '{"t":1,"vcpu":0,"exit":"mmio","dir":"read","gpa":36893488147419103232}',
@@ -166,6 +167,14 @@ def test_lines_that_are_no_exits_are_counted_and_left_out(tmp_path) -> None:
     events, file = read(tmp_path, "\n".join([good, *ODD, good]))
     assert len(events) == 2
     assert file.skipped == len(ODD)
+
+
+def test_stretches_of_impossible_lengths_are_counted_and_left_out(tmp_path) -> None:
+    good = {"cat": "guest", "ph": "X", "ts": 1, "dur": 2, "tid": 1}
+    odd = [good | {name: value} for name in ("ts", "dur") for value in (-1, 10**400, 1e400)]
+    events, file = read(tmp_path, json.dumps([good, *odd, good]))
+    assert events == [GuestEvent(1000, 0, 2000)] * 2
+    assert file.skipped == len(odd)
 
 
 values = st.recursive(

@@ -9,7 +9,7 @@ from vmexit.control.expression import evaluate
 from vmexit.control.memory_view import Format, show
 from vmexit.control.page_view import show_mappings
 from vmexit.control.saving import check_vcpu, save_physical, save_virtual
-from vmexit.control.sink import Sink
+from vmexit.control.sink import Sink, never
 from vmexit.control.steering import RunStatus, resume, run_status
 from vmexit.core.errors import VmexitError, quoted, shown
 from vmexit.machine.config import parse_size
@@ -26,6 +26,7 @@ class _Asked(NamedTuple):
     vcpu: int
     words: list[str]
     form: str
+    ending: Callable[[], bool]
 
 
 _Function = Callable[[_Asked], str]
@@ -51,9 +52,9 @@ def _command(usage: str, help: str) -> Callable[[_Function], _Function]:
     return register
 
 
-def execute(vm: Machine, line: str, vcpu: int = 0) -> str:
+def execute(vm: Machine, line: str, vcpu: int = 0, ending: Callable[[], bool] = never) -> str:
     """What the command `line` answers, for `vcpu` where it is about one; lines without the last
-    line break. Raises VmexitError for what cannot be done.
+    line break. Raises VmexitError for what cannot be done, or takes longer than until `ending()`.
     """
     check_vcpu(vm, vcpu)
     if len(line) > _LONGEST:
@@ -67,7 +68,7 @@ def execute(vm: Machine, line: str, vcpu: int = 0) -> str:
     command = _commands.get(name)
     if command is None:
         raise VmexitError(f"unknown command: {quoted(name)}; {_hint(name)}")
-    return command.function(_Asked(vm, vcpu, words, form))
+    return command.function(_Asked(vm, vcpu, words, form, ending))
 
 
 def _hint(name: str) -> str:
@@ -218,7 +219,7 @@ def _print(asked: _Asked) -> str:
 def _memsave(asked: _Asked) -> str:
     with asked.vm.paused():
         gva, size = _number(asked, 3, 0), _number(asked, 3, 1)
-    with Sink.to_file(" ".join(asked.words[2:])) as sink:
+    with Sink.to_file(" ".join(asked.words[2:]), asked.ending) as sink:
         save_virtual(asked.vm, asked.vcpu, gva, size, sink)
     return ""
 
@@ -227,7 +228,7 @@ def _memsave(asked: _Asked) -> str:
 def _pmemsave(asked: _Asked) -> str:
     with asked.vm.paused():
         gpa, size = _number(asked, 3, 0), _number(asked, 3, 1)
-    with Sink.to_file(" ".join(asked.words[2:])) as sink:
+    with Sink.to_file(" ".join(asked.words[2:]), asked.ending) as sink:
         save_physical(asked.vm, gpa, size, sink)
     return ""
 

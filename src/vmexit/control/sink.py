@@ -13,14 +13,15 @@ _PIPE_PIECE, _FILE_PIECE = 4096, 1 << 20
 _PATIENCE, _SLICE = 10.0, 0.1
 
 
-def _never() -> bool:
+def never() -> bool:
+    """There is no end to heed."""
     return False
 
 
 class Sink:
     """A descriptor to write to, which is closed in the end."""
 
-    def __init__(self, descriptor: int, name: str, ending: Callable[[], bool] = _never) -> None:
+    def __init__(self, descriptor: int, name: str, ending: Callable[[], bool] = never) -> None:
         """`ending()` tells that nobody is to be waited for any more."""
         self._descriptor = descriptor
         self._name = name
@@ -28,7 +29,7 @@ class Sink:
         self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
 
     @classmethod
-    def to_file(cls, path: str, ending: Callable[[], bool] = _never) -> "Sink":
+    def to_file(cls, path: str, ending: Callable[[], bool] = never) -> "Sink":
         """A file, for its owner only: in a guest's memory there may be anything.
 
         Raises VmexitError.

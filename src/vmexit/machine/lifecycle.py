@@ -66,6 +66,7 @@ class Lifecycle:
         self._brief = False  # held by paused(), of which nobody is told
         self._told = False  # what subscribers know: whether it runs
         self._quit = False  # the next run is over before it begins
+        self._told_quit = False  # subscribers know that this run, or the next one, ends so
         self._active = 0  # the thread in run()
         self._over = False  # no run may begin any more
         self._woken = False
@@ -114,7 +115,7 @@ class Lifecycle:
                 raise VmexitError("a machine cannot run within its own paused(); leave that first")
             self._active = threading.get_ident()
             self._ending = Stop(StopReason.QUIT) if self._quit else None
-            self._quit = False
+            self._quit, self._told_quit = False, self._quit
             self._request.forget()
             if turn != ALL:
                 self._turn = turn
@@ -267,7 +268,10 @@ class Lifecycle:
         """Make `run()` return; False if there is none: then QUIT is for the next one."""
         stop = Stop(reason)
         if reason is StopReason.QUIT:
-            self.subscribers.tell(EventKind.SHUTDOWN, stop)
+            with self._changed:
+                told, self._told_quit = self._told_quit, True
+            if not told:
+                self.subscribers.tell(EventKind.SHUTDOWN, stop)
         if self._request(stop):
             return True
         with self._changed:

@@ -1,6 +1,7 @@
 """`Machine`: a virtual machine that a Python program holds."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
@@ -398,9 +399,7 @@ class Machine(Inspection):
 
     def _run(self, timeout: float | None, turn: Turn) -> Stop:
         self._require_open()
-        if timeout is not None and not timeout >= 0:
-            raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
-        return self._life.run(timeout, turn)
+        return self._life.run(_checked(timeout), turn)
 
     def _describe(self, stop: Stop) -> Stop:
         return stop._replace(dump=self.dump(stop.vcpu)) if stop.crashed else stop
@@ -416,7 +415,7 @@ class Machine(Inspection):
         """What the run that `start()` began has returned, or raised; None if it still goes on."""
         if self._background is None:
             raise VmexitError("nothing has started this machine; start() it")
-        return self._background.wait(timeout)
+        return self._background.wait(_checked(timeout))
 
     def pause(self) -> None:
         """Hold all vCPUs. Returns once none runs, and `run()` waits until somebody resumes it.
@@ -635,6 +634,15 @@ class Machine(Inspection):
             raise VmexitError(
                 f"vCPU {vcpu} runs, and this is an access of another one; stop() it first"
             )
+
+
+def _checked(timeout: float | None) -> float | None:
+    """No longer than threads can wait, which is centuries. Raises ConfigError."""
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise ConfigError(f"a timeout of {timeout} s cannot be; use 0 or more, or None")
+    return min(timeout, threading.TIMEOUT_MAX)
 
 
 def _tuple(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:

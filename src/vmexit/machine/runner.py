@@ -270,7 +270,6 @@ class Runner:
                 raise VmexitError("this machine is closed; make a new one")
             try:
                 self._running(True)
-                timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
                 return self._run(timeout, only)
             finally:
                 self._running(False)

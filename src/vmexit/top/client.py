@@ -62,7 +62,7 @@ class QmpClient:
 
     def _greet(self) -> None:
         try:
-            greeting = self._read()
+            greeting = self._read(time.monotonic() + _PATIENCE)
         except (HostError, GoneError) as error:
             raise self._no_qmp() from error
         if not isinstance(greeting, dict) or "QMP" not in greeting:
@@ -74,6 +74,7 @@ class QmpClient:
 
     def execute(self, command: str) -> Json:
         """What `command` returns. Raises RefusedError, GoneError, HostError."""
+        until = time.monotonic() + _PATIENCE
         try:
             self._socket.settimeout(_PATIENCE)
             self._socket.sendall(json.dumps({"execute": command}).encode() + b"\n")
@@ -81,8 +82,8 @@ class QmpClient:
             raise self._silent() from error
         except OSError as error:
             raise GoneError("the machine has ended") from error
-        while True:
-            message = self._read()
+        while time.monotonic() < until:
+            message = self._read(until)
             if not isinstance(message, dict):
                 raise self._no_qmp()
             if "return" in message:
@@ -91,10 +92,11 @@ class QmpClient:
                 told = message["error"]
                 why = told.get("desc") if isinstance(told, dict) else None
                 raise RefusedError(shown(why) if isinstance(why, str) else "it says not why")
+        raise self._silent()  # with nothing but events
 
     def ended(self) -> bool:
-        """Take in what has come by itself: events, or the end, which it tells."""
-        while select.select([self._socket], [], [], 0)[0]:
+        """Take in some of what has come by itself: events, or the end, which it tells."""
+        if select.select([self._socket], [], [], 0)[0]:
             try:
                 piece = self._socket.recv(_PIECE)
             except OSError:
@@ -112,9 +114,8 @@ class QmpClient:
         """To wait for what comes by itself."""
         return self._socket.fileno()
 
-    def _read(self) -> Json:
-        """The next message. Raises GoneError, HostError."""
-        until = time.monotonic() + _PATIENCE
+    def _read(self, until: float) -> Json:
+        """The next message, until then (monotonic). Raises GoneError, HostError."""
         start = 0
         while (end := self._data.find(b"\n", start)) < 0:
             start = len(self._data)

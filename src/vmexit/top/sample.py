@@ -1,9 +1,12 @@
 """What is known of a machine at one moment, out of what it answers."""
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError
 from vmexit.top.client import Json, QmpClient, RefusedError
+
+# What no number is above, nor below its negative: with these, floats can reckon.
+_MOST = (1 << 64) - 1
 
 
 class Exits(NamedTuple):
@@ -146,15 +149,17 @@ def _objects(value: Json) -> list[_Object]:
 
 
 def _int(value: Json) -> int:
-    if type(value) is not int:
-        raise TypeError("no integer")
+    if type(value) is not int or abs(value) > _MOST:
+        raise TypeError("no integer of 64 bits")
     return value
 
 
 def _float(value: Json) -> float:
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError("no number")
-    return float(cast(float, value))
+    if not abs(value) <= _MOST:  # nor is it NaN
+        raise TypeError("no number of 64 bits")
+    return float(value)
 
 
 def _str(value: Json) -> str:

@@ -1,6 +1,7 @@
 """The socket that gdb connects to: one debugger at a time."""
 
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 from vmexit.control.gdb.packet import packet
@@ -27,12 +28,18 @@ class GdbServer(Service):
         names = [part.removeprefix("arch=") for part in parts if part.startswith("arch=")]
         rest = [part for part in parts if not part.startswith("arch=")]
         self._machine = machine
+        self._closing = threading.Event()
         self._target = Target(names[-1] if names else _architecture(machine))
         address = Address.parse(",".join(rest), "--gdb")
         self._server = Server(address, self._serve, "gdb", most=1, refuse=_refuse)
 
     def _serve(self, client: socket.socket) -> None:
-        Session(self._machine, self._target, client).serve()
+        Session(self._machine, self._target, client, self._closing.is_set).serve()
+
+    def close(self) -> None:
+        """Cut the debugger off, whatever it waits for, and listen no more."""
+        self._closing.set()
+        super().close()
 
 
 def _architecture(machine: "Machine") -> str:

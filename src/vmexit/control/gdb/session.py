@@ -44,8 +44,16 @@ class Ended(Exception):
 class Session:
     """Serves one client until it goes. Its thread answers; the machine's events wake it."""
 
-    def __init__(self, machine: "Machine", target: Target, client: socket.socket) -> None:
+    def __init__(
+        self,
+        machine: "Machine",
+        target: Target,
+        client: socket.socket,
+        ending: Callable[[], bool],
+    ) -> None:
+        """`ending()` tells that all is about to be closed: nothing should wait any more."""
         self._machine = machine
+        self._ending = ending
         self._target = target
         self._client = client
         self._reader = PacketReader()
@@ -468,7 +476,7 @@ class Session:
 
         line = bytes.fromhex(text).decode("utf-8", "replace").strip()
         try:
-            said = self._own_command(line) or execute(self._machine, line, self._vcpu)
+            said = self._own_command(line) or execute(self._machine, line, self._vcpu, self._ending)
         except VmexitError as error:
             said = str(error)
         for start in range(0, len(said), 1000):

@@ -93,6 +93,9 @@ class DumpCompleted(NamedTuple):
 # A guest can make any number of these: of each, one waits for a client who does not read.
 _BY_GUEST = (BalloonChange, GuestCrashLoaded)
 
+# These change nothing about whether the machine runs, or why not.
+_ELSE = (EventKind.POWERDOWN, EventKind.CRASH_KERNEL, EventKind.BALLOON)
+
 Data = (
     Stopped
     | Resumed
@@ -118,7 +121,8 @@ class Relay:
 
     def tell(self, event: Event) -> None:
         """A subscriber of the machine: never waits."""
-        self.debugging = event.kind is EventKind.DEBUG
+        if event.kind not in _ELSE:
+            self.debugging = event.kind is EventKind.DEBUG
         if event.kind in (EventKind.RESUMED, EventKind.RESET):
             self._ended = False
         for data in self._translated(event):

@@ -109,7 +109,7 @@ def human_monitor_command(
     session: Session, *, command_line: str, cpu_index: int | None = None
 ) -> str:
     try:
-        text = execute(session.vm, command_line, cpu_index or 0)
+        text = execute(session.vm, command_line, cpu_index or 0, session.served.ending)
     except VmexitError as error:
         text = str(error)  # for people, as QEMU has it
     return f"{text}\n" if text else ""
