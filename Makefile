@@ -9,8 +9,11 @@ unexport PYTHONDONTWRITEBYTECODE
 LINUX  := --kernel build/debian/vmlinuz --initrd build/debian/initrd.gz --append 'console=ttyS0 panic=-1'
 
 VIRTIO := $(addprefix tests/integration/test_linux_,virtio.py net.py vsock.py balloon.py vhost.py share.py hvc.py)
+CONTROL := tests/integration/test_gdb_linux.py::test_from_start_kernel_to_the_shell \
+  $(addprefix tests/integration/test_linux_qmp.py::test_,it_stands_still_and_goes_on a_reset_boots_again \
+  the_power_button_is_a_key_of_the_guest)
 
-.PHONY: help setup demo test test-lab lab-virtio test-long lint format bench bench-lab clean
+.PHONY: help setup demo test test-lab lab-control lab-virtio test-long lint format bench bench-lab clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -47,6 +50,11 @@ test-lab: setup  ## the tests on Linux's own KVM, in an emulated machine: docs/k
 	@$(BIN)/python -m pytest -q --collect-only tests/lab >/dev/null  # byte code, which the lab cannot keep
 	@PYTHONPATH=tests:tests/integration $(BIN)/python tests/lab/test_boot_log.py build/soft-boot.log
 	@tools/test-lab $(BIN)/python -m pytest tests/lab tests/guest/test_smp.py -m "not lab_tool and not soak" -k "not soft]"
+
+lab-control: setup ## gdb and QMP clients at Linux, there: ten minutes
+	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
+	@$(BIN)/python -m pytest -q --collect-only $(CONTROL) >/dev/null
+	@tools/test-lab $(BIN)/python -m pytest --timeout 600 $(CONTROL)
 
 lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch

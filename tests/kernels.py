@@ -72,6 +72,7 @@ def vmlinux(flavour: str) -> Path:
 
 # For who has no network later: what the tests of devices have in their initial RAM disks.
 PREPARED = (
+    ("cloud-amd64",),
     ("cloud-amd64", "virtio_mmio", "virtio_blk", "virtio_rng", "ext4"),
     ("cloud-amd64", "virtio_blk", "ext4"),
     ("cloud-amd64", "virtio_net"),

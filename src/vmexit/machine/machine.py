@@ -582,7 +582,11 @@ class Machine(Inspection):
         return self._runner.native_id(vcpu)
 
     def close(self) -> None:
-        """Stop it and free everything; the machine is of no use afterwards."""
+        """Stop it and free everything; the machine is of no use afterwards.
+
+        Waits for `run()` in another thread, and for who is within `paused()`. Raises VmexitError
+        from within a callback or a device.
+        """
         if self._closed:
             return
         if self._runner.forked:  # nobody uses it here, and locks may be held for ever
