@@ -13,7 +13,7 @@ from command import GUESTS, assert_one_line, vmexit
 from gdb_client import Run, Wire, gdb
 from qmp_client import Client
 
-from vmexit import EventKind, Machine, RunState, StopReason
+from vmexit import EventKind, Machine, RunState, StopReason, VmexitError
 from vmexit.control import sink
 from vmexit.control.gdb import GdbServer
 
@@ -243,6 +243,29 @@ def test_what_monitor_saves_ends_with_the_machine(tmp_path, accel, nothing_left,
             os.close(end)
             closing.join()
     assert started and ended
+
+
+def test_a_server_is_not_closed_from_within_an_access(tmp_path, accel):
+    """Its client may wait for that very vCPU."""
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(FOREVER, at=0x1000)
+        server = GdbServer(vm, f"unix:{tmp_path / 'gdb'}")
+        refused = threading.Event()
+
+        def close(access):
+            with pytest.raises(VmexitError, match="from within an access"):
+                server.close()
+            refused.set()
+
+        vm.on_pio(0x10, write=close)
+        vm.start(60)
+        with Wire(tmp_path / "gdb") as wire:
+            assert wire.ask(b"?").startswith(b"T05")
+            wire.send(b"c")
+            assert refused.wait(60)
+            server.close()
+        vm.stop()
+        vm.wait(60)
 
 
 def test_what_is_no_address_is_refused(tmp_path):

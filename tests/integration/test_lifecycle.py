@@ -432,6 +432,61 @@ def test_what_a_subscriber_raises_comes_out_of_run_whoever_made_it_happen(accel)
             vm.wait(TIMEOUT)
 
 
+def test_after_a_failure_a_paused_machine_stays_paused(accel):
+    """What has failed is told once, by the run that it was in."""
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        told, fails = [], []
+
+        def tell(event):
+            told.append(event.kind)
+            if fails:
+                raise RuntimeError(f"at {event.kind.value}")
+
+        vm.subscribe(tell)
+        vm.start(TIMEOUT)
+        assert moves(vm)
+        fails.append(True)
+        vm.stop()
+        with pytest.raises(RuntimeError, match="at paused"):
+            vm.wait(TIMEOUT)
+        fails.clear()
+        vm.pause()
+        vm.start(TIMEOUT)
+        assert vm.state is RunState.PAUSED and stands(vm)
+        vm.resume()
+        assert moves(vm)
+        vm.stop()
+        vm.wait(TIMEOUT)
+        with vm.paused():
+            vm.start(TIMEOUT)
+            assert stands(vm)
+        assert moves(vm)
+
+
+def test_who_follows_a_machine_is_told_that_a_failure_has_paused_it(accel):
+    def fail(access):
+        raise RuntimeError("a device")
+
+    told = []
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        vm.on_pio(0x10, write=fail)
+        vm.subscribe(lambda event: told.append(event.kind))
+        with pytest.raises(RuntimeError, match="a device"):
+            vm.run(TIMEOUT)
+    assert told == [EventKind.RESUMED, EventKind.PAUSED]
+
+
+def test_a_quit_for_the_next_run_is_not_forgotten(spinning):
+    vm = spinning
+    vm.stop()
+    vm.wait(TIMEOUT)
+    vm.stop(StopReason.QUIT)
+    vm.stop()
+    assert vm.run(TIMEOUT).reason is StopReason.QUIT
+
+
 def test_a_closed_machine_stays_closed(accel):
     vm = Machine(memory="1M", accel=accel)
     vm.load_bytes(SPIN, at=START)

@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-from vmexit.core.errors import ConfigError, quoted, shown
+from vmexit.core.errors import ConfigError, VmexitError, quoted, shown
 from vmexit.core.threads import start_without_signals
 from vmexit.core.unix_socket import SocketFile
+
+if TYPE_CHECKING:
+    from vmexit.machine.machine import Machine
 
 # A client that does not read for so long, in seconds, is cut off.
 _PATIENCE = 10
@@ -206,14 +209,21 @@ class Service:
     """A protocol that is served from when this is made until `close()`, which `with` calls."""
 
     _server: Server
+    _machine: "Machine"
 
     @property
     def where(self) -> str:
         """The address, with the port that port 0 has become."""
         return self._server.where
 
+    def require_closable(self) -> None:
+        """Raises VmexitError in a vCPU's thread, for which a client may wait."""
+        if self._machine.in_access:
+            raise VmexitError("a server cannot be closed from within an access; stop() the machine")
+
     def close(self) -> None:
-        """Cut all clients off, and listen no more."""
+        """Cut all clients off, and listen no more. Raises VmexitError in a vCPU's thread."""
+        self.require_closable()
         self._server.close()
 
     def __enter__(self) -> Self:

@@ -69,7 +69,6 @@ class Lifecycle:
         self._told_quit = False  # subscribers know that this run, or the next one, ends so
         self._active = 0  # the thread in run()
         self._over = False  # no run may begin any more
-        self._woken = False
         self._ending: Stop | None = None  # asked for while it was held
         self._last: Stop | None = None
         self._decisions: list[Decision] = []
@@ -127,6 +126,10 @@ class Lifecycle:
                 if stop is not None:
                     self._request.raise_failure()
                     return self._describe(stop)
+        except Exception:
+            if self._told:  # all believe that it runs
+                self._become(RunState.PAUSED, EventKind.PAUSED)
+            raise
         finally:
             with self._changed:
                 self._active = 0
@@ -141,17 +144,18 @@ class Lifecycle:
         """Wait until it may run, and say that it does; how it ends, if it may not."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
+            self._request.raise_failure()
             with self._changed:
-                free = self._ending is not None or self._woken
-                held = self._held and not free
-                if self._barred and not held and not free:
+                if self._ending is not None:
+                    return self._ending
+                if self._request.left:
+                    return Stop(StopReason.STOPPED)
+                if self._barred and not self._held:
                     self._changed.wait(SIGNAL_SECONDS)  # whoever looks at it has soon done
                     continue
-                if not held:
-                    self._woken = False
-                    if self._ending is None:
-                        self._state = RunState.RUNNING
-                    return self._ending
+                if not self._held:
+                    self._state = RunState.RUNNING
+                    return None
                 if self._state is not RunState.RUNNING:
                     left = None if end is None else end - time.monotonic()
                     if left is not None and left <= 0:
@@ -225,7 +229,6 @@ class Lifecycle:
     def _wake(self) -> None:
         """Something ends the next run before it begins: a held one has to see that."""
         with self._changed:
-            self._woken = True
             self._changed.notify_all()
 
     # Any thread.
@@ -276,7 +279,7 @@ class Lifecycle:
             return True
         with self._changed:
             if not self._active:
-                self._quit = reason is StopReason.QUIT
+                self._quit |= reason is StopReason.QUIT
                 return False
             self._ending = stop
             self._request.soon(stop)

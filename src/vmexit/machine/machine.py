@@ -589,20 +589,23 @@ class Machine(Inspection):
         """
         if self._closed:
             return
-        if self._runner.forked:  # nobody uses it here, and locks may be held for ever
-            self._free()
+        if self._runner.forked:  # all of it is the parent's, and locks may be held for ever
+            self._life.close()
+            self._closed = True
             return
         self._runner.require_closable()
         self._life.end()
         self._runner.close()
         with self._life.control:  # whoever looks into it meanwhile has soon done
             if not self._closed:
-                self._free()
+                self._life.close()
+                self._closed = True
+                self._parts.closer.close()
 
-    def _free(self) -> None:
-        self._life.close()
-        self._closed = True
-        self._parts.closer.close()
+    @property
+    def in_access(self) -> bool:
+        """Whether the caller is a device or a callback, on a vCPU's thread."""
+        return self._runner.in_vcpu_thread()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "running" if self.running else "paused"

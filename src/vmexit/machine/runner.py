@@ -122,6 +122,11 @@ class StopRequest:
         if not runs:
             self._idle()
 
+    @property
+    def left(self) -> bool:
+        """Whether `leave()` was called: no run goes on."""
+        return self._left
+
     def raise_failure(self) -> None:
         """Raises what `fail()` was given, if anything."""
         with self._lock:

@@ -38,6 +38,7 @@ class GdbServer(Service):
 
     def close(self) -> None:
         """Cut the debugger off, whatever it waits for, and listen no more."""
+        self.require_closable()
         self._closing.set()
         super().close()
 

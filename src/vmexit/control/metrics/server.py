@@ -26,7 +26,7 @@ class MetricsServer(Service):
 
         Without `stats` nothing is told of exits. Raises ConfigError for an address that cannot be.
         """
-        self._vm = vm
+        self._machine = vm
         self._stats = stats
         where = Address.parse(address, "--metrics")
         self._server = Server(where, self._serve, "metrics", most=MOST_CLIENTS, refuse=_refuse)
@@ -45,7 +45,7 @@ class MetricsServer(Service):
             return http.Response(404, f"there is only {PATH}\n".encode())
         if request.method not in ("GET", "HEAD"):
             return http.Response(405, f"use {_METHODS}\n".encode(), allow=_METHODS)
-        return http.Response(200, exposition(families(self._vm, self._stats)), CONTENT_TYPE)
+        return http.Response(200, exposition(families(self._machine, self._stats)), CONTENT_TYPE)
 
 
 def _refuse(client: socket.socket) -> None:

@@ -45,6 +45,7 @@ class QmpServer(Service):
         `exits` is the observer of the machine that `x-query-exits` asks. Raises
         ConfigError for an address that cannot be.
         """
+        self._machine = vm
         self._sessions = Sessions()
         self._relay = Relay(vm, self._sessions)
         self._closing = threading.Event()
@@ -67,6 +68,7 @@ class QmpServer(Service):
 
     def close(self) -> None:
         """Let answers and events reach who reads them, then cut all clients off."""
+        self.require_closable()
         self._unsubscribe()
         end = time.monotonic() + _PATIENCE
         for session in self._sessions:
