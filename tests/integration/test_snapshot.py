@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -313,7 +314,109 @@ def test_a_state_that_no_machine_has_is_refused(saved, tmp_path, fields):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shares": ["x=/tmp,virtiofsd=/bin/true"]}, {"drives": ["vhost-user:/tmp/s"]},
+        {"debugcon": []}, {"kernel": 5}, {"firmware": {}}, {"image": 1.5},
+    ],
+)  # fmt: skip
+def test_a_machine_that_nobody_can_have_saved_is_refused(saved, tmp_path, changes):
+    """Above all one that would start somebody's program."""
+    config = json.loads((saved / "state.json").read_text().partition("\n")[2])["config"]
+    if "shares" in changes or "drives" in changes:
+        config["machine"] = "microvm"
+    folder = forged(saved, tmp_path / "bad", config=config | changes)
+    with pytest.raises(ConfigError, match=r"damaged: state\.json"):
+        Snapshot.load(folder)
+    assert_one_line(vmexit("run", "--restore", folder), 2, "damaged: state.json")
+
+
+def test_a_pipe_in_the_place_of_a_file_waits_for_nobody(tmp_path):
+    os.mkfifo(tmp_path / "state.json")
+    with pytest.raises(ConfigError, match="cannot be read as a snapshot"):
+        Snapshot.load(tmp_path)
+
+
+def test_a_machine_that_is_half_of_another_one_does_not_run(saved, tmp_path):
+    with (
+        Snapshot.load(forged(saved, tmp_path / "bad", vm={})) as bad,
+        Snapshot.load(saved) as good,
+        Machine("2M", "soft") as vm,
+    ):
+        vm.load_bytes(COUNTER, at=0x1000)
+        vm.on_pio(0x10, write=lambda access: None)
+        for again in (lambda: vm.reset_to(good), vm.reset):
+            with pytest.raises(ConfigError):
+                vm.reset_to(bad)
+            with pytest.raises(VmexitError, match="going back failed half-way; reset"):
+                vm.run(TIMEOUT)
+            again()
+            assert vm.run(TIMEOUT).reason is StopReason.HALT
+
+
+def test_who_asks_what_memory_is_in_use_is_not_disturbed(accel):
+    with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
+        region, done, errors = vm.memory.regions[0], threading.Event(), []
+
+        def ask():
+            while not done.is_set():
+                try:
+                    vm.memory.in_use(region)
+                except OSError as error:
+                    errors.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        for _ in range(200):
+            vm.reset_to(snap)
+        done.set()
+        asking.join()
+        assert not errors
+
+
+def test_where_a_machine_had_stopped_is_no_matter_after_going_back(accel):
+    ways = []
+    with Machine("2M", accel) as vm:
+        vm.load_bytes(COUNTER, at=0x1000)
+        vm.on_pio(0x10, write=lambda access: None)
+        vm.add_breakpoint(Point(0x1006))
+        assert vm.run(TIMEOUT).reason is StopReason.DEBUG
+        with vm.snapshot() as snap:
+            for elsewhere in (False, True):
+                if elsewhere:
+                    vm.remove_breakpoint(Point(0x1006))
+                    assert vm.run(TIMEOUT).reason is StopReason.HALT
+                    vm.add_breakpoint(Point(0x1006))
+                vm.reset_to(snap)
+                assert vm.run(TIMEOUT).reason is StopReason.DEBUG
+                ways.append(vm.vcpus[0].regs.rax)
+    assert ways[0] == ways[1]
+
+
 # Disks and other devices.
+
+
+def test_what_was_written_to_a_disk_goes_back_or_is_asked_for(tmp_path):
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    options = {"machine": "microvm", "memory": "16M", "accel": "soft"}
+    own, aside = [f"file={disk}"], [f"file={copy(disk)},snapshot=on"]
+    with (
+        Machine(drives=own, **options) as vm,
+        vm.snapshot() as snap,
+        snap.clone(drives=aside) as twin,
+    ):
+        overlay = twin._parts.overlays["disk0"]
+        overlay.write_from([memoryview(b"ZZZZ" * 128)], 0)
+        twin.reset_to(snap)
+        read = bytearray(512)
+        overlay.read_into([memoryview(read)], 0)
+        assert read == bytes(512)
+    with Machine(drives=aside, **options) as vm:
+        vm._parts.overlays["disk0"].write_from([memoryview(b"ZZZZ" * 128)], 0)
+        with vm.snapshot() as snap, pytest.raises(ConfigError, match="use snapshot=on for it"):
+            snap.clone(drives=own)
 
 
 def test_a_disk_that_the_guest_writes_to_is_refused(tmp_path):

@@ -294,10 +294,18 @@ class Overlay:
                 "what the guest has written was to another disk, or the disk's image has changed "
                 "since; use the image as it was"
             )
+        self._become(blocks, written)
+
+    def forget(self) -> None:
+        """Nothing was written. For an overlay that is forgotten in the end. Raises HostError."""
+        self._become(BlockMap(self._format.blocks), None)
+
+    def _become(self, blocks: BlockMap, written: DiskImage | None) -> None:
         try:
             os.truncate(self._fd, 0)
             os.truncate(self._fd, self.size)
-            _copy_data(written.fd, self._fd, self.size)
+            if written is not None:
+                _copy_data(written.fd, self._fd, self.size)
         except OSError as error:
             raise HostError(
                 f"cannot write the disk's temporary file: {error.strerror}; free some room"

@@ -216,16 +216,12 @@ class GuestMemory:
                 "machine with as much --memory"
             )
         try:
-            fd = os.dup(image.fd)
-            try:
-                self._map(image)
-            except OSError:
-                os.close(fd)
-                raise
+            self._map(image)
+            # The same number: another thread may just ask what is in use.
+            os.dup2(image.fd, self.fd, inheritable=False)
         except OSError as error:
             raise HostError(f"cannot map guest memory: {error.strerror}; free some") from error
-        os.close(self.fd)
-        self.fd, self.private = fd, True
+        self.private = True
         for gpa, size in image.ranges:
             self.host_wrote(((gpa, size),), size)
 

@@ -75,6 +75,10 @@ class DebuggedRunner:
         with self._lock:
             return {point: self._ways.get(point) for point in self._points}
 
+    def forget(self) -> None:
+        """The vCPUs are elsewhere now: none has been stopped at a breakpoint."""
+        self._stopped_at.clear()
+
     def try_out(self) -> dict[Point, Way]:
         """How each point would be done; raises HostError if all at once cannot be."""
         with self._lock:

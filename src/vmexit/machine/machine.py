@@ -183,6 +183,7 @@ class Machine(Inspection):
         self.config = config
         self._entry = config.entry if config.image is not None else None
         self._closed = False
+        self._half = False  # a reset has failed after it began
         self.within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
@@ -399,6 +400,8 @@ class Machine(Inspection):
 
     def _run(self, timeout: float | None, turn: Turn) -> Stop:
         self._require_open()
+        if self._half:
+            raise VmexitError("going back failed half-way; reset() this machine, or close it")
         return self._life.run(_checked(timeout), turn)
 
     def _describe(self, stop: Stop) -> Stop:
@@ -452,7 +455,10 @@ class Machine(Inspection):
         self._life.reset()
 
     def _begin_again(self) -> None:
+        self._half = True
         self._parts.reset()
+        self._half = False
+        self._debug.forget()
         for at, data in self._loads:
             flat.load(self.memory, data, at)
         if self._start is not None:
@@ -487,7 +493,11 @@ class Machine(Inspection):
         self._life.reset(lambda: self._take_over(snapshot))
 
     def _take_over(self, snapshot: "Snapshot") -> None:
+        snapshot.require_such(self._parts)
+        self._half = True
         loaded = snapshot.put_into(self._parts)
+        self._half = False
+        self._debug.forget()
         self._loads, self._start, self._loaded = loaded.pieces, None, True
         if loaded.entry is not None:
             self._start = _Start(loaded.entry, loaded.mode, loaded.image)

@@ -62,9 +62,9 @@ def check(parts: Parts, state: MachineState) -> None:
 def put(parts: Parts, state: MachineState) -> None:
     """Have the machine, which does not run and whose memory is set, go on from there.
 
-    Raises ConfigError for what is no state of such a machine; it is of no use then.
+    `check()` comes first. Raises ConfigError for what is no state of such a machine; it is of no
+    use then.
     """
-    check(parts, state)
     # The interrupt controllers first: what devices do to them next, they have done before. The
     # local APICs of KVM are the vCPUs', and get what the I/O APIC has for them once more.
     names = sorted(parts.devices, key=lambda name: name != _IRQCHIP)

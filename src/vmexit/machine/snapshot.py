@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.core.disk_image import DiskImage
-from vmexit.core.errors import VmexitError
+from vmexit.core.errors import ConfigError, VmexitError
 from vmexit.core.memory_image import MemoryImage
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.builder import Parts
@@ -113,17 +113,27 @@ class Snapshot:
         )
         return Machine.from_snapshot(self, config, observer)
 
+    def require_such(self, parts: Parts) -> None:
+        """Raises ConfigError unless a machine of these parts could go on from here."""
+        self._require_open()
+        check(parts, self._state)
+        for name, disk in self._disks.items():
+            if name not in parts.overlays and any(disk.blocks):
+                raise ConfigError(
+                    f"the snapshot has what the guest had written to {name}; use snapshot=on for it"
+                )
+
     def put_into(self, parts: Parts) -> Loaded:
         """Have a machine of such parts, which does not run, go on from here.
 
-        Raises ConfigError, HostError.
+        Raises ConfigError, HostError; the machine is half of another one then.
         """
-        self._require_open()
-        check(parts, self._state)
         parts.memory.restore(self._memory)
         for name, overlay in parts.overlays.items():
             if name in self._disks:
                 overlay.restore(self._disks[name])
+            else:
+                overlay.forget()
         put(parts, self._state)
         return self._loaded._replace(pieces=self._loaded.pieces.copy())
 

@@ -27,7 +27,9 @@ from vmexit.core.errors import ConfigError, HostError, VmexitError, quoted, show
 from vmexit.core.memory import MEMFD_FLAGS, set_size, write_at
 from vmexit.core.memory_image import MemoryImage, stretches
 from vmexit.machine.config import MachineConfig
+from vmexit.machine.drive import Drive
 from vmexit.machine.machine_state import MachineState
+from vmexit.machine.share import Share
 from vmexit.machine.snapshot import Loaded
 
 _MAGIC, _VERSION = "vmexit snapshot", 1
@@ -174,7 +176,7 @@ def read(path: str) -> Contents:
             raise HostError(
                 f"cannot read the snapshot {shown(path)}: {error.strerror}; use another copy of it"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise _damaged(path, _STATE) from error
         stack.pop_all()
     return contents
@@ -188,7 +190,8 @@ def _damaged(path: str, what: str) -> ConfigError:
 
 
 def _read_state(folder: Path, path: str) -> dict[str, object]:
-    with open(folder / _STATE, "rb") as file:
+    fd = os.open(folder / _STATE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no FIFO waits
+    with open(fd, "rb") as file:
         head_text, text = file.readline(1024), file.read(_MOST_TEXT + 1)
     head = json.loads(head_text)
     if not isinstance(head, dict) or head.get("format") != _MAGIC:
@@ -246,7 +249,20 @@ def _config(fields: dict[str, object]) -> MachineConfig:
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
     make: Callable[..., MachineConfig] = MachineConfig
-    return make(**values)
+    config = make(**values)
+    for name in ("image", "kernel", "initrd", "firmware"):
+        if not isinstance(getattr(config, name), str | None):
+            raise TypeError(name)
+    _require_no_programs(config)
+    return config
+
+
+def _require_no_programs(config: MachineConfig) -> None:
+    """No machine with such a device can be saved; and nobody's folder is to start a program."""
+    shares = [share for share in map(Share.parse, config.shares) if share.virtiofsd]
+    drives = [drive for drive in map(Drive.parse, config.drives) if drive.socket]
+    if shares or drives:
+        raise ValueError("a device that is another program's")
 
 
 def _loaded(found: dict[str, object]) -> Loaded:
