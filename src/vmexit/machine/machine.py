@@ -32,6 +32,7 @@ from vmexit.machine.lifecycle import Decision, Lifecycle
 from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
 from vmexit.machine.stop import Stop, StopReason
+from vmexit.machine.until import Until, run_until
 
 if TYPE_CHECKING:
     from vmexit.core.chrome_trace import ChromeTrace
@@ -388,6 +389,29 @@ class Machine(Inspection):
         Other threads may `pause()` and `resume()` it meanwhile, which does not end this.
         """
         return self._run(timeout, ALL)
+
+    def run_until(
+        self,
+        *,
+        pio: int | None = None,
+        mmio: int | None = None,
+        address: int | None = None,
+        symbol: str | None = None,
+        timeout: float | None = None,
+    ) -> Stop:
+        """As `run()`, and the reason is UNTIL once one thing has happened.
+
+        That is an access to the port `pio` or to the GPA `mmio`, which is completed first, or that
+        a vCPU is about to execute what is at the linear `address`, or at a `symbol`. Accesses that
+        the kernel answers (its interrupt controllers, notifications of virtio) are not seen.
+        """
+        parts = self._parts
+        return run_until(
+            self, Until(pio, mmio, address, symbol), timeout, (parts.pio, parts.mmio), self._happened
+        )
+
+    def _happened(self) -> None:
+        self._request(Stop(StopReason.UNTIL, self._runner.vcpu_here()))
 
     def step(self, vcpu: int = 0, timeout: float | None = None) -> Stop:
         """Execute one instruction of `vcpu`, while the others stand still.
