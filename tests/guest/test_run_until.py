@@ -60,6 +60,7 @@ def test_the_device_has_its_access_first(vm):
 
 def test_what_comes_before_is_told(vm):
     assert vm.run_until(pio=0x12, timeout=0.05).reason is StopReason.TIMEOUT
+    assert vm.run_until(pio=0x11, timeout=TIMEOUT).reason is StopReason.UNTIL
     vm.on_pio(0x10, write=lambda access: vm.stop())
     assert vm.run_until(pio=0x11, timeout=TIMEOUT).reason is StopReason.STOPPED
 

@@ -21,15 +21,18 @@ class Until(NamedTuple):
     mmio: int | None = None
     address: int | None = None
     symbol: str | None = None
+    text: str | None = None
 
     def check(self) -> None:
         """Raises ConfigError unless it is one thing that can be."""
         if sum(value is not None for value in self) != 1:
             raise ConfigError(
-                "run_until() waits for one thing; give pio=, mmio=, address= or symbol="
+                "run_until() waits for one thing; give pio=, mmio=, address=, symbol= or text="
             )
         if self.pio is not None and not 0 <= self.pio <= 0xFFFF:
             raise ConfigError(f"there is no port {self.pio:#x}; use 0 to 0xffff")
+        if self.text == "":
+            raise ConfigError("no text is waited for; give some")
         if self.mmio is not None and not 0 <= self.mmio < PHYSICAL_END:
             raise ConfigError(f"{self.mmio:#x} is no guest physical address; use a valid one")
 
@@ -51,6 +54,9 @@ def run_until(
                 f"no symbol is called {until.symbol!r}; see vmexit symbols, and symbols="
             )
     with ExitStack() as stack:
+        if until.text is not None:
+            stack.callback(vm.console.when(until.text, happened))
+            return vm.run(timeout)
         if address is None:
             bus, at = (buses[0], until.pio) if until.mmio is None else (buses[1], until.mmio)
             assert at is not None
