@@ -72,6 +72,7 @@ class Bus:
         # Both in one tuple that is replaced as a whole: a look-up never sees half a change.
         self._table: tuple[list[int], list[_Range]] = ([], [])
         self._listeners: list[Callable[[], None]] = []
+        self._watches: tuple[tuple[int, Callable[[], None]], ...] = ()
         self.generation = 0
         """How often devices were attached or detached."""
 
@@ -110,9 +111,27 @@ class Bus:
 
     def _replace(self, ranges: list["_Range"]) -> None:
         self._table = ([entry[0] for entry in ranges], ranges)
+        self._changed()
+
+    def _changed(self) -> None:
         self.generation += 1  # before the listeners: see `KvmVcpu._io`
         for listener in self._listeners:
             listener()
+
+    def watch(self, address: int, tell: Callable[[], None]) -> Callable[[], None]:
+        """Call `tell` behind each access that includes `address`; returns what ends that.
+
+        To be called, and ended, as `attach()`. What the kernel takes care of is no access here.
+        """
+        watch = (address, tell)
+        self._watches += (watch,)
+        self._changed()
+
+        def end() -> None:
+            self._watches = tuple(one for one in self._watches if one is not watch)
+            self._changed()
+
+        return end
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call `listener` whenever the answers of `route_read`/`route_write` may differ."""
@@ -156,14 +175,44 @@ class Bus:
 
     def route_read(self, address: int, size: int) -> tuple[Read, int]:
         """The function that answers a read, and the offset to give it."""
+        read, offset = self._answer(address, size)
+        tell = self._watching(address, size)
+        if not tell:
+            return read, offset
+
+        def watched(offset: int, size: int) -> int:
+            value = read(offset, size)
+            for one in tell:
+                one()
+            return value
+
+        return watched, offset
+
+    def _answer(self, address: int, size: int) -> tuple[Read, int]:
         found = self._find(address, size)
         if found is not None:
             device, offset = found
             return device.read, offset
         return (self._split_read if self._touches(address, size) else self._no_read), address
 
+    def _watching(self, address: int, size: int) -> list[Callable[[], None]]:
+        return [tell for at, tell in self._watches if address <= at < address + size]
+
     def route_write(self, address: int, size: int) -> tuple[Write, int]:
         """The function that takes a write, and the offset to give it."""
+        write, offset = self._taker(address, size)
+        tell = self._watching(address, size)
+        if not tell:
+            return write, offset
+
+        def watched(offset: int, size: int, value: int) -> None:
+            write(offset, size, value)
+            for one in tell:
+                one()
+
+        return watched, offset
+
+    def _taker(self, address: int, size: int) -> tuple[Write, int]:
         found = self._find(address, size)
         if found is not None:
             device, offset = found

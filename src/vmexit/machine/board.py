@@ -19,6 +19,7 @@ from vmexit.machine.stop import Stop, StopReason
 if TYPE_CHECKING:
     from vmexit.accel.base import Notifier
     from vmexit.backends.chardev import Chardev
+    from vmexit.backends.console_tap import ConsoleTap
     from vmexit.backends.overlay import Overlay
     from vmexit.boot.firmware_items import Contents
     from vmexit.core.memory import GuestMemory
@@ -61,6 +62,8 @@ class Board:
         self._tell = tell
         self.devices: dict[str, Stateful] = {}
         self.serial_where = ""
+        self.taps: list[ConsoleTap] = []
+        """Of the serial port, and of virtio consoles, in this order."""
         self.balloon: MemoryBalloon | None = None
         self.undriven: Callable[[], list[str]] = list
         """The names of the virtio devices that no driver has ever made ready."""
@@ -99,10 +102,13 @@ class Board:
 
     def _chardev(self, where: str) -> "Chardev":
         from vmexit.backends.chardev import open_chardev
+        from vmexit.backends.console_tap import ConsoleTap
 
-        backend = open_chardev(where, self._loop, self._request.pending, self._request.leave)
-        self._on_close(backend.close)
-        return backend
+        place = open_chardev(where, self._loop, self._request.pending, self._request.leave)
+        self._on_close(place.close)
+        tap = ConsoleTap(place, self._loop)
+        self.taps.append(tap)
+        return tap
 
     def attach_common(self, chip: IrqChip | None) -> None:
         """What every machine has: serial port, debug console, debug-exit port."""

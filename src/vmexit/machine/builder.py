@@ -37,6 +37,7 @@ _Path = str | os.PathLike[str]
 _KERNEL_MAX_SIZE = 1 << 30
 
 if TYPE_CHECKING:
+    from vmexit.backends.console_tap import ConsoleTap
     from vmexit.backends.overlay import Overlay
     from vmexit.boot.firmware_items import Contents
     from vmexit.devices.irqchip import PcIrqChip
@@ -64,6 +65,7 @@ class Parts(NamedTuple):
     virtio_counters: Callable[[], tuple[DeviceCounters, ...]]
     balloon: MemoryBalloon | None
     console: GuestConsole | None
+    taps: Sequence["ConsoleTap"]
     console_where: Sequence[str]
     overlays: "Mapping[str, Overlay]"
     """What is written to disks with snapshot=on, by the name of the disk."""
@@ -237,6 +239,7 @@ def build(
             board.virtio_counters,
             board.balloon,
             board.console,
+            board.taps,
             board.console_where,
             board.overlays,
             stack.pop_all(),

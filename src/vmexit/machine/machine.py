@@ -22,7 +22,6 @@ from vmexit.machine.config import (
     MachineConfig,
     parse_size,
 )
-from vmexit.machine.console import GuestConsole
 from vmexit.machine.counters import CounterReader, MachineCounters
 from vmexit.machine.debug import ALL, DebuggedRunner, Turn, check_point
 from vmexit.machine.events import EventKind, RunState, Subscriber, Subscribers
@@ -32,6 +31,8 @@ from vmexit.machine.lifecycle import Decision, Lifecycle
 from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
 from vmexit.machine.stop import Stop, StopReason
+from vmexit.machine.terminal import Terminal
+from vmexit.machine.until import Until, run_until
 
 if TYPE_CHECKING:
     from vmexit.core.chrome_trace import ChromeTrace
@@ -199,6 +200,7 @@ class Machine(Inspection):
         self._reader = CounterReader(
             config.memory, parts.memory, parts.pio, parts.mmio, parts.balloon, parts.virtio_counters
         )
+        self._terminal = Terminal(self, parts.taps[0], parts.console) if parts.taps else None
         self._loads: list[tuple[int, bytes]] = []  # what load_bytes() did, for a reset
         self._start: _Start | None = None
         self._background: Background | None = None
@@ -235,14 +237,18 @@ class Machine(Inspection):
         return self._parts.balloon
 
     @property
-    def console(self) -> GuestConsole:
-        """The virtio consoles: `vm.console.resize(columns, rows)`.
+    def console(self) -> Terminal:
+        """The guest's console: `vm.console.expect("login:")`, `vm.console.send("root\\n")`.
 
-        Raises ConfigError for a machine without one.
+        Raises ConfigError for a machine that has neither serial port nor virtio console.
         """
-        if self._parts.console is None:
-            raise ConfigError('this machine has no virtio console; make it with consoles=["pty"]')
-        return self._parts.console
+        if self._terminal is None:
+            raise ConfigError('this machine has no console; make it with serial="null"')
+        return self._terminal
+
+    def shell(self, command: str, timeout: float = 60) -> str:
+        """What `command` prints in the guest's shell: `vm.console.shell(command)`."""
+        return self.console.shell(command, timeout)
 
     @property
     def console_where(self) -> Sequence[str]:
@@ -389,6 +395,30 @@ class Machine(Inspection):
         Other threads may `pause()` and `resume()` it meanwhile, which does not end this.
         """
         return self._run(timeout, ALL)
+
+    def run_until(
+        self,
+        *,
+        pio: int | None = None,
+        mmio: int | None = None,
+        address: int | None = None,
+        symbol: str | None = None,
+        text: str | None = None,
+        timeout: float | None = None,
+    ) -> Stop:
+        """As `run()`, and the reason is UNTIL once one thing has happened.
+
+        That is an access to the port `pio` or to the GPA `mmio`, which is completed first; that a
+        vCPU is about to execute what is at the linear `address`, or at a `symbol`; or that the
+        guest has written `text` to its console from now on. Accesses that the kernel answers (its
+        interrupt controllers, notifications of virtio) are not seen.
+        """
+        buses = self._parts.pio, self._parts.mmio
+        until = Until(pio, mmio, address, symbol, text)
+        return run_until(self, until, timeout, buses, self._happened)
+
+    def _happened(self) -> None:
+        self._request(Stop(StopReason.UNTIL, self._runner.vcpu_here()))
 
     def step(self, vcpu: int = 0, timeout: float | None = None) -> Stop:
         """Execute one instruction of `vcpu`, while the others stand still.

@@ -247,6 +247,10 @@ class Runner:
         thread = threads[vcpu if len(threads) > 1 else 0].thread if threads else None
         return (thread.native_id or 0) if thread is not None else 0
 
+    def vcpu_here(self) -> int:
+        """The number of the vCPU whose thread this is; 0 where they share one, or elsewhere."""
+        return self._executor() or 0
+
     def holds(self, vcpu: int) -> bool:
         """Whether the caller is within an access of `vcpu`, or of one that shares its thread."""
         number = self._executor()
