@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 
 from vmexit.backends.chardev import Chardev
+from vmexit.core.listeners import Listeners
 from vmexit.core.loop import EventLoop
 
 # How much of what the guest has written is kept, in bytes.
@@ -27,7 +28,7 @@ class ConsoleTap:
         self._forgotten = 0  # bytes before those in `_written`
         self._typed = bytearray()
         self._waiting: Callable[[], None] | None = None  # for input
-        self._watches: tuple[Watch, ...] = ()
+        self._watches: Listeners[Watch] = Listeners()
 
     # The guest's side.
 
@@ -89,14 +90,7 @@ class ConsoleTap:
 
     def watch(self, watch: Watch) -> Callable[[], None]:
         """Call `watch` whenever the guest has written something; returns what ends that."""
-        with self._lock:
-            self._watches += (watch,)
-
-        def end() -> None:
-            with self._lock:
-                self._watches = tuple(one for one in self._watches if one is not watch)
-
-        return end
+        return self._watches.add(watch)
 
     def type(self, data: bytes) -> None:
         """The guest reads this before what comes from outside."""

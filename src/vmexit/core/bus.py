@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmexit.core.errors import ConfigError
+from vmexit.core.listeners import Listeners
 
 Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], None]
@@ -72,7 +73,7 @@ class Bus:
         # Both in one tuple that is replaced as a whole: a look-up never sees half a change.
         self._table: tuple[list[int], list[_Range]] = ([], [])
         self._listeners: list[Callable[[], None]] = []
-        self._watches: tuple[tuple[int, Callable[[], None]], ...] = ()
+        self._watches: Listeners[tuple[int, Callable[[], None]]] = Listeners()
         self.generation = 0
         """How often devices were attached or detached."""
 
@@ -123,12 +124,11 @@ class Bus:
 
         To be called, and ended, as `attach()`. What the kernel takes care of is no access here.
         """
-        watch = (address, tell)
-        self._watches += (watch,)
+        take_away = self._watches.add((address, tell))
         self._changed()
 
         def end() -> None:
-            self._watches = tuple(one for one in self._watches if one is not watch)
+            take_away()
             self._changed()
 
         return end

@@ -1,11 +1,11 @@
 """What happens to a machine, and who is told."""
 
-import threading
 import time
 from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
+from vmexit.core.listeners import Listeners
 from vmexit.machine.stop import Stop
 
 
@@ -58,19 +58,11 @@ class Subscribers:
     def __init__(self, fail: Callable[[Exception], None]) -> None:
         """`fail` gets what a subscriber raises."""
         self._fail = fail
-        self._lock = threading.Lock()
-        self._functions: tuple[Subscriber, ...] = ()
+        self._functions: Listeners[Subscriber] = Listeners()
 
     def add(self, function: Subscriber) -> Callable[[], None]:
         """From now on `function` is told; returns what ends that."""
-        with self._lock:
-            self._functions += (function,)
-
-        def end() -> None:
-            with self._lock:
-                self._functions = tuple(f for f in self._functions if f is not function)
-
-        return end
+        return self._functions.add(function)
 
     def tell(
         self, kind: EventKind, stop: Stop | None = None, *, held: bool = False, value: int = 0
