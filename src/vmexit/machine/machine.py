@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vmexit.accel.base import Point, Vcpu, Way
 from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS, PHYSICAL_END
@@ -28,6 +28,7 @@ from vmexit.machine.events import EventKind, RunState, Subscriber, Subscribers
 from vmexit.machine.hooks import Hook, ReadHook, Within, WriteHook
 from vmexit.machine.inspection import Inspection
 from vmexit.machine.lifecycle import Decision, Lifecycle
+from vmexit.machine.loaded import Loaded, Start
 from vmexit.machine.registers import MachineVcpu
 from vmexit.machine.runner import Runner, StopRequest
 from vmexit.machine.stop import Stop, StopReason
@@ -37,14 +38,6 @@ from vmexit.machine.until import Until, run_until
 if TYPE_CHECKING:
     from vmexit.core.chrome_trace import ChromeTrace
     from vmexit.machine.snapshot import Snapshot
-
-
-class _Start(NamedTuple):
-    """Where vCPU 0 starts with what was loaded."""
-
-    entry: int
-    mode: str
-    image: range
 
 
 class Machine(Inspection):
@@ -202,7 +195,7 @@ class Machine(Inspection):
         )
         self._terminal = Terminal(self, parts.taps[0], parts.console) if parts.taps else None
         self._loads: list[tuple[int, bytes]] = []  # what load_bytes() did, for a reset
-        self._start: _Start | None = None
+        self._start: Start | None = None
         self._background: Background | None = None
         self.vcpus: Sequence[MachineVcpu] = [MachineVcpu(self, vcpu) for vcpu in parts.vcpus]
 
@@ -332,13 +325,13 @@ class Machine(Inspection):
                 entry = at if self._entry is None or self._loaded else self._entry
             if not 0 <= entry < PHYSICAL_END:
                 raise ConfigError(f"entry {entry:#x} is no guest physical address; use a valid one")
-            start = _Start(entry, mode, range(at, at + len(raw)))
+            start = Start(entry, mode, range(at, at + len(raw)))
             self._go_to(start)
             self._start = start
             self._loaded = True
         self._loads.append((at, raw))
 
-    def _go_to(self, start: _Start) -> None:
+    def _go_to(self, start: Start) -> None:
         segment = self.config.segment if start.mode == "real" else None
         first = flat.start(self.memory, start.entry, start.mode, start.image, segment)
         builder.start_at(self._parts.vcpus[0], first)
@@ -485,14 +478,17 @@ class Machine(Inspection):
         self._life.reset()
 
     def _begin_again(self) -> None:
-        self._half = True
-        self._parts.reset()
-        self._half = False
-        self._debug.forget()
+        self._go_back(self._parts.reset)
         for at, data in self._loads:
             flat.load(self.memory, data, at)
         if self._start is not None:
             self._go_to(self._start)
+
+    def _go_back(self, back: Callable[[], None]) -> None:
+        self._half = True
+        back()
+        self._half = False
+        self._debug.forget()
 
     def snapshot(self) -> "Snapshot":
         """All of it as it is now: to go back to, to clone, to save. See `Snapshot`.
@@ -501,12 +497,10 @@ class Machine(Inspection):
         whose state cannot be saved, HostError without memory for it.
         """
         self._require_outside()
-        from vmexit.machine.snapshot import Loaded, Snapshot
+        from vmexit.machine.snapshot import Snapshot
 
         with self._life.paused():
-            loaded = Loaded(self._loads)
-            if self._start is not None:
-                loaded = Loaded(self._loads, *self._start)
+            loaded = Loaded(self._loads.copy(), self._start)
             return Snapshot.capture(self.config, self._parts, loaded)
 
     def reset_to(self, snapshot: "Snapshot") -> None:
@@ -524,13 +518,9 @@ class Machine(Inspection):
 
     def _take_over(self, snapshot: "Snapshot") -> None:
         snapshot.require_such(self._parts)
-        self._half = True
-        loaded = snapshot.put_into(self._parts)
-        self._half = False
-        self._debug.forget()
-        self._loads, self._start, self._loaded = loaded.pieces, None, True
-        if loaded.entry is not None:
-            self._start = _Start(loaded.entry, loaded.mode, loaded.image)
+        self._go_back(lambda: snapshot.put_into(self._parts))
+        loads, self._start = snapshot.loaded
+        self._loads, self._loaded = loads.copy(), True
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down, by ACPI's power button. Raises ConfigError without one."""

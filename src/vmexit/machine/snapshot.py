@@ -12,6 +12,7 @@ from vmexit.core.memory_image import MemoryImage
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.builder import Parts
 from vmexit.machine.config import MachineConfig
+from vmexit.machine.loaded import Loaded
 from vmexit.machine.machine_state import (
     MachineState,
     check,
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from vmexit.machine.machine import Machine
 
 
-class Loaded(NamedTuple):
-    """What `Machine.load_bytes()` did, for a later reset: what it has put where, and the start."""
+class Contents(NamedTuple):
+    """What a snapshot is made of; `taken` is when, in seconds since 1970."""
 
-    pieces: list[tuple[int, bytes]]
-    entry: int | None = None
-    mode: str = "real"
-    image: range = range(0)
+    config: MachineConfig
+    state: MachineState
+    memory: MemoryImage
+    disks: dict[str, DiskImage]
+    loaded: Loaded
+    taken: float
 
 
 class Snapshot:
@@ -40,23 +43,9 @@ class Snapshot:
     It holds descriptors until `close()`, which `with` calls; clones live on.
     """
 
-    def __init__(
-        self,
-        config: MachineConfig,
-        state: MachineState,
-        memory: MemoryImage,
-        disks: dict[str, DiskImage],
-        loaded: Loaded,
-        taken: float,
-    ) -> None:
-        self.config = config
-        """That of the machine."""
-        self.taken = taken
-        """When it was made, in seconds since 1970."""
-        self._state = state
-        self._memory = memory
-        self._disks = disks
-        self._loaded = loaded
+    def __init__(self, contents: Contents) -> None:
+        """It owns the descriptors in `contents`."""
+        self._contents = contents
         self._closed = False
 
     @classmethod
@@ -70,13 +59,27 @@ class Snapshot:
                 stack.callback(disks[name].close)
             memory = parts.memory.capture()
             stack.pop_all()
-        loaded = loaded._replace(pieces=loaded.pieces.copy())
-        return cls(config, state, memory, disks, loaded, time.time())
+        return cls(Contents(config, state, memory, disks, loaded, time.time()))
+
+    @property
+    def config(self) -> MachineConfig:
+        """That of the machine."""
+        return self._contents.config
+
+    @property
+    def taken(self) -> float:
+        """When it was made, in seconds since 1970."""
+        return self._contents.taken
+
+    @property
+    def loaded(self) -> Loaded:
+        """What `Machine.load_bytes()` had put into it."""
+        return self._contents.loaded
 
     @property
     def accel(self) -> str:
         """The accelerator that it can be restored on, `kvm` or `soft`."""
-        return self._state.accel
+        return self._contents.state.accel
 
     def clone(
         self,
@@ -116,51 +119,47 @@ class Snapshot:
     def require_such(self, parts: Parts) -> None:
         """Raises ConfigError unless a machine of these parts could go on from here."""
         self._require_open()
-        check(parts, self._state)
-        for name, disk in self._disks.items():
+        check(parts, self._contents.state)
+        for name, disk in self._contents.disks.items():
             if name not in parts.overlays and any(disk.blocks):
                 raise ConfigError(
                     f"the snapshot has what the guest had written to {name}; use snapshot=on for it"
                 )
 
-    def put_into(self, parts: Parts) -> Loaded:
+    def put_into(self, parts: Parts) -> None:
         """Have a machine of such parts, which does not run, go on from here.
 
         Raises ConfigError, HostError; the machine is half of another one then.
         """
-        parts.memory.restore(self._memory)
+        parts.memory.restore(self._contents.memory)
         for name, overlay in parts.overlays.items():
-            if name in self._disks:
-                overlay.restore(self._disks[name])
+            if name in self._contents.disks:
+                overlay.restore(self._contents.disks[name])
             else:
                 overlay.forget()
-        put(parts, self._state)
-        return self._loaded._replace(pieces=self._loaded.pieces.copy())
+        put(parts, self._contents.state)
 
     @property
     def devices(self) -> Sequence[str]:
         """The names of those whose state it has."""
-        return list(self._state.devices)
+        return list(self._contents.state.devices)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it into a new folder at `path`, which appears whole or not at all.
 
         Raises ConfigError if something is there already, HostError if it cannot be written.
         """
-        from vmexit.machine.snapshot_file import Contents, write
+        from vmexit.machine.snapshot_file import write
 
         self._require_open()
-        contents = Contents(
-            self.config, self._state, self._memory, self._disks, self._loaded, self.taken
-        )
-        write(os.fspath(path), contents)
+        write(os.fspath(path), self._contents)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Snapshot":
         """What `save()` wrote, by this vmexit or an older one. Raises ConfigError."""
         from vmexit.machine.snapshot_file import read
 
-        return cls(*read(os.fspath(path)))
+        return cls(read(os.fspath(path)))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -170,8 +169,8 @@ class Snapshot:
         """Free what it holds."""
         if not self._closed:
             self._closed = True
-            self._memory.close()
-            for disk in self._disks.values():
+            self._contents.memory.close()
+            for disk in self._contents.disks.values():
                 disk.close()
 
     def __enter__(self) -> "Snapshot":

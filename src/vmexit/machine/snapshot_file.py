@@ -18,39 +18,28 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 from vmexit.arch.x86.layout import ram_ranges
 from vmexit.core.bus import State
 from vmexit.core.disk_image import DiskImage
 from vmexit.core.errors import ConfigError, HostError, VmexitError, quoted, shown
-from vmexit.core.memory import MEMFD_FLAGS, set_size, write_at
+from vmexit.core.memory import MEMFD_FLAGS, PAGE_SIZE, set_size, write_at
 from vmexit.core.memory_image import MemoryImage, stretches
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.drive import Drive
+from vmexit.machine.loaded import Loaded, Start
 from vmexit.machine.machine_state import MachineState
 from vmexit.machine.share import Share
-from vmexit.machine.snapshot import Loaded
+from vmexit.machine.snapshot import Contents
 
 _MAGIC, _VERSION = "vmexit snapshot", 1
 _STATE, _MEMORY = "state.json", "memory"
 _MOST_TEXT = 256 << 20  # bytes of state.json
 _MOST_DISK = 1 << 50
-_PAGE, _PIECE = 4096, 1 << 20
+_PIECE = 1 << 20
 _BASE64 = "base64"
 
 Stretch = tuple[int, int, int]  # offset, size, CRC-32
-
-
-class Contents(NamedTuple):
-    """What `Snapshot` is made from, in the order of its arguments."""
-
-    config: MachineConfig
-    state: MachineState
-    memory: MemoryImage
-    disks: dict[str, DiskImage]
-    loaded: Loaded
-    taken: float
 
 
 # Writing.
@@ -81,7 +70,8 @@ def _write_into(folder: Path, contents: Contents) -> None:
     for key, value in config.items():
         if isinstance(value, os.PathLike):
             config[key] = os.fspath(value)
-    loaded = contents.loaded
+    pieces, start = contents.loaded
+    entry, mode, image = start or (None, "real", range(0))
     data = {
         "config": config,
         **state._asdict(),
@@ -98,10 +88,10 @@ def _write_into(folder: Path, contents: Contents) -> None:
             for name, disk in contents.disks.items()
         },
         "loaded": {
-            "pieces": loaded.pieces,
-            "entry": loaded.entry,
-            "mode": loaded.mode,
-            "image": [loaded.image.start, loaded.image.stop],
+            "pieces": pieces,
+            "entry": entry,
+            "mode": mode,
+            "image": [image.start, image.stop],
         },
         "taken": contents.taken,
     }
@@ -132,16 +122,16 @@ def _write_sparse(path: Path, source: int, size: int) -> list[Stretch]:
 
 def _pieces(fd: int, size: int) -> Iterator[tuple[int, memoryview]]:
     """What of a file is not zeros, by pages, so many at a time."""
-    zeros = bytes(_PAGE)
+    zeros = bytes(PAGE_SIZE)
     for first, end in stretches(fd, 0, size):
         for at in range(first, end, _PIECE):
             data = os.pread(fd, min(_PIECE, end - at), at)
             view, start = memoryview(data), 0
-            for page in range(0, len(data), _PAGE):
-                if data[page : page + _PAGE] == zeros[: len(data) - page]:
+            for page in range(0, len(data), PAGE_SIZE):
+                if data[page : page + PAGE_SIZE] == zeros[: len(data) - page]:
                     if start < page:
                         yield at + start, view[start:page]
-                    start = page + _PAGE
+                    start = page + PAGE_SIZE
             if start < len(data):
                 yield at + start, view[start:]
 
@@ -272,9 +262,9 @@ def _loaded(found: dict[str, object]) -> Loaded:
         if not isinstance(data, bytes):
             raise TypeError(data)
         pieces.append((_number(at), data))
-    entry, (start, stop) = found["entry"], _list(found["image"])
-    image = range(_number(start), _number(stop))
-    return Loaded(pieces, None if entry is None else _number(entry), _text(found["mode"]), image)
+    entry, (first, end) = found["entry"], _list(found["image"])
+    image, mode = range(_number(first), _number(end)), _text(found["mode"])
+    return Loaded(pieces, None if entry is None else Start(_number(entry), mode, image))
 
 
 def _disk(file: Path, found: dict[str, object], path: str, stack: ExitStack) -> DiskImage:
