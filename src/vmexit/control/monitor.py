@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vmexit import __version__
+from vmexit.backends.wait import Ending, never
 from vmexit.control import hardware
 from vmexit.control.expression import evaluate
 from vmexit.control.memory_view import Format, show
 from vmexit.control.page_view import show_mappings
 from vmexit.control.saving import check_vcpu, save_physical, save_virtual
-from vmexit.control.sink import Sink, never
+from vmexit.control.sink import Sink
 from vmexit.control.steering import RunStatus, resume, run_status
 from vmexit.core.errors import VmexitError, quoted, shown
 from vmexit.machine.config import parse_size
@@ -26,7 +27,7 @@ class _Asked(NamedTuple):
     vcpu: int
     words: list[str]
     form: str
-    ending: Callable[[], bool]
+    ending: Ending
 
 
 _Function = Callable[[_Asked], str]
@@ -52,7 +53,7 @@ def _command(usage: str, help: str) -> Callable[[_Function], _Function]:
     return register
 
 
-def execute(vm: Machine, line: str, vcpu: int = 0, ending: Callable[[], bool] = never) -> str:
+def execute(vm: Machine, line: str, vcpu: int = 0, ending: Ending = never) -> str:
     """What the command `line` answers, for `vcpu` where it is about one; lines without the last
     line break. Raises VmexitError for what cannot be done, or takes longer than until `ending()`.
     """

@@ -216,15 +216,18 @@ class Service:
         """The address, with the port that port 0 has become."""
         return self._server.where
 
-    def require_closable(self) -> None:
-        """Raises VmexitError in a vCPU's thread, for which a client may wait."""
+    def close(self) -> None:
+        """Cut all clients off, whatever they wait for, and listen no more.
+
+        Raises VmexitError in a vCPU's thread, for which a client may wait.
+        """
         if self._machine.in_access:
             raise VmexitError("a server cannot be closed from within an access; stop() the machine")
-
-    def close(self) -> None:
-        """Cut all clients off, and listen no more. Raises VmexitError in a vCPU's thread."""
-        self.require_closable()
+        self._finish()
         self._server.close()
+
+    def _finish(self) -> None:
+        """What there is to do before clients are cut off."""
 
     def __enter__(self) -> Self:
         return self

@@ -3,8 +3,8 @@
 import os
 import select
 import stat
-from collections.abc import Callable
 
+from vmexit.backends.wait import Ending, never
 from vmexit.core.errors import HostError, VmexitError, shown
 
 # A pipe that can be written to has room for so much (pipe(7)); of a file any piece is good.
@@ -13,15 +13,10 @@ _PIPE_PIECE, _FILE_PIECE = 4096, 1 << 20
 _PATIENCE, _SLICE = 10.0, 0.1
 
 
-def never() -> bool:
-    """There is no end to heed."""
-    return False
-
-
 class Sink:
     """A descriptor to write to, which is closed in the end."""
 
-    def __init__(self, descriptor: int, name: str, ending: Callable[[], bool] = never) -> None:
+    def __init__(self, descriptor: int, name: str, ending: Ending = never) -> None:
         """`ending()` tells that nobody is to be waited for any more."""
         self._descriptor = descriptor
         self._name = name
@@ -29,7 +24,7 @@ class Sink:
         self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
 
     @classmethod
-    def to_file(cls, path: str, ending: Callable[[], bool] = never) -> "Sink":
+    def to_file(cls, path: str, ending: Ending = never) -> "Sink":
         """A file, for its owner only: in a guest's memory there may be anything.
 
         Raises VmexitError.

@@ -179,17 +179,17 @@ def build(
 
     Raises ConfigError, ImageError or HostError; nothing is left open then.
     """
+    entry: BootEntry | None
     with ExitStack() as stack:
         # The image before the accelerator: what is wrong with it shows on every host.
         memory = GuestMemory(ram_ranges(config.memory))
         stack.callback(memory.close)
-        entry, contents = (
-            _load(config, memory) if restored is None else _reload(config, memory, restored)
-        )
-        if (
-            config.symbols is not None and restored is None
-        ):  # they are for later, and a wrong path is told now
-            read_image(config.symbols, what="symbol file")
+        if restored is None:
+            entry, contents = _load(config, memory)
+            if config.symbols is not None:  # they are for later, and a wrong path is told now
+                read_image(config.symbols, what="symbol file")
+        else:
+            entry, contents = _reload(config, memory, restored)
         pio, mmio = Bus("port"), Bus("MMIO")
         loop = EventLoop(request.fail)
         stack.callback(loop.close)

@@ -150,10 +150,10 @@ class Lifecycle:
                     return self._ending
                 if self._request.left:
                     return Stop(StopReason.STOPPED)
-                if self._barred and not self._held:
-                    self._changed.wait(SIGNAL_SECONDS)  # whoever looks at it has soon done
-                    continue
                 if not self._held:
+                    if self._barred:
+                        self._changed.wait(SIGNAL_SECONDS)  # whoever looks at it has soon done
+                        continue
                     self._state = RunState.RUNNING
                     return None
                 if self._state is not RunState.RUNNING:

@@ -35,6 +35,7 @@ from vmexit.abi.kvm_state import (
     kvm_xsave,
 )
 from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
+from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError
 from vmexit.core.saved import Saved
@@ -69,9 +70,6 @@ _LAST = (
 
 
 _CR4_VMXE, _EFER_SVME = 1 << 13, 1 << 12
-
-# KVM_GET_MSR_INDEX_LIST leaves them out: memory types, fixed and by range, and the default one.
-_MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 
 _WORD = (1 << 64) - 1
 _MOST_MSRS = 4096
@@ -114,7 +112,8 @@ class StateAccess:
             buffer = bytearray(sizeof(part.layout))
             vcpu.get(part.name, part.get, buffer)
             parts[part.name] = bytes(buffer)
-        indices = dict.fromkeys((*self._system.msr_indices(), *_MTRRS))
+        # KVM_GET_MSR_INDEX_LIST leaves the MTRRs out.
+        indices = dict.fromkeys((*self._system.msr_indices(), *MTRRS))
         return VcpuState(parts, vcpu.msrs_that_exist(indices), vcpu.tsc_khz())
 
     def plain(self, vcpu: "KvmVcpu") -> State:

@@ -8,6 +8,7 @@ from vmexit.arch.x86 import fxsave
 from vmexit.arch.x86.registers import (
     CONTROL,
     GENERAL,
+    MTRRS,
     SEGMENTS,
     TABLES,
     Segment,
@@ -21,9 +22,8 @@ from vmexit.core.saved import Saved
 # The MSRs that the engine keeps, but for the bases of FS and GS, which are the segments', and EFER.
 _SYSENTER = range(0x174, 0x177)
 _SYSCALL = range(0xC000_0081, 0xC000_0085)
-_MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 _OTHERS = (0x17A, 0x1A0, 0x277, 0xC000_0102, 0xC000_0103)  # MCG_STATUS, … PAT, … TSC_AUX
-_MSRS = (*_SYSENTER, *_SYSCALL, *_MTRRS, *_OTHERS)
+_MSRS = (*_SYSENTER, *_SYSCALL, *MTRRS, *_OTHERS)
 
 _WORD = (1 << 64) - 1
 # The most that a field of `Segment` can be, in its order.

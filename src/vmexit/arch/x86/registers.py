@@ -11,6 +11,8 @@ GENERAL = (
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 TABLES = ("gdt", "idt")
 CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
+# Memory types, by range, fixed, and the default one (Intel SDM vol. 3, 12.11).
+MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 
 # General registers by name, all of GENERAL; 64-bit values.
 Registers = dict[str, int]

@@ -36,11 +36,8 @@ class GdbServer(Service):
     def _serve(self, client: socket.socket) -> None:
         Session(self._machine, self._target, client, self._closing.is_set).serve()
 
-    def close(self) -> None:
-        """Cut the debugger off, whatever it waits for, and listen no more."""
-        self.require_closable()
+    def _finish(self) -> None:
         self._closing.set()
-        super().close()
 
 
 def _architecture(machine: "Machine") -> str:

@@ -66,12 +66,10 @@ class QmpServer(Service):
         """The program is about to end, and not by the guest's doing nor by `quit`: tell so."""
         self._relay.tell_end()
 
-    def close(self) -> None:
-        """Let answers and events reach who reads them, then cut all clients off."""
-        self.require_closable()
+    def _finish(self) -> None:
+        """Let answers and events reach who reads them."""
         self._unsubscribe()
         end = time.monotonic() + _PATIENCE
         for session in self._sessions:
             session.finish(end)
         self._closing.set()
-        super().close()

@@ -261,8 +261,7 @@ class MmioTransport:
     def state(self) -> State:
         """Raises ConfigError if what is behind the device cannot be saved."""
         with self._lock:
-            if self.device.unsaved:
-                raise ConfigError(self.device.unsaved)
+            self._require_saved()
             return {
                 "version": 1,
                 "device": self.device.state(),
@@ -273,6 +272,10 @@ class MmioTransport:
                 "generation": self._generation,
                 "queues": {str(i): queue.state() for i, queue in enumerate(self._queues)},
             }
+
+    def _require_saved(self) -> None:
+        if why := self.device.unsaved:
+            raise ConfigError(why)
 
     def restore(self, state: State) -> None:
         """Raises ConfigError for a state that another version, or something else, has made."""
@@ -288,8 +291,7 @@ class MmioTransport:
             raise saved.error()
         with self._lock:
             self.reset()
-            if self.device.unsaved:
-                raise ConfigError(self.device.unsaved)
+            self._require_saved()
             for index, queue in enumerate(self._queues):
                 queue.restore(queues.part(str(index)))
             self.device.restore(device)
