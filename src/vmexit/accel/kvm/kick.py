@@ -5,18 +5,16 @@ opens it only inside KVM_RUN. So the signal ends KVM_RUN with EINTR, no handler 
 thread of the program sees anything. `kvm_run.immediate_exit` covers the moment before KVM_RUN.
 """
 
-import ctypes
 import signal
 import threading
 from collections.abc import Callable
 
+from vmexit.core.threads import SignalSet, set_mask
+
 KICK_SIGNAL = signal.SIGRTMIN
 
-# signal.pthread_sigmask() makes an enum member of each signal that was blocked: 80 µs, against 1.
-_libc = ctypes.CDLL(None)
-_SignalSet = ctypes.c_uint64 * 16  # sigset_t
 _KICK_BIT = 1 << KICK_SIGNAL - 1
-_KICK_SET = _SignalSet(_KICK_BIT)
+_KICK_SET = SignalSet(_KICK_BIT)
 
 
 class KickTarget:
@@ -33,9 +31,7 @@ class KickTarget:
 
     def attach(self) -> None:
         """The calling thread becomes the one to interrupt."""
-        before = _SignalSet()
-        _libc.pthread_sigmask(signal.SIG_BLOCK, _KICK_SET, before)
-        self._before = before[0]
+        self._before = set_mask(signal.SIG_BLOCK, _KICK_SET)[0]
         mask = self._before & ~_KICK_BIT
         if mask != self._mask:
             self._set_signal_mask(mask)
@@ -49,7 +45,7 @@ class KickTarget:
             self.thread = None
         self.take()
         if not self._before & _KICK_BIT:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {KICK_SIGNAL})
+            set_mask(signal.SIG_UNBLOCK, _KICK_SET)
 
     def take(self) -> None:
         """Take the kick signals that are pending in this thread, or KVM_RUN ends at once again."""

@@ -35,6 +35,7 @@ from vmexit.abi.kvm_state import (
     kvm_xsave,
 )
 from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
+from vmexit.accel.kvm import msrs
 from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError
@@ -71,24 +72,24 @@ _LAST = (
 
 _CR4_VMXE, _EFER_SVME = 1 << 13, 1 << 12
 
-_WORD = (1 << 64) - 1
+_VERSION = 2
 _MOST_MSRS = 4096
 _MOST_KHZ = (1 << 31) - 1
 
 
 class VcpuState(NamedTuple):
-    """The kernel's own structures by name, and the MSRs by index."""
+    """The kernel's own structures by name."""
 
     parts: dict[str, bytes]
-    msrs: dict[int, int]
+    msrs: bytes
+    """A `struct kvm_msr_entry` for each."""
     tsc_khz: int
     """The frequency of the TSC, 0 where this KVM does not tell."""
 
     def plain(self) -> State:
         """What `StateAccess.parse()` reads."""
-        msrs = {f"{index:#x}": value for index, value in self.msrs.items()}
-        head = {"version": 1, "accel": "kvm", "tsc_khz": self.tsc_khz}
-        return {**head, "parts": self.parts.copy(), "msrs": msrs}
+        head = {"version": _VERSION, "accel": "kvm", "tsc_khz": self.tsc_khz}
+        return {**head, "parts": self.parts.copy(), "msrs": self.msrs}
 
 
 class StateAccess:
@@ -114,7 +115,7 @@ class StateAccess:
             parts[part.name] = bytes(buffer)
         # KVM_GET_MSR_INDEX_LIST leaves the MTRRs out.
         indices = dict.fromkeys((*self._system.msr_indices(), *MTRRS))
-        return VcpuState(parts, vcpu.msrs_that_exist(indices), vcpu.tsc_khz())
+        return VcpuState(parts, msrs.pack(vcpu.msrs_that_exist(indices)), vcpu.tsc_khz())
 
     def plain(self, vcpu: "KvmVcpu") -> State:
         """The state of `vcpu` as plain data. Raises ConfigError, HostError."""
@@ -129,28 +130,21 @@ class StateAccess:
 
     def parse(self, state: State) -> VcpuState:
         """What `VcpuState.plain()` gave. Raises ConfigError for anything else."""
-        saved = Saved(state, "a vCPU of this KVM", 1)
-        parts, msrs = state.get("parts"), state.get("msrs")
+        saved = Saved(state, "a vCPU of this KVM", _VERSION)
+        parts = state.get("parts")
         layouts = {part.name: sizeof(part.layout) for part in self._first + self._last}
+        entries = saved.data("msrs", _MOST_MSRS * msrs.ENTRY_SIZE)
         if (
             state.get("accel") != "kvm"
             or not isinstance(parts, dict)
             or parts.keys() != layouts.keys()
-            or not isinstance(msrs, dict)
-            or len(msrs) > _MOST_MSRS
+            or len(entries) % msrs.ENTRY_SIZE
         ):
             raise saved.error()
         images = saved.part("parts")
-        values = saved.part("msrs")
-        try:
-            indices = {int(name, 16): name for name in msrs}
-        except (TypeError, ValueError):
-            raise saved.error() from None
-        if any(not 0 <= index < 1 << 32 for index in indices):
-            raise saved.error()
         return VcpuState(
             {name: images.data(name, size, size) for name, size in layouts.items()},
-            {index: values.number(name, _WORD) for index, name in indices.items()},
+            entries,
             saved.number("tsc_khz", _MOST_KHZ),
         )
 
@@ -170,8 +164,8 @@ class StateAccess:
         vcpu.load_cr8(state.parts["sregs"])
         if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
             vcpu.set_tsc_khz(state.tsc_khz)
-        current = vcpu.msrs_that_exist(state.msrs)
-        refused = vcpu.set_msrs({i: v for i, v in state.msrs.items() if current.get(i) != v})
+        # Not each KVM lets every MSR be written, even with what is in it.
+        refused = vcpu.set_msrs(vcpu.msrs_unlike(state.msrs))
         for part in self._last:
             vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
         return refused

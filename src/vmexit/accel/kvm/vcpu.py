@@ -21,7 +21,6 @@ from vmexit.abi.kvm import (
     KVM_EXIT_SET_TPR,
     KVM_GET_CPUID2,
     KVM_GET_MP_STATE,
-    KVM_GET_MSRS,
     KVM_GET_REGS,
     KVM_GET_SREGS,
     KVM_MP_STATE_HALTED,
@@ -29,7 +28,6 @@ from vmexit.abi.kvm import (
     KVM_RUN,
     KVM_SET_CPUID2,
     KVM_SET_MP_STATE,
-    KVM_SET_MSRS,
     KVM_SET_REGS,
     KVM_SET_SIGNAL_MASK,
     KVM_SET_SREGS,
@@ -46,12 +44,11 @@ from vmexit.abi.kvm_state import (
     kvm_xsave,
 )
 from vmexit.abi.kvm_structs import (
-    kvm_msr_entry,
-    kvm_msrs,
     kvm_regs,
     kvm_sregs,
 )
 from vmexit.accel.base import Exit, ExitReason, linear_rip
+from vmexit.accel.kvm import msrs
 from vmexit.accel.kvm.exits import explain
 from vmexit.accel.kvm.kick import KickTarget
 from vmexit.arch.x86 import fxsave
@@ -513,16 +510,11 @@ class KvmVcpu:
 
     def msrs_that_exist(self, indices: Iterable[int]) -> dict[int, int]:
         """As `msrs()`, without those that KVM cannot read."""
-        # KVM_GET_MSRS stops at the first of those (KVM API 4.18): go on behind it.
-        todo, values = list(indices), dict[int, int]()
-        head, step = sizeof(kvm_msrs), sizeof(kvm_msr_entry)
-        while todo:
-            buffer = _pack_msrs(dict.fromkeys(todo, 0))
-            done = ioctl(self.fd, KVM_GET_MSRS, buffer, True)
-            for i, index in enumerate(todo[:done]):
-                values[index] = kvm_msr_entry.from_buffer(buffer, head + i * step).data
-            todo = todo[done + 1 :]
-        return values
+        return msrs.get(self.fd, indices)
+
+    def msrs_unlike(self, entries: bytes) -> dict[int, int]:
+        """See `vmexit.accel.kvm.msrs.unlike()`."""
+        return msrs.unlike(self.fd, entries)
 
     def fpu(self) -> bytes:
         """See `vmexit.accel.base.Vcpu`; the first part of KVM_GET_XSAVE."""
@@ -540,14 +532,7 @@ class KvmVcpu:
         self.set("FPU", KVM_SET_XSAVE, buffer)
 
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
-        # KVM_SET_MSRS stops at the first that it refuses (KVM API 4.19): go on behind it.
-        todo, refused = list(values.items()), []
-        while todo:
-            done = ioctl(self.fd, KVM_SET_MSRS, _pack_msrs(dict(todo)), True)
-            if done < len(todo):
-                refused.append(todo[done][0])
-            todo = todo[done + 1 :]
-        return refused
+        return msrs.put(self.fd, values)
 
     def set_guest_debug(self, control: int, registers: Sequence[int]) -> None:
         """KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_… flags, eight debug registers. Raises HostError."""
@@ -602,10 +587,3 @@ _IMMEDIATE_EXIT: int = kvm_run.immediate_exit.offset
 def _to_segment(values: list[int]) -> Segment:
     base, limit, selector, type, present, dpl, db, s, l, g, avl, _ = values  # noqa: E741
     return Segment(selector, base, limit, type, s, dpl, present, l, db, g, avl)
-
-
-def _pack_msrs(values: Mapping[int, int]) -> bytearray:
-    buffer = bytearray(bytes(kvm_msrs(nmsrs=len(values))))
-    for index, value in values.items():
-        buffer += bytes(kvm_msr_entry(index=index, data=value))
-    return buffer

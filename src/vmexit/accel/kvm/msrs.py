@@ -1,0 +1,68 @@
+"""MSRs of a vCPU: KVM_GET_MSRS and KVM_SET_MSRS (KVM API 4.18, 4.19), which end at the first that
+they refuse.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping
+from fcntl import ioctl
+
+from vmexit.abi.kvm import KVM_GET_MSRS, KVM_SET_MSRS
+
+_HEAD = struct.Struct("=II")  # struct kvm_msrs: how many, padding
+_ENTRY = struct.Struct("=IIQ")  # struct kvm_msr_entry: index, reserved, value
+
+ENTRY_SIZE = _ENTRY.size
+
+
+def pack(values: Mapping[int, int]) -> bytes:
+    """A `struct kvm_msr_entry` for each."""
+    return b"".join(_ENTRY.pack(index, 0, value) for index, value in values.items())
+
+
+def unpack(entries: bytes | bytearray) -> dict[int, int]:
+    """The values in such structures, by index."""
+    return {index: value for index, _, value in _ENTRY.iter_unpack(entries)}
+
+
+def get(vcpu: int, indices: Iterable[int]) -> dict[int, int]:
+    """Those that KVM can read of the vCPU with this descriptor."""
+    todo, values = list(indices), dict[int, int]()
+    while todo:
+        found, done = _ask(vcpu, pack(dict.fromkeys(todo, 0)))
+        values |= unpack(found[: done * ENTRY_SIZE])
+        todo = todo[done + 1 :]
+    return values
+
+
+def put(vcpu: int, values: Mapping[int, int]) -> list[int]:
+    """Set them. Returns those that KVM has refused."""
+    todo, refused = list(values.items()), []
+    while todo:
+        request = bytearray(_HEAD.pack(len(todo), 0) + pack(dict(todo)))
+        done = ioctl(vcpu, KVM_SET_MSRS, request, True)
+        if done < len(todo):
+            refused.append(todo[done][0])
+        todo = todo[done + 1 :]
+    return refused
+
+
+def unlike(vcpu: int, entries: bytes) -> dict[int, int]:
+    """Those in `entries` that have another value now, or none: as they are there."""
+    found, done = _ask(vcpu, entries)
+    if done * ENTRY_SIZE < len(entries):
+        wanted = unpack(entries)
+        now = get(vcpu, wanted)
+        return {index: value for index, value in wanted.items() if now.get(index) != value}
+    now_words, words = memoryview(found).cast("Q"), memoryview(entries).cast("Q")
+    return {
+        words[at - 1] & 0xFFFF_FFFF: words[at]
+        for at in range(1, len(words), 2)
+        if words[at] != now_words[at]
+    }
+
+
+def _ask(vcpu: int, entries: bytes) -> tuple[bytes, int]:
+    """`entries` with the values of so many of them."""
+    buffer = bytearray(_HEAD.pack(len(entries) // ENTRY_SIZE, 0) + entries)
+    done = ioctl(vcpu, KVM_GET_MSRS, buffer, True)
+    return bytes(buffer[_HEAD.size :]), done
