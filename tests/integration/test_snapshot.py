@@ -94,6 +94,39 @@ def test_going_back_again_and_again(accel):
             assert vm.last_stop is None
 
 
+# 64-bit: 0: out 0x10, al; rdi = 2 MiB; ecx = [0x800]; then cl to each second page, ecx times,
+# counting down; out 0x11, al; jmp 0
+WRITES_PAGES = bytes.fromhex(
+    "e610 48c7c700002000 8b0c2500080000 85c9 740d 880f 4881c700200000 ffc9 ebef e611 ebdb"
+)
+
+
+def test_going_back_undoes_what_the_guest_and_the_host_wrote(accel):
+    with Machine("16M", accel) as vm:
+        vm.load_bytes(WRITES_PAGES, at=0x1000, mode="long")
+        vm.memory.write_u32(0x800, 700)
+        for port in (0x10, 0x11):
+            vm.on_pio(port, write=lambda access: None)
+        assert vm.run_until(pio=0x10, timeout=60).reason is StopReason.UNTIL
+        with vm.snapshot() as first:
+            before, registers = vm.memory.read(0, 16 << 20), vm.vcpus[0].regs.as_dict()
+            for number in range(6):
+                assert vm.run_until(pio=0x11, timeout=60).reason is StopReason.UNTIL
+                assert vm.memory.read_u8((2 << 20) + 699 * 8192) == 1
+                vm.memory.write(0x300000 + number * 0x1000, b"by the host")
+                vm.memory[0x400000:0x400004] = b"view"
+                vm.reset_to(first)
+                assert vm.memory.read(0, 16 << 20) == before
+                assert vm.vcpus[0].regs.as_dict() == registers
+            vm.run_until(pio=0x11, timeout=60)
+            with vm.snapshot() as second:
+                after = vm.memory.read(0, 16 << 20)
+                for snapshot, memory in ((first, before), (second, after), (second, after)) * 2:
+                    vm.run_until(pio=0x11, timeout=60)
+                    vm.reset_to(snapshot)
+                    assert vm.memory.read(0, 16 << 20) == memory
+
+
 def test_a_later_snapshot_holds_what_was_written_since(accel):
     with stopped_at(accel, 100) as vm, vm.snapshot() as first:
         vm.memory.write(0x10_0000, b"later")

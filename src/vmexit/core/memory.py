@@ -18,6 +18,7 @@ from vmexit.core.errors import ConfigError, GuestAddressError, HostError
 from vmexit.core.holes import punch_hole
 from vmexit.core.memory_image import MemoryImage, merged, private_stretches, stretches
 from vmexit.core.remap import map_over, reserve
+from vmexit.core.written import WrittenPages
 
 PAGE_SIZE = 4096
 _ZEROS = bytes(PAGE_SIZE)
@@ -45,7 +46,7 @@ class Region(NamedTuple):
     """A range of GPAs with memory behind it.
 
     `hva` is the host virtual address of its first byte; `view` the same bytes, writable by the
-    host even where `readonly` keeps the guest from writing.
+    host even where `readonly` keeps the guest from writing; who writes calls `host_wrote()`.
     """
 
     gpa: int
@@ -90,8 +91,13 @@ class GuestMemory:
         self._offsets: dict[int, int] = {}  # in the memfd, by the GPA of a RAM region
         self._listeners: list[HostWrite] = []
         self._closed = False
+        self._host_writes: WrittenPages | None = None
+        self.exposed = WrittenPages()
+        """Pages that somebody may hold a view of, and so write to at any time."""
         self.private = False
         """Whether `fd` is an image, which what is written to RAM does not reach."""
+        self.mapped = 0
+        """How often an image was put in the place of what there was."""
         try:
             self.fd = os.memfd_create("vmexit-ram", MEMFD_FLAGS)
         except OSError as error:
@@ -216,6 +222,7 @@ class GuestMemory:
                 "machine with as much --memory"
             )
         try:
+            self.mapped += 1
             self._map(image)
             # The same number: another thread may just ask what is in use.
             os.dup2(image.fd, self.fd, inheritable=False)
@@ -245,20 +252,33 @@ class GuestMemory:
         except OSError:  # it is closed just now
             return 0
 
+    def copy_from(
+        self, image: MemoryImage, region: Region, pages: Iterable[tuple[int, int]]
+    ) -> None:
+        """Pages of `region`, first and end of each run counted from its first, as in `image`.
+
+        They are those of the last `restore()`; nobody is told that they have changed.
+        """
+        to, source, base = region.view, image.view, self._offsets[region.gpa]
+        for first, end in pages:
+            start, stop = first * PAGE_SIZE, end * PAGE_SIZE
+            to[start:stop] = source[base + start : base + stop]
+
     def view(self, gpa: int, size: int) -> memoryview:
         """`size` bytes at `gpa` as a writable view of the guest's own bytes."""
-        return self.region(gpa, size).part(gpa, size)
+        view = self.region(gpa, size).part(gpa, size)
+        self.exposed.add(gpa, size)
+        return view
 
     def read(self, gpa: int, size: int) -> bytes:
         """A copy of `size` bytes at `gpa`."""
-        return bytes(self.view(gpa, size))
+        return bytes(self.region(gpa, size).part(gpa, size))
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to `gpa`."""
         size = len(data)
-        self.view(gpa, size)[:] = data
-        if self._listeners:
-            self.host_wrote(((gpa, size),), size)
+        self.region(gpa, size).part(gpa, size)[:] = data
+        self.host_wrote(((gpa, size),), size)
 
     def __getitem__(self, key: slice) -> memoryview:
         """`memory[a:b]`: a view of the bytes at the GPAs from a up to, not including, b."""
@@ -274,11 +294,18 @@ class GuestMemory:
         """Have `listener` told of what is written to memory other than by the guest."""
         self._listeners.append(listener)
 
+    def note_host_writes(self, pages: WrittenPages) -> None:
+        """From now on `pages` gets what the host may have written, but where views are exposed."""
+        self._host_writes = pages
+
     def host_wrote(self, ranges: Iterable[tuple[int, int]], size: int) -> None:
-        """Tell that views were written to: the first `size` bytes of these ranges.
+        """Tell that views were written to: the first `size` bytes of these ranges, the rest maybe.
 
         The guest's page tables show nothing of that, and who has translated its code has to know.
         """
+        if self._host_writes is not None:
+            for gpa, length in ranges:
+                self._host_writes.add(gpa, length)
         for gpa, length in ranges if self._listeners else ():
             if size <= 0:
                 return

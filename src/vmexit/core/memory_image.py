@@ -2,10 +2,14 @@
 
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from vmexit.core.errors import HostError
 
 _PAGE_SIZE = 4096
 # The highest byte of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst): the
@@ -70,6 +74,21 @@ class MemoryImage:
         """`fd`, which it owns, holds these ranges, GPA and size, one behind the other."""
         self.fd = fd
         self.ranges = ranges
+        self._pages: mmap.mmap | None = None
+
+    @property
+    def view(self) -> memoryview:
+        """Its bytes. Raises HostError where they cannot be mapped."""
+        if self._pages is None:
+            try:
+                self._pages = mmap.mmap(
+                    self.fd, self.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ
+                )
+            except OSError as error:
+                raise HostError(
+                    f"cannot map a snapshot's memory: {error.strerror}; free some"
+                ) from error
+        return memoryview(self._pages)
 
     @property
     def size(self) -> int:
@@ -89,3 +108,7 @@ class MemoryImage:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        if self._pages is not None:
+            with suppress(BufferError):  # a view is still held: the last one unmaps the pages
+                self._pages.close()
+            self._pages = None

@@ -29,6 +29,7 @@ from vmexit.machine.board import Board, StatefulIrqChip, Tell
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.console import GuestConsole
 from vmexit.machine.counters import DeviceCounters
+from vmexit.machine.rewind import DirtyLog, Rewind
 from vmexit.machine.runner import StopRequest
 
 _Path = str | os.PathLike[str]
@@ -49,6 +50,7 @@ class Parts(NamedTuple):
     accel: str
     why: str
     memory: GuestMemory
+    rewind: Rewind
     pio: Bus
     mmio: Bus
     vm: Vm
@@ -82,6 +84,7 @@ class _Engine(NamedTuple):
     in_process: "tuple[PcIrqChip, Callable[[], int]] | None" = None
     """The same chip, if it is ours, and what tells the number of the vCPU that makes an access."""
     notifier: Notifier | None = None
+    log: DirtyLog | None = None
 
     def close(self) -> None:
         self.vm.close()
@@ -118,7 +121,7 @@ def _create_kvm(wanted: _Wanted) -> _Engine:
         chip = vm.create_irqchip() if config.machine == "microvm" else None
         vcpus: list[Vcpu] = [vm.create_vcpu(i, wanted.observer) for i in range(config.smp)]
         stack.pop_all()
-        return _Engine(accelerator, vm, vcpus, chip, notifier=vm)
+        return _Engine(accelerator, vm, vcpus, chip, notifier=vm, log=vm)
 
 
 def _create_soft(wanted: _Wanted) -> _Engine:
@@ -225,6 +228,7 @@ def build(
             engine.accelerator.name,
             why,
             memory,
+            Rewind(memory, engine.log),
             pio,
             mmio,
             engine.vm,

@@ -131,7 +131,7 @@ class Snapshot:
 
         Raises ConfigError, HostError; the machine is half of another one then.
         """
-        parts.memory.restore(self._contents.memory)
+        parts.rewind.to(self._contents.memory)
         for name, overlay in parts.overlays.items():
             if name in self._contents.disks:
                 overlay.restore(self._contents.disks[name])

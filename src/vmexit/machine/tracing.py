@@ -31,6 +31,7 @@ def begin(trace: ChromeTrace, parts: Parts, fail: Callable[[BaseException], None
             lambda mmio, address: (parts.mmio if mmio else parts.pio).name_at(address),
         )
     )
+    parts.rewind.leave_log()
     sampler = DirtySampler(parts.vm, parts.memory, trace, fail)
     parts.closer.callback(sampler.close)
 

@@ -147,6 +147,7 @@ class Queue:
         self._desc = view(self.desc, DESC_SIZE * size)
         self._avail = view(self.driver, _RING + 2 * size + event)
         self._used = view(self.device, _RING + 8 * size + event, write=True)
+        self._memory.exposed.add(self.device, len(self._used))
         self.ready = True
 
     def disable(self) -> None:

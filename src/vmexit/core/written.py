@@ -1,0 +1,54 @@
+"""Which pages of guest memory may have been written."""
+
+import re
+from collections.abc import Iterator
+
+_PAGE_BITS = 12
+_ONES = re.compile(rb"\x01+")
+_BITS = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
+
+
+class WrittenPages:
+    """A set of pages by number, GPA / 4096; of too many it knows just that. Any thread may add."""
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        self._pages: set[int] = set()
+        self.too_many = False
+
+    def add(self, gpa: int, size: int) -> None:
+        """All pages of `[gpa, gpa + size)`."""
+        if self.too_many or size <= 0:
+            return
+        first, end = gpa >> _PAGE_BITS, (gpa + size - 1 >> _PAGE_BITS) + 1
+        if end - first <= self.MOST:
+            self._pages.update(range(first, end))
+        if end - first > self.MOST or len(self._pages) > self.MOST:
+            self.too_many = True
+            self._pages = set()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._pages = set()
+        self.too_many = False
+
+    def mark(self, bitmap: bytearray, gpa: int, count: int) -> None:
+        """Set the bits of those among the `count` pages from `gpa` on; `bitmap` is theirs."""
+        first = gpa >> _PAGE_BITS
+        for page in self._pages:
+            if first <= page < first + count:
+                bitmap[page - first >> 3] |= 1 << (page - first & 7)
+
+
+def runs(bitmap: bytes | bytearray) -> Iterator[tuple[int, int]]:
+    """First and end of each run of bits that are set in 64-bit words, the lowest bit being 0.
+
+    Runs that go over the end of a word are cut there.
+    """
+    for index, word in enumerate(memoryview(bitmap).cast("Q").tolist()):
+        if word:
+            at = index * 64
+            for run in _ONES.finditer(b"".join([_BITS[b] for b in word.to_bytes(8, "little")])):
+                first, end = run.span()
+                yield at + first, at + end

@@ -1,0 +1,67 @@
+"""Guest memory goes back to an image, again and again."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
+from vmexit.core.memory_image import MemoryImage
+from vmexit.core.written import WrittenPages, runs
+
+
+class DirtyLog(Protocol):
+    """The part of `vmexit.accel.base.Vm` that tells which pages the guest has written to."""
+
+    def start_dirty_log(self) -> None: ...
+
+    def dirty_log(self, region: Region) -> bytes: ...
+
+
+class Rewind:
+    """Puts memory back to an image, while no vCPU runs.
+
+    To map the image anew is always right, but then each page has to be mapped into the guest again,
+    too. From the second time on, with a log of what the guest writes, only those pages are copied
+    that somebody has written to.
+    """
+
+    def __init__(self, memory: GuestMemory, log: DirtyLog | None) -> None:
+        """`log` misses nothing that the guest does, or there is none."""
+        self._memory = memory
+        self._log = log
+        self._logging = False
+        self._image: MemoryImage | None = None
+        self._mapped = 0
+        self._by_host = WrittenPages()
+
+    def leave_log(self) -> None:
+        """Somebody else reads the log from now on, which forgets what it has told."""
+        self._log = None
+
+    def to(self, image: MemoryImage) -> None:
+        """Memory holds what `image` does. Raises ConfigError, HostError."""
+        memory, log = self._memory, self._log
+        again = image is self._image and memory.mapped == self._mapped
+        self._image = None  # if this fails, nothing is known
+        by_host = self._by_host, memory.exposed
+        few = not any(pages.too_many for pages in by_host)
+        if again and log is not None and self._logging and few:
+            for region, _ in memory.shared():
+                memory.copy_from(image, region, runs(_marked(log, region, by_host)))
+        else:
+            memory.restore(image)
+            if log is not None and self._logging:
+                for region, _ in memory.shared():
+                    log.dirty_log(region)
+            elif log is not None and again:
+                log.start_dirty_log()
+                memory.note_host_writes(self._by_host)
+                self._logging = True
+        self._by_host.clear()
+        self._image, self._mapped = image, memory.mapped
+
+
+def _marked(log: DirtyLog, region: Region, by_host: Iterable[WrittenPages]) -> bytearray:
+    bitmap = bytearray(log.dirty_log(region))
+    for pages in by_host:
+        pages.mark(bitmap, region.gpa, region.size // PAGE_SIZE)
+    return bitmap
