@@ -17,6 +17,7 @@ import exits
 import loop
 import machines
 import observing
+import snapshot
 import start
 import stop
 import virtio
@@ -31,6 +32,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "create": create.rows,
     "stop": stop.rows,
     "machines": machines.rows,
+    "snapshot": snapshot.rows,
     "virtio": virtio.rows,
 }
 

@@ -63,6 +63,28 @@ def test_a_timer_set_anew_fires_once_at_the_new_time(loop):
     assert fired[0] >= start + 20 * MS
 
 
+def test_while_the_clock_stands_nothing_is_due(loop):
+    due = threading.Event()
+    timer = loop.timer(due.set)
+    with loop.standing():
+        now = loop.now()
+        timer.set(now + 1)
+        assert not due.wait(0.05)
+        assert loop.now() == now
+        later = threading.Event()
+        loop.timer(later.set).set(None)
+    assert due.wait(10)
+    assert loop.now() > now + 50_000_000
+
+
+def test_a_timer_set_before_is_due_once_the_clock_goes_on(loop):
+    due = threading.Event()
+    loop.timer(due.set).set(loop.now() + 20_000_000)
+    with loop.standing():
+        assert not due.wait(0.1)
+    assert due.wait(10)
+
+
 def test_a_timer_that_is_unset_does_not_fire(loop):
     fired: list[int] = []
     done = threading.Event()

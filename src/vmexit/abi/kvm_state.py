@@ -19,6 +19,10 @@ KVM_DIRTY_GFN_F_MASK = 0x3
 # In pages: where the dirty ring is in the mapping of a vCPU (KVM API 8.29).
 KVM_DIRTY_LOG_PAGE_OFFSET = 64
 
+# Attributes of a vCPU (Documentation/virt/kvm/devices/vcpu.rst, 4).
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0
+
 # Debugging
 KVM_GUESTDBG_ENABLE = 0x1
 KVM_GUESTDBG_SINGLESTEP = 0x2

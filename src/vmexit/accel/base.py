@@ -225,12 +225,19 @@ class Vm(Protocol):
         """Each vCPU as after power-on. Raises HostError."""
         ...
 
-    def state(self) -> State:
-        """What the vCPUs have in common, their time above all, as plain versioned data."""
+    def moment(self) -> int:
+        """Now, as `state()` and `restore()` want it told."""
         ...
 
-    def restore(self, state: State) -> None:
-        """Take over what `state()` gave, after the vCPUs have their states. Raises ConfigError."""
+    def state(self, moment: int) -> State:
+        """What the vCPUs have in common, their time, as it was at a `moment()` not long ago."""
+        ...
+
+    def restore(self, state: State, moment: int) -> None:
+        """Have `state` been the state at that moment, after the vCPUs have theirs.
+
+        Raises ConfigError.
+        """
         ...
 
     def start_dirty_log(self) -> None:

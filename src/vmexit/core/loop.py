@@ -7,8 +7,8 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 
 from vmexit.core.errors import HostError
@@ -55,6 +55,7 @@ class EventLoop:
         self._watched: dict[int, Callable[[], None]] = {}
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._stands_at: int | None = None
         self._timer_fd = self._wake_fd = -1
         self._poll: select.epoll | None = None
 
@@ -63,7 +64,25 @@ class EventLoop:
         return EventLoop(self._fail)
 
     def now(self) -> int:
-        return time.monotonic_ns()
+        stands_at = self._stands_at
+        return time.monotonic_ns() if stands_at is None else stands_at
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """The clock stands still within, and no timer is due; it jumps to the time that it is then.
+
+        So all that is read from it, and all that is set by it, is of one moment.
+        """
+        with self._lock:
+            self._stands_at = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stands_at = None
+                if self._thread is not None:
+                    self._armed = None  # some may have been due
+                    self._arm()
 
     def timer(self, function: Callable[[], None]) -> LoopTimer:
         return LoopTimer(self, function)
@@ -187,6 +206,8 @@ class EventLoop:
         due: list[LoopTimer] = []
         with self._lock:
             self._armed = None
+            if self._stands_at is not None:
+                return
             now = self.now()
             queue = self._queue
             while queue and queue[0][0] <= now:

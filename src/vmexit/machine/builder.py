@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Accelerator, Notifier, Vcpu, Vm
@@ -71,6 +71,8 @@ class Parts(NamedTuple):
     console_where: Sequence[str]
     overlays: "Mapping[str, Overlay]"
     """What is written to disks with snapshot=on, by the name of the disk."""
+    standing: Callable[[], AbstractContextManager[None]]
+    """Within it the clock of the devices stands still."""
     closer: ExitStack
 
 
@@ -246,6 +248,7 @@ def build(
             board.taps,
             board.console_where,
             board.overlays,
+            loop.standing,
             stack.pop_all(),
         )
 

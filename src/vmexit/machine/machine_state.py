@@ -31,13 +31,16 @@ def take(parts: Parts) -> MachineState:
     Raises ConfigError that names a device which cannot be saved.
     """
     devices = {}
-    for name, device in parts.devices.items():
-        try:
-            devices[name] = device.state()
-        except ConfigError as error:
-            raise ConfigError(f"no snapshot is possible with {name}: {error}") from error
-    vcpus = [vcpu.state() for vcpu in parts.vcpus]
-    return MachineState(parts.accel, parts.vm.state(), vcpus, devices, _roms(parts.memory))
+    with parts.standing():
+        moment = parts.vm.moment()
+        for name, device in parts.devices.items():
+            try:
+                devices[name] = device.state()
+            except ConfigError as error:
+                raise ConfigError(f"no snapshot is possible with {name}: {error}") from error
+        vcpus = [vcpu.state() for vcpu in parts.vcpus]
+        vm = parts.vm.state(moment)
+    return MachineState(parts.accel, vm, vcpus, devices, _roms(parts.memory))
 
 
 def check(parts: Parts, state: MachineState) -> None:
@@ -68,13 +71,16 @@ def put(parts: Parts, state: MachineState) -> None:
     # The interrupt controllers first: what devices do to them next, they have done before. The
     # local APICs of KVM are the vCPUs', and get what the I/O APIC has for them once more.
     names = sorted(parts.devices, key=lambda name: name != _IRQCHIP)
-    if _IRQCHIP in parts.devices:
-        _restore(parts, state, names.pop(0))
-    for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
-        vcpu.restore(saved)
-    parts.vm.restore(state.vm)
-    for name in names:
-        _restore(parts, state, name)
+    # Clocks that a guest can compare have to go on from one moment, or it trusts none of them.
+    with parts.standing():
+        moment = parts.vm.moment()
+        if _IRQCHIP in parts.devices:
+            _restore(parts, state, names.pop(0))
+        for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
+            vcpu.restore(saved)
+        parts.vm.restore(state.vm, moment)
+        for name in names:
+            _restore(parts, state, name)
 
 
 def _restore(parts: Parts, state: MachineState, name: str) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import struct
+import time
 from fcntl import ioctl
 from functools import cache
 from typing import TYPE_CHECKING
@@ -18,7 +19,6 @@ from vmexit.abi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
 )
 from vmexit.abi.kvm_caps import (
-    KVM_CAP_ADJUST_CLOCK,
     KVM_CAP_IRQCHIP,
     KVM_CAP_PIT2,
     KVM_CAP_READONLY_MEM,
@@ -35,7 +35,6 @@ from vmexit.core.bus import Bus, State
 from vmexit.core.errors import HostError
 from vmexit.core.irq import VcpuInterrupts
 from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
-from vmexit.core.saved import Saved
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
@@ -281,23 +280,18 @@ class KvmVm:
             self._access = StateAccess(self._system, lapic=self._irqchip is not None)
         return self._access
 
-    def state(self) -> State:
-        """The clock of the VM, which guests know as kvm-clock (KVM_GET_CLOCK, KVM API 4.29)."""
-        if not self._system.check_extension(KVM_CAP_ADJUST_CLOCK):
-            return {"version": 1, "clock": None}
-        from vmexit.abi.kvm_irq import KVM_GET_CLOCK, kvm_clock_data
+    def moment(self) -> int:
+        return time.monotonic_ns()
 
-        buffer = bytearray(ctypes.sizeof(kvm_clock_data))
-        ioctl(self.fd, KVM_GET_CLOCK, buffer, True)
-        return {"version": 1, "clock": kvm_clock_data.from_buffer(buffer).clock}
+    def state(self, moment: int) -> State:
+        from vmexit.accel.kvm.time import save
 
-    def restore(self, state: State) -> None:
-        """It goes on from there: the time between has not passed for the guest."""
-        clock = Saved(state, "a VM of KVM", 1).optional("clock", (1 << 64) - 1)
-        if clock is not None and self._system.check_extension(KVM_CAP_ADJUST_CLOCK):
-            from vmexit.abi.kvm_irq import KVM_SET_CLOCK, kvm_clock_data
+        return save(self._system, self.fd, self._vcpus, moment)
 
-            ioctl(self.fd, KVM_SET_CLOCK, bytes(kvm_clock_data(clock=clock)))
+    def restore(self, state: State, moment: int) -> None:
+        from vmexit.accel.kvm.time import load
+
+        load(self._system, self.fd, self._vcpus, state, moment)
 
     @property
     def debugger(self) -> "KvmDebugger":

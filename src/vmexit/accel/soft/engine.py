@@ -153,26 +153,25 @@ class SoftVm:
         for vcpu in self._vcpus:
             vcpu.power_on()
 
-    def state(self) -> State:
-        """By how much the TSC of each vCPU differs from the first one's, and its frequency."""
-        offsets = []
+    def moment(self) -> int:
+        """The time stamp counter of the host."""
+        return self._processor.host_tsc
+
+    def state(self, moment: int) -> State:
+        """The TSC of each vCPU, and their frequency."""
+        values = []
         for vcpu in self._vcpus:
             self._processor.select(vcpu)
-            offsets.append(self._processor.tsc_offset)
-        differences = [x - offsets[0] & _WORD for x in offsets]
-        return {"version": 1, "tsc": differences, "tsc_khz": self._processor.tsc_khz}
+            values.append(self._processor.tsc_offset + moment & _WORD)
+        return {"version": 2, "tsc": values, "tsc_khz": self._processor.tsc_khz}
 
-    def restore(self, state: State) -> None:
-        """They differ by as much again: their states were loaded one after the other."""
-        saved = Saved(state, "the software CPU", 1)
-        differences = saved.numbers("tsc", _WORD, len(self._vcpus))
+    def restore(self, state: State, moment: int) -> None:
+        saved = Saved(state, "the software CPU", 2)
+        values = saved.numbers("tsc", _WORD, len(self._vcpus))
         self._processor.tsc_khz = saved.number("tsc_khz", _MOST_KHZ)
-        first = 0
-        for vcpu, difference in zip(self._vcpus, differences, strict=True):
+        for vcpu, value in zip(self._vcpus, values, strict=True):
             self._processor.select(vcpu)
-            if vcpu is self._vcpus[0]:
-                first = self._processor.tsc_offset
-            self._processor.tsc_offset = first + difference & _WORD
+            self._processor.tsc_offset = value - moment & _WORD
 
     @property
     def debugger(self) -> "SoftDebugger":

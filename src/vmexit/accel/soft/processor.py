@@ -553,6 +553,11 @@ class Processor:
         self._cpuid.known_khz = value
 
     @property
+    def host_tsc(self) -> int:
+        """The time stamp counter of the host, as it is now."""
+        return self._state.tsc(self._library) - self.tsc_offset & 0xFFFF_FFFF_FFFF_FFFF
+
+    @property
     def tsc_offset(self) -> int:
         """What the TSC of the selected vCPU is ahead of the host's, modulo 2^64."""
         return self._state.u64[TSC_OFFSET // 8]

@@ -1,0 +1,233 @@
+"""Rows `snapshot`: clones of a machine to their first exit, going back by dirty pages against a C
+program that does so, and what clones of a booted Linux take.
+
+As a program, `snapshot.py COUNT` makes so many of these and prints what one takes.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from ctypes import sizeof
+from pathlib import Path
+from typing import NamedTuple
+
+from console import debian
+from measure import Row, Unavailable, attempt, interleave, ratios, spread
+from native import TIMEOUT, program, run
+
+from vmexit import HostError, Machine, Snapshot, StopReason
+from vmexit.abi.kvm import KVM_GET_REGS, KVM_GET_SREGS
+from vmexit.abi.kvm_structs import kvm_regs, kvm_sregs
+from vmexit.accel.kvm.vcpu import KvmVcpu
+
+MEMORY = 128 << 20
+PAGES = (10, 100, 1000)
+CLONE_TARGET, RESET_TARGET, SIZE_TARGET = 1.0, 1.0, 30.0  # ms, times, MiB
+
+_SNAPSHOT_PORT, _END_PORT, _COUNT_AT = 0x10, 0x11, 0x800
+
+# 64-bit: out 0x10, al; rdi = 2 MiB; ecx = [0x800]; then cl to each second page, ecx times, counting
+# down; out 0x11, al; from the beginning.
+_WRITER = bytes.fromhex(
+    "e610 48c7c700002000 8b0c2500080000 85c9 740d 880f 4881c700200000 ffc9 ebef e611 ebdb"
+)
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """On KVM with a guest of 128 MiB and all of a vCPU's state; Linux on the software CPU."""
+    for kind, machine in (("bare", "bare"), ("with interrupt controllers", "microvm")):
+        yield from attempt(f"clone {kind}", _clone(machine, kind, 20 if quick else 300))
+    for pages in PAGES:
+        yield from attempt(
+            f"reset {pages} pages", _reset(pages, *((2, 20) if quick else (20, 100)))
+        )
+    yield from attempt("clones soft", _clones(5 if quick else 100))
+
+
+def _machine(pages: int, machine: str = "bare") -> Machine:
+    """Stopped before it writes to so many pages."""
+    try:
+        vm = Machine(MEMORY, "kvm", machine=machine)
+    except HostError as error:
+        raise Unavailable(str(error)) from error
+    vm.load_bytes(_WRITER, mode="long")
+    vm.memory.write_u32(_COUNT_AT, pages)
+    vm.on_pio(_SNAPSHOT_PORT, write=lambda access: vm.stop())
+    vm.on_pio(_END_PORT, write=lambda access: vm.stop())
+    return vm
+
+
+def _clone(machine: str, kind: str, rounds: int) -> Iterator[Row]:
+    with _machine(0, machine) as vm:
+        _run(vm)
+        with vm.snapshot() as snapshot:
+            _first_exit(snapshot)
+            times = spread([_first_exit(snapshot) for _ in range(rounds)])
+    bare = machine == "bare"
+    yield Row(
+        f"clone {kind}",
+        f"snapshot.clone() to the first exit of its guest on KVM, {MEMORY >> 20} MiB, {kind}; "
+        "taking it apart is not counted",
+        rounds,
+        times.text(" ms"),
+        target=f"<= {CLONE_TARGET:.0f} ms" if bare else "-",
+        result=times.text(" ms"),
+        met=times.median <= CLONE_TARGET if bare else None,
+        close=bare and times.around(CLONE_TARGET),
+        figures={"ms": times},
+    )
+
+
+def _first_exit(snapshot: Snapshot) -> float:
+    begin = time.perf_counter()
+    with snapshot.clone() as twin:
+        twin.on_pio(_END_PORT, write=lambda access: twin.stop())
+        _run(twin)
+        return (time.perf_counter() - begin) * 1e3
+
+
+def _run(vm: Machine) -> None:
+    stop = vm.run(timeout=TIMEOUT)
+    assert stop.reason is StopReason.STOPPED, stop
+
+
+def _reset(pages: int, rounds: int, block: int) -> Iterator[Row]:
+    c = program("kvm_reset")
+    with _machine(pages) as vm, tempfile.NamedTemporaryFile() as state:
+        state.write(_state(vm))
+        state.flush()
+        _run(vm)
+        with vm.snapshot() as snapshot:
+
+            def in_python() -> float:
+                times = []
+                for _ in range(block):
+                    begin = time.perf_counter()
+                    _run(vm)
+                    vm.reset_to(snapshot)
+                    times.append((time.perf_counter() - begin) * 1e6)
+                return spread(times).median
+
+            def in_c() -> float:
+                lines = run(c, state.name, str(block)).splitlines()
+                return spread([int(line.split()[0]) / 1e3 for line in lines]).median
+
+            for _ in range(3):  # from then on the pages are known, and there
+                in_python()
+            ours, theirs = interleave(rounds, (in_python, in_c))
+    speed = ratios(theirs, ours)
+    yield Row(
+        f"reset {pages} pages",
+        f"run() while the guest writes to {pages} scattered pages, and reset_to(); against C with "
+        "KVM_GET_DIRTY_LOG, memcpy and the same state of the vCPU",
+        rounds * block,
+        spread([1e6 / time for time in ours]).text("/s", 0),
+        spread([1e6 / time for time in theirs]).text("/s", 0),
+        speed.text("x"),
+        f">= {RESET_TARGET:.0f}x",
+        speed.median >= RESET_TARGET,
+        speed.around(RESET_TARGET),
+        figures={"vmexit_us": spread(ours), "c_us": spread(theirs), "ratio": speed},
+    )
+
+
+def _state(vm: Machine) -> bytes:
+    """What kvm_reset reads."""
+    (vcpu,) = vm._vcpus()
+    assert isinstance(vcpu, KvmVcpu)
+    sregs, regs = bytearray(sizeof(kvm_sregs)), bytearray(sizeof(kvm_regs))
+    vcpu.get("system registers", KVM_GET_SREGS, sregs)
+    vcpu.get("registers", KVM_GET_REGS, regs)
+    return bytes(sregs + regs) + vm.memory.read(0, MEMORY)
+
+
+# Clones of Linux.
+
+
+class Taken(NamedTuple):
+    """KiB of this process, shared pages by their share, and those of guests' memory."""
+
+    all: int
+    guests: int
+
+
+def _clones(count: int) -> Iterator[Row]:
+    debian()
+    command = [sys.executable, str(Path(__file__)), str(count)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{count} clones took more than 900 s") from error
+    if done.returncode:
+        raise Unavailable(done.stderr.strip().split("\n")[-1])
+    answer = json.loads(done.stdout)
+    each: float = answer["mib"]
+    yield Row(
+        "clones soft",
+        f"{count} clones of Debian's kernel at its shell on the software CPU, each of which has "
+        f"run a command: what one takes beside the {answer['guest_mib']:.1f} MiB that its guest has "
+        f"written ({answer['ms']:.1f} ms to make one)",
+        count,
+        f"{each:.1f} MiB",
+        target=f"< {SIZE_TARGET:.0f} MiB",
+        result=f"{each:.1f} MiB a clone",
+        met=each < SIZE_TARGET,
+        figures=answer,
+    )
+
+
+_NAME = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+ *(.*)$")
+
+
+def _taken() -> Taken:
+    total = guests = 0
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := _NAME.match(line):
+            name = found[1]
+        elif line.startswith("Pss:"):
+            total += int(line.split()[1])
+        elif line.startswith("Anonymous:") and "memfd:vmexit" in name:
+            guests += int(line.split()[1])
+    return Taken(total, guests)
+
+
+def _main(count: int) -> None:
+    files = debian()
+    kernel: dict[str, str | os.PathLike[str]] = {"kernel": files.kernel, "initrd": files.initrd}
+    with Machine("256M", "soft", append="console=ttyS0", serial="null", **kernel) as vm:  # type: ignore[arg-type]
+        vm.shell("true", timeout=120)
+        snapshot = vm.snapshot()
+        clones: list[Machine] = []
+        times: list[float] = []
+
+        def another() -> None:
+            begin = time.perf_counter()
+            clones.append(snapshot.clone())
+            times.append(time.perf_counter() - begin)
+            said = clones[-1].shell("echo $((6 * 7))", timeout=120).strip()
+            assert said == "42", repr(said)
+
+        another()
+        before = _taken()
+        for _ in range(count):
+            another()
+        after = _taken()
+        guests = after.guests - before.guests
+        answer = {
+            "mib": (after.all - before.all - guests) / count / 1024,
+            "guest_mib": guests / count / 1024,
+            "ms": spread(times).median * 1e3,
+        }
+        for clone in clones:
+            clone.close()
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

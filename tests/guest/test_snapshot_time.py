@@ -1,0 +1,100 @@
+"""Clocks that a guest can compare go on from one moment, however long the saving takes."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from vmexit import Machine
+from vmexit.core.bus import State
+from vmexit.machine.machine_state import MachineState, put, take
+
+PM_HZ = 3_579_545
+PVM = Path("/sys/module/kvm_pvm").exists()
+SLOW = 0.3  # seconds
+NEAR = SLOW / 10
+
+
+class Slow:
+    """A device that takes its time."""
+
+    def state(self) -> State:
+        time.sleep(SLOW)
+        return {}
+
+    def restore(self, state: State) -> None:
+        time.sleep(SLOW)
+
+
+def machine(accel: str, slow: str) -> Machine:
+    vm = Machine("4M", accel, machine="microvm", serial="null")
+    devices = {slow: Slow(), **vm._parts.devices} if slow == "first" else vm._parts.devices
+    devices.setdefault(slow, Slow())
+    vm._parts = vm._parts._replace(devices=devices)
+    return vm
+
+
+def khz(vm: Machine) -> float:
+    """Of its time stamp counter."""
+    moment, begin = vm._parts.vm.moment(), time.monotonic_ns()
+    time.sleep(0.5)
+    passed = time.monotonic_ns() - begin
+    if vm.accel == "soft":
+        return (vm._parts.vm.moment() - moment) * 1_000_000 / passed
+    frequency: int = vm._vcpus()[0].state()["tsc_khz"]
+    return frequency
+
+
+def tsc(vm: Machine, state: MachineState) -> int:
+    found = state.vm["tsc"]
+    if found is None:
+        pytest.skip("this KVM does not tell the offset of a TSC")
+    return found[0]
+
+
+def apart(vm: Machine, state: MachineState, frequency: float) -> float:
+    """Seconds that the time stamp counter is ahead of ACPI's timer."""
+    elapsed = state.devices["acpi-pm"]["elapsed"]
+    return tsc(vm, state) / (frequency * 1000) - elapsed / PM_HZ
+
+
+@pytest.mark.parametrize("slow", ["first", "last"])
+def test_they_are_saved_as_they_were_at_one_moment(accel, slow):
+    with machine(accel, slow) as vm:
+        frequency = khz(vm)
+        state = take(vm._parts)
+        fast = vm._parts._replace(
+            devices={n: d for n, d in vm._parts.devices.items() if not isinstance(d, Slow)}
+        )
+        expected = apart(vm, take(fast), frequency)
+        assert abs(apart(vm, state, frequency) - expected) < NEAR
+        assert fast.devices.keys() < state.devices.keys()
+
+
+@pytest.mark.parametrize("slow", ["first", "last"])
+def test_they_go_on_from_one_moment(accel, slow):
+    with machine(accel, slow) as vm:
+        frequency = khz(vm)
+        state = take(vm._parts)
+        expected = apart(vm, state, frequency)
+        for _ in range(2):
+            put(vm._parts, state)
+            again = take(vm._parts)
+            if accel == "kvm" and PVM:
+                pytest.skip("kvm_pvm shows its guests the host's counter")
+            assert abs(apart(vm, again, frequency) - expected) < NEAR
+
+
+def test_the_time_in_between_has_not_passed(accel):
+    with Machine("4M", accel, machine="microvm", serial="null") as vm:
+        frequency = khz(vm)
+        with vm.snapshot() as snap:
+            begin = take(vm._parts)
+            time.sleep(SLOW)
+            vm.reset_to(snap)
+            end = take(vm._parts)
+        for name in ("clock",) if accel == "kvm" else ():
+            assert 0 <= end.vm[name] - begin.vm[name] + NEAR * 1e9 < SLOW * 1e9
+        if accel == "kvm" and PVM:
+            pytest.skip("kvm_pvm shows its guests the host's counter")
+        assert abs(tsc(vm, end) - tsc(vm, begin)) < NEAR * frequency * 1000
