@@ -452,6 +452,44 @@ def test_what_was_written_to_a_disk_goes_back_or_is_asked_for(tmp_path):
             snap.clone(drives=own)
 
 
+def test_a_disk_of_another_size_is_refused_before_anything_changes(tmp_path):
+    disk, other = tmp_path / "disk.img", tmp_path / "other.img"
+    disk.write_bytes(bytes(1 << 20))
+    other.write_bytes(bytes(2 << 20))
+    options = {"machine": "microvm", "memory": "16M", "accel": "soft"}
+    with (
+        Machine(drives=[f"file={disk},readonly=on"], **options) as vm,
+        Machine(drives=[f"file={other},readonly=on"], **options) as larger,
+        vm.snapshot() as snap,
+    ):
+        larger.load_bytes(COUNTER, at=0x1000)
+        with pytest.raises(ConfigError, match=r"disk0.* 2097152 bytes, and had 1048576"):
+            larger.reset_to(snap)
+        with pytest.raises(ConfigError, match="disk0"):
+            snap.clone(drives=[f"file={other},readonly=on"])
+        assert larger.memory.read(0x1000, len(COUNTER)) == COUNTER
+        larger.on_pio(0x10, write=lambda access: larger.stop())
+        assert larger.run(TIMEOUT).reason is StopReason.STOPPED
+
+
+def test_a_disk_of_another_program_is_refused_before_anything_changes(tmp_path):
+    disk, qcow2 = tmp_path / "disk.img", tmp_path / "disk.qcow2"
+    disk.write_bytes(bytes(1 << 20))
+    subprocess.run(["qemu-img", "create", "-qf", "qcow2", qcow2, "1M"], check=True)
+    options = {"machine": "microvm", "memory": "16M", "accel": "soft"}
+    with (
+        Machine(drives=[f"file={disk},snapshot=on"], **options) as vm,
+        Machine(drives=[f"file={qcow2},readonly=on"], **options) as other,
+        vm.snapshot() as snap,
+    ):
+        other.load_bytes(COUNTER, at=0x1000)
+        with pytest.raises(ConfigError, match=r"disk0 cannot be restored: .*use a raw image"):
+            other.reset_to(snap)
+        assert not other.memory.private
+        other.on_pio(0x10, write=lambda access: other.stop())
+        assert other.run(TIMEOUT).reason is StopReason.STOPPED
+
+
 def test_a_disk_that_the_guest_writes_to_is_refused(tmp_path):
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))

@@ -1,11 +1,11 @@
 """The devices of a machine: which there are, and where the guest finds them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from vmexit.arch.x86 import layout
-from vmexit.core.bus import Bus, Device, Stateful
+from vmexit.core.bus import Bus, Device, State, Stateful
 from vmexit.core.irq import IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
 from vmexit.machine.balloon import MemoryBalloon
@@ -65,6 +65,8 @@ class Board:
         self.taps: list[ConsoleTap] = []
         """Of the serial port, and of virtio consoles, in this order."""
         self.balloon: MemoryBalloon | None = None
+        self.require_fit: Callable[[Mapping[str, State]], None] = lambda states: None
+        """Raises ConfigError if these are states of devices with something else behind them."""
         self.undriven: Callable[[], list[str]] = list
         """The names of the virtio devices that no driver has ever made ready."""
         self.virtio_counters: Callable[[], tuple[DeviceCounters, ...]] = tuple
@@ -198,6 +200,7 @@ class Board:
             self.devices[name] = slots.attach(name, device)
         self.overlays = parts.overlays
         self._when_running.append(slots.running)
+        self.require_fit = slots.require_fit
         self.undriven = slots.undriven
         self.virtio_counters = slots.counters
         if parts.balloon is not None:

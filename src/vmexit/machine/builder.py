@@ -19,7 +19,7 @@ from vmexit.boot import firmware, flat
 from vmexit.boot.entry import BootEntry, Linked
 from vmexit.boot.image import ImageKind, detect, find_multiboot, read_image
 from vmexit.boot.placement import check_ram
-from vmexit.core.bus import Bus, Stateful
+from vmexit.core.bus import Bus, State, Stateful
 from vmexit.core.errors import ConfigError, HostError, ImageError, shown
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
@@ -71,6 +71,8 @@ class Parts(NamedTuple):
     console_where: Sequence[str]
     overlays: "Mapping[str, Overlay]"
     """What is written to disks with snapshot=on, by the name of the disk."""
+    require_fit: Callable[[Mapping[str, State]], None]
+    """Raises ConfigError if these are states of devices with something else behind them."""
     standing: Callable[[], AbstractContextManager[None]]
     """Within it the clock of the devices stands still."""
     closer: ExitStack
@@ -248,6 +250,7 @@ def build(
             board.taps,
             board.console_where,
             board.overlays,
+            board.require_fit,
             loop.standing,
             stack.pop_all(),
         )

@@ -58,6 +58,7 @@ def check(parts: Parts, state: MachineState) -> None:
     if other := sorted(parts.devices.keys() ^ state.devices.keys()):
         where = "the snapshot" if other[0] in state.devices else "this machine"
         raise ConfigError(f"only {where} has {quoted(other[0])}; use a machine with the same parts")
+    parts.require_fit(state.devices)
     if _roms(parts.memory) != state.roms:
         raise ConfigError("the firmware has changed since the snapshot; use the file as it was")
 

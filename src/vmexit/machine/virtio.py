@@ -2,14 +2,14 @@
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from vmexit.abi import virtio as v
 from vmexit.accel.base import Notifier
 from vmexit.arch.x86 import layout
-from vmexit.core.bus import Bus
+from vmexit.core.bus import Bus, State
 from vmexit.core.errors import ConfigError, HostError, shown
 from vmexit.core.irq import EdgeLine, EventfdLine, IrqChip, IrqLine
 from vmexit.core.loop import EventLoop
@@ -95,6 +95,14 @@ class VirtioSlots:
             ) from error
         self._on_close(partial(os.close, eventfd))
         return eventfd
+
+    def require_fit(self, states: Mapping[str, State]) -> None:
+        """Raises ConfigError that names a device with something else behind it."""
+        for name, transport in self._transports.items():
+            try:
+                transport.require_fits(states[name])
+            except ConfigError as error:
+                raise ConfigError(f"{name} cannot be restored: {error}") from error
 
     def undriven(self) -> list[str]:
         """The names of devices that no driver has ever made ready."""

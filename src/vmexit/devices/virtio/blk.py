@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vmexit.abi import virtio as v
+from vmexit.core.bus import State
+from vmexit.core.errors import ConfigError
 from vmexit.core.rate import Limit
+from vmexit.core.saved import Saved
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.flow import Flow
 from vmexit.devices.virtio.queue import Chain, QueueError, without_first
@@ -138,6 +141,17 @@ class Blk(VirtioDevice):
 
     def config(self) -> bytes:
         return self._config
+
+    def state(self) -> State:
+        return {"version": 1, "capacity": self._disk.size}
+
+    def require_fits(self, state: State) -> None:
+        size = Saved(state, "a disk", 1).number("capacity", (1 << 64) - 1)
+        if size != self._disk.size:
+            raise ConfigError(
+                f"it has {self._disk.size} bytes, and had {size} at the snapshot; use a disk of "
+                "that size"
+            )
 
     def notify(self, index: int) -> None:
         self.queues[index].serve(self._serve)

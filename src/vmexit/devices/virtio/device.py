@@ -62,6 +62,9 @@ class VirtioDevice:
         """Why its state cannot be saved now, and after a semicolon the remedy; else empty."""
         return ""
 
+    def require_fits(self, state: State) -> None:
+        """Raises ConfigError if `state` is that of a device with something else behind it."""
+
     def config(self) -> bytes:
         """The device configuration space as it is now."""
         return b""

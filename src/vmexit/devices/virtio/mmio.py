@@ -273,6 +273,13 @@ class MmioTransport:
                 "queues": {str(i): queue.state() for i, queue in enumerate(self._queues)},
             }
 
+    def require_fits(self, state: State) -> None:
+        """Raises ConfigError if what is behind the device is not what `state` was saved with."""
+        device = state.get("device")
+        if not isinstance(device, dict):
+            raise Saved(state, "a virtio device over MMIO", 1).error()
+        self.device.require_fits(device)
+
     def _require_saved(self) -> None:
         if why := self.device.unsaved:
             raise ConfigError(why)

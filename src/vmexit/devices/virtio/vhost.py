@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
+from vmexit.core.bus import State
 from vmexit.core.clock import Clock
-from vmexit.core.errors import HostError, VmexitError
+from vmexit.core.errors import ConfigError, HostError, VmexitError
 from vmexit.core.rate import Limit
 from vmexit.devices.virtio.device import VirtioDevice
 from vmexit.devices.virtio.flow import Flow
@@ -139,6 +140,9 @@ class Vhost(VirtioDevice):
     @property
     def unsaved(self) -> str:
         return f"{self._backend.name} keeps a state of its own; use a raw image with snapshot=on"
+
+    def require_fits(self, state: State) -> None:
+        raise ConfigError(self.unsaved)
 
     def activate(self, queues: Sequence[Queue], features: int) -> None:
         super().activate(queues, features)
