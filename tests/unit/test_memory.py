@@ -7,7 +7,9 @@ import ctypes
 import gc
 import mmap
 import os
+import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -337,6 +339,51 @@ def test_what_is_discarded_of_a_private_copy_is_zeros_and_not_what_was_captured(
     memory.restore(image)
     assert memory.read(LOW[0], LOW[1]) == b"x" * LOW[1]
     image.close()
+
+
+def taken(hva: int, size: int) -> int:
+    """Bytes that this mapping has in memory of its own."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = hva <= int(found[1], 16) and int(found[2], 16) <= hva + size
+        elif inside and line.startswith("Anonymous:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def test_memory_that_was_never_used_takes_a_page_for_a_page() -> None:
+    size = 64 << 20
+    with closing(GuestMemory([(0, size)])) as memory:
+        memory.write(0x5000, b"used")
+        memory.write(40 << 20, b"used")
+        with closing(memory.capture()) as image:
+            before = os.fstat(image.fd).st_blocks
+            for gpa in range(8 << 20, 32 << 20, 4096):
+                assert memory.read_u8(gpa) == 0
+                memory.write_u8(gpa, 1)
+            assert os.fstat(image.fd).st_blocks == before
+            (region,) = memory.regions
+            assert 24 << 20 <= taken(region.hva, size) < 25 << 20
+            assert memory.read(0x5000, 4) == memory.read(40 << 20, 4) == b"used"
+            memory.discard(8 << 20, 24 << 20)
+            assert taken(region.hva, size) < 1 << 20
+            assert memory.read_u8(9 << 20) == 0
+            memory.restore(image)
+            assert bytes(image.view[0x5000:0x5004]) == memory.read(0x5000, 4) == b"used"
+            assert sum(end - first for first, end in memory.in_use(region)) < 1 << 20
+
+
+def test_an_image_with_many_holes_has_few_mappings() -> None:
+    size = 1 << 30
+    with closing(GuestMemory([(0, size)])) as memory:
+        for gpa in range(0, size, 2 << 20):
+            memory.write_u32(gpa, gpa)
+        before = len(Path("/proc/self/maps").read_text().splitlines())
+        with closing(memory.capture()):
+            assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 140
+            for gpa in range(0, size, 2 << 20):
+                assert memory.read_u32(gpa) == gpa
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -12,16 +12,17 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, GuestAddressError, HostError
 from vmexit.core.holes import punch_hole
 from vmexit.core.memory_image import MemoryImage, merged, private_stretches, stretches
-from vmexit.core.remap import map_over, reserve
+from vmexit.core.remap import map_over, reserve, zeros_over
 from vmexit.core.written import WrittenPages
 
 PAGE_SIZE = 4096
-_ZEROS = bytes(PAGE_SIZE)
+_LARGE = 1 << 20  # bytes
 
 _U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 
@@ -169,12 +170,16 @@ class GuestMemory:
 
     def in_use(self, region: Region) -> list[tuple[int, int]]:
         """First and end, from the beginning of `region` on, of what may not be zeros."""
+        return self._in_use(region, 0, region.size)
+
+    def _in_use(self, region: Region, start: int, stop: int) -> list[tuple[int, int]]:
         base = self._offsets[region.gpa]
-        found = stretches(self.fd, base, base + region.size)
+        found = stretches(self.fd, base + start, base + stop)
         shared = [(first - base, end - base) for first, end in found]
         if not self.private:
             return shared
-        return merged([*shared, *private_stretches(region.hva, region.size)])
+        private = private_stretches(region.hva + start, stop - start)
+        return merged([*shared, *((start + first, start + end) for first, end in private)])
 
     def capture(self) -> MemoryImage:
         """What RAM holds now, for good; RAM itself goes on as a private copy of that.
@@ -235,7 +240,7 @@ class GuestMemory:
     def _map(self, image: MemoryImage) -> None:
         offset = 0
         for gpa, size in image.ranges:
-            map_over(self.region(gpa).hva, size, image.fd, offset, private=True)
+            image.map_at(self.region(gpa).hva, offset, size)
             self._offsets[gpa] = offset
             offset += size
 
@@ -323,10 +328,19 @@ class GuestMemory:
             start, stop = max(first, region.gpa), min(end, region.end)
             if start < stop:
                 if self.private:
-                    _zero(region.part(start, stop - start))
+                    self._clear(region, start - region.gpa, stop - region.gpa)
                 else:
                     punch_hole(self.fd, offset + start - region.gpa, stop - start)
                 self.host_wrote(((start, stop - start),), stop - start)
+
+    def _clear(self, region: Region, first: int, end: int) -> None:
+        """Make zeros of a part of what is mapped privately."""
+        if end - first >= _LARGE:  # each place takes a mapping of its own
+            with suppress(OSError):  # there are too many
+                zeros_over(region.hva + first, end - first)
+                return
+        for start, stop in self._in_use(region, first, end):
+            region.view[start:stop] = bytes(stop - start)
 
     def read_u8(self, gpa: int) -> int:
         """The byte at `gpa`."""
@@ -389,13 +403,6 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(fd, data, offset)
         data, offset = data[done:], offset + done
-
-
-def _zero(view: memoryview) -> None:
-    """What is zero already is left alone: to write to it would take a page."""
-    for at in range(0, len(view), PAGE_SIZE):
-        if bytes(view[at : at + PAGE_SIZE]) != _ZEROS:
-            view[at : at + PAGE_SIZE] = _ZEROS
 
 
 def _span(key: slice) -> tuple[int, int]:

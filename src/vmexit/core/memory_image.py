@@ -1,5 +1,6 @@
 """What guest memory held at some moment: a file in memory that nobody can change any more."""
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vmexit.core.errors import HostError
+from vmexit.core.remap import map_over, reserve, zeros_over
 
 _PAGE_SIZE = 4096
 # The highest byte of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst): the
@@ -17,6 +19,7 @@ _PAGE_SIZE = 4096
 _THERE, _SWAPPED, _FILE = 0x80, 0x40, 0x20
 _IS_PRIVATE = bytes(bool(b & (_THERE | _SWAPPED)) and not b & _FILE for b in range(256))
 _ENTRY = 8
+_LEAST_HOLE, _MOST_PARTS = 1 << 20, 64
 
 
 def stretches(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -67,6 +70,26 @@ def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return result
 
 
+def _parts(data: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """`data` with the holes between, as far as these are small or too many.
+
+    To read a hole of a file in memory takes a page of it, and to write to it there takes another.
+    Where nothing at all is mapped it takes one page at most, but each such place is one more
+    mapping in the kernel.
+    """
+    least = _LEAST_HOLE
+    while True:
+        result: list[tuple[int, int]] = []
+        for first, end in data:
+            if result and first - result[-1][1] < least:
+                result[-1] = result[-1][0], end
+            else:
+                result.append((first, end))
+        if len(result) <= _MOST_PARTS:
+            return result
+        least *= 4
+
+
 class MemoryImage:
     """RAM as it was; made by `GuestMemory.capture()`, or from a file. Whoever has it closes it."""
 
@@ -75,25 +98,45 @@ class MemoryImage:
         self.fd = fd
         self.ranges = ranges
         self._pages: mmap.mmap | None = None
+        self._parts: list[tuple[int, int]] | None = None
 
     @property
     def view(self) -> memoryview:
         """Its bytes. Raises HostError where they cannot be mapped."""
         if self._pages is None:
             try:
-                self._pages = mmap.mmap(
-                    self.fd, self.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ
-                )
+                pages = reserve(self.size)
+                self.map_at(ctypes.addressof(ctypes.c_char.from_buffer(pages)), 0, self.size)
+                self._pages = pages
             except OSError as error:
                 raise HostError(
                     f"cannot map a snapshot's memory: {error.strerror}; free some"
                 ) from error
-        return memoryview(self._pages)
+        return memoryview(self._pages).toreadonly()
 
     @property
     def size(self) -> int:
         """Bytes in all, zeros included."""
         return sum(size for _, size in self.ranges)
+
+    def map_at(self, hva: int, offset: int, size: int) -> None:
+        """Have `size` bytes at `hva`, which are mapped, begin as these from `offset` on.
+
+        What is written to them is nobody else's. Raises OSError.
+        """
+        if self._parts is None:
+            self._parts = _parts(list(self.stretches()))
+        at, end = offset, offset + size
+        for first, stop in self._parts:
+            first, stop = max(first, at), min(stop, end)
+            if first >= stop:
+                continue
+            if at < first:
+                zeros_over(hva + at - offset, first - at)
+            map_over(hva + first - offset, stop - first, self.fd, first, private=True)
+            at = stop
+        if at < end:
+            zeros_over(hva + at - offset, end - at)
 
     def seal(self) -> None:
         """Nobody can change it from now on. Raises OSError where somebody still could."""

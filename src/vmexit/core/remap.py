@@ -6,6 +6,8 @@ import os
 from functools import cache
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # asm-generic/mman-common.h
+_MADV_NOHUGEPAGE = 15
+_PRIVATE = mmap.MAP_PRIVATE | _MAP_NORESERVE
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -16,6 +18,7 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.argtypes = [
         ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
     ]  # fmt: skip
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
 
@@ -29,8 +32,20 @@ def map_over(hva: int, size: int, fd: int, offset: int, *, private: bool) -> Non
 
     With `private`, what is written to them stays out of the file. Raises OSError.
     """
-    flags = (mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED) | _MAP_FIXED
+    _map(hva, size, _PRIVATE if private else mmap.MAP_SHARED, fd, offset)
+
+
+def zeros_over(hva: int, size: int) -> None:
+    """Have `size` bytes at `hva`, which are mapped, be zeros that take no memory. Raises OSError.
+
+    A page is taken for a page that is written to, not a large one.
+    """
+    _map(hva, size, _PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    _libc().madvise(hva, size, _MADV_NOHUGEPAGE)  # not each kernel has large pages
+
+
+def _map(hva: int, size: int, flags: int, fd: int, offset: int) -> None:
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    if _libc().mmap(hva, size, protection, flags, fd, offset) == _FAILED:
+    if _libc().mmap(hva, size, protection, flags | _MAP_FIXED, fd, offset) == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
