@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from vmexit.control.qmp_client import QmpClient
 from vmexit.fetch.debian import fetch
-from vmexit.top.client import QmpClient
 from vmexit.top.rates import rates
 from vmexit.top.sample import take
 from vmexit.top.view import view

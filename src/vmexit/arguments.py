@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_symbols(commands)
     _add_report(commands)
     _add_top(commands)
+    _add_snapshot(commands)
     return parser
 
 
@@ -173,6 +174,33 @@ def _add_top(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="print the table of one interval, and end; for scripts",
     )  # fmt: skip
     top.set_defaults(command="top")
+
+
+def _add_snapshot(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    snapshot = commands.add_parser(
+        "snapshot",
+        help="save a running machine into a folder, to go on from there",
+        description="Save all of a machine that runs with --qmp: memory, processors, devices.\n"
+        "It stands still for a moment, and runs on while the folder is written. Nothing is left\n"
+        "of a snapshot that fails, or that Ctrl-C ends.",
+        epilog="examples:\n"
+        "  vmexit run --kernel vmlinuz … --qmp unix:vm.sock\n"
+        "  vmexit snapshot vm.sock booted               in another terminal; then, at any time:\n"
+        "  vmexit run --restore booted\n"
+        "  vmexit snapshot vm.sock moved --pause && cp -a --sparse=always moved /mnt/elsewhere\n",
+    )
+    snapshot.add_argument(
+        "machine", metavar="QMP-SOCKET",
+        help="what its --qmp says: unix:PATH, tcp:HOST:PORT, or a PATH",
+    )  # fmt: skip
+    snapshot.add_argument(
+        "folder", metavar="DIR", help="the folder to make, on the host where the machine runs"
+    )
+    snapshot.add_argument(
+        "--pause", action="store_true",
+        help="leave the machine paused; it goes on by QMP's cont (default: it goes on if it ran)",
+    )  # fmt: skip
+    snapshot.set_defaults(command="snapshot")
 
 
 def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -312,8 +340,8 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )  # fmt: skip
     run.add_argument(
         "--restore", metavar="DIR",
-        help="go on from a snapshot that a program has saved (Snapshot.save), in place of an "
-        "IMAGE; only with options about the host: --serial, --console, --drive, --net, --share, "
+        help="go on from what vmexit snapshot has saved, or a program (Snapshot.save), in place of "
+        "an IMAGE; only with options about the host: --serial, --console, --drive, --net, --share, "
         "--vsock, and those below",
     )  # fmt: skip
     run.add_argument(

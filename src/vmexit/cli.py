@@ -402,8 +402,8 @@ def _quoted(path: object) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error if it is a terminal, else a line for each new thing."""
+def _progress(*, quiet: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error if it is a terminal, else a line for each new thing, or nothing."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
@@ -416,7 +416,7 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 
     def tell(text: str, _done: float) -> None:
         nonlocal last
-        if text != last:
+        if text != last and not quiet:
             _say(text)
             last = text
 
@@ -478,7 +478,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _top(arguments: argparse.Namespace) -> int:
     from vmexit import top
-    from vmexit.top.client import GoneError
+    from vmexit.control.qmp_client import GoneError
 
     if not arguments.once:
         if said := top.watch(arguments.machine, arguments.interval):
@@ -491,6 +491,16 @@ def _top(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _snapshot(arguments: argparse.Namespace) -> int:
+    from vmexit.save import save
+
+    with _progress(quiet=True) as progress:
+        path = save(arguments.machine, arguments.folder, progress, pause=arguments.pause)
+    _print(shown(path))
+    _say(f"go on from there: vmexit run --restore {_quoted(path)}")
+    return 0
+
+
 _COMMANDS = {
     "": _version_or_help,
     "run": _run,
@@ -500,4 +510,5 @@ _COMMANDS = {
     "symbols": _symbols,
     "report": _report,
     "top": _top,
+    "snapshot": _snapshot,
 }

@@ -17,10 +17,10 @@ from rich.console import Console
 from terminal import Terminal
 
 from vmexit import ConfigError, ExitStats, HostError, Machine
+from vmexit.control import qmp_client as qmp
 from vmexit.control.qmp import QmpServer
-from vmexit.top import client as qmp
+from vmexit.control.qmp_client import GoneError, QmpClient
 from vmexit.top import once
-from vmexit.top.client import GoneError, QmpClient
 from vmexit.top.rates import rates
 from vmexit.top.sample import Exits, Flow, FlowName, Place, Sample, Spent, take
 from vmexit.top.view import view

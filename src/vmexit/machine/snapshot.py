@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +24,14 @@ from vmexit.machine.machine_state import (
 
 if TYPE_CHECKING:
     from vmexit.machine.machine import Machine
+
+
+# Told by `save()` how many bytes of how many are done. What it raises ends the saving.
+Progress = Callable[[int, int], None]
+
+
+def _tell_nobody(_done: int, _total: int) -> None:
+    pass
 
 
 class Contents(NamedTuple):
@@ -144,15 +152,16 @@ class Snapshot:
         """The names of those whose state it has."""
         return list(self._contents.state.devices)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], progress: Progress = _tell_nobody) -> None:
         """Write all of it into a new folder at `path`, which appears whole or not at all.
 
-        Raises ConfigError if something is there already, HostError if it cannot be written.
+        `progress(done, total)` is told in bytes. Raises ConfigError if something is there already,
+        HostError if it cannot be written, and what `progress` raises; nothing is left then.
         """
         from vmexit.machine.snapshot_file import write
 
         self._require_open()
-        write(os.fspath(path), self._contents)
+        write(os.fspath(path), self._contents, progress)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Snapshot":

@@ -30,7 +30,7 @@ from vmexit.machine.drive import Drive
 from vmexit.machine.loaded import Loaded, Start
 from vmexit.machine.machine_state import MachineState
 from vmexit.machine.share import Share
-from vmexit.machine.snapshot import Contents
+from vmexit.machine.snapshot import Contents, Progress
 
 _MAGIC, _VERSION = "vmexit snapshot", 1
 _STATE, _MEMORY = "state.json", "memory"
@@ -40,20 +40,30 @@ _PIECE = 1 << 20
 _BASE64 = "base64"
 
 Stretch = tuple[int, int, int]  # offset, size, CRC-32
+_Tell = Callable[[int], None]  # so many bytes more are done
 
 
 # Writing.
 
 
-def write(path: str, contents: Contents) -> None:
-    """See `Snapshot.save()`."""
-    parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - the path stays as it is
+def require_new(path: str) -> None:
+    """Raises ConfigError if something is at `path`."""
     if os.path.lexists(path):
         raise ConfigError(f"{shown(path)} exists already; use another path, or remove it")
+
+
+def write(path: str, contents: Contents, progress: Progress) -> None:
+    """See `Snapshot.save()`.
+
+    Each file is on the disk before `state.json` is, which has their checksums, and all of it
+    before the folder gets its name: neither a kill nor a loss of power leaves half of one there.
+    """
+    parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - the path stays as it is
+    require_new(path)
     try:
         made = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
         try:
-            _write_into(Path(made), contents)
+            _write_into(Path(made), contents, _telling(contents, progress))
             _sync(made)
             os.rename(made, path)  # noqa: PTH104
         except BaseException:
@@ -65,7 +75,23 @@ def write(path: str, contents: Contents) -> None:
         raise HostError(f"cannot write {shown(path)}: {why}; use another path") from error
 
 
-def _write_into(folder: Path, contents: Contents) -> None:
+def _telling(contents: Contents, progress: Progress) -> _Tell:
+    """What adds up for `progress`, which is told at once that nothing is done yet."""
+    sizes = [(contents.memory.fd, contents.memory.size)]
+    sizes += [(disk.fd, os.fstat(disk.fd).st_size) for disk in contents.disks.values()]
+    total = sum(end - first for fd, size in sizes for first, end in stretches(fd, 0, size))
+    done = 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, total)
+
+    tell(0)
+    return tell
+
+
+def _write_into(folder: Path, contents: Contents, tell: _Tell) -> None:
     state, config = contents.state, contents.config._asdict()
     for key, value in config.items():
         if isinstance(value, os.PathLike):
@@ -75,14 +101,14 @@ def _write_into(folder: Path, contents: Contents) -> None:
     data = {
         "config": config,
         **state._asdict(),
-        "memory": _write_sparse(folder / _MEMORY, contents.memory.fd, contents.memory.size),
+        "memory": _write_sparse(folder / _MEMORY, contents.memory.fd, contents.memory.size, tell),
         "disks": {
             name: {
                 "size": os.fstat(disk.fd).st_size,
                 "blocks": disk.blocks,
                 "digest": disk.digest,
                 "data": _write_sparse(
-                    folder / f"{name}.written", disk.fd, os.fstat(disk.fd).st_size
+                    folder / f"{name}.written", disk.fd, os.fstat(disk.fd).st_size, tell
                 ),
             }
             for name, disk in contents.disks.items()
@@ -109,31 +135,36 @@ def _plain(value: object) -> object:
     raise ConfigError(f"{quoted(value)} cannot be saved; use a text, a number or bytes")
 
 
-def _write_sparse(path: Path, source: int, size: int) -> list[Stretch]:
+def _write_sparse(path: Path, source: int, size: int, tell: _Tell) -> list[Stretch]:
     found = []
     with open(path, "xb") as file:
         os.truncate(file.fileno(), size)
-        for offset, data in _pieces(source, size):
-            write_at(file.fileno(), data, offset)
-            found.append((offset, len(data), zlib.crc32(data)))
+        for at, data in _pieces(source, size):
+            for start, written in _not_zeros(data):
+                write_at(file.fileno(), written, at + start)
+                found.append((at + start, len(written), zlib.crc32(written)))
+            tell(len(data))
         os.fsync(file.fileno())
     return found
 
 
-def _pieces(fd: int, size: int) -> Iterator[tuple[int, memoryview]]:
-    """What of a file is not zeros, by pages, so many at a time."""
-    zeros = bytes(PAGE_SIZE)
+def _pieces(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """What of a file may be no zeros, so much at a time."""
     for first, end in stretches(fd, 0, size):
         for at in range(first, end, _PIECE):
-            data = os.pread(fd, min(_PIECE, end - at), at)
-            view, start = memoryview(data), 0
-            for page in range(0, len(data), PAGE_SIZE):
-                if data[page : page + PAGE_SIZE] == zeros[: len(data) - page]:
-                    if start < page:
-                        yield at + start, view[start:page]
-                    start = page + PAGE_SIZE
-            if start < len(data):
-                yield at + start, view[start:]
+            yield at, os.pread(fd, min(_PIECE, end - at), at)
+
+
+def _not_zeros(data: bytes) -> Iterator[tuple[int, memoryview]]:
+    """The stretches of pages that are not zeros, and where in `data` they begin."""
+    zeros, view, start = bytes(PAGE_SIZE), memoryview(data), 0
+    for page in range(0, len(data), PAGE_SIZE):
+        if data[page : page + PAGE_SIZE] == zeros[: len(data) - page]:
+            if start < page:
+                yield start, view[start:page]
+            start = page + PAGE_SIZE
+    if start < len(data):
+        yield start, view[start:]
 
 
 def _sync(folder: str) -> None:

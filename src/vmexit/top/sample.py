@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from vmexit.control.qmp_client import Json, QmpClient, RefusedError
 from vmexit.core.errors import ConfigError
-from vmexit.top.client import Json, QmpClient, RefusedError
 
 # What no number is above, nor below its negative: with these, floats can reckon.
 _MOST = (1 << 64) - 1

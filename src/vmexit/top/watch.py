@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
 
+from vmexit.control.qmp_client import GoneError, QmpClient
 from vmexit.core.errors import ConfigError
-from vmexit.top.client import GoneError, QmpClient
 from vmexit.top.rates import rates
 from vmexit.top.sample import Sample, take
 

@@ -31,8 +31,8 @@ _events: dict[str, type] = {}
 
 # Who adds to the table.
 _MODULES = (
-    "negotiation", "query", "counters", "lifecycle", "memory", "hardware", "introspection",
-    "events",
+    "negotiation", "query", "counters", "lifecycle", "memory", "snapshots", "hardware",
+    "introspection", "events",
 )  # fmt: skip
 
 

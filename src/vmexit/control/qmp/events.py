@@ -90,8 +90,17 @@ class DumpCompleted(NamedTuple):
     error: str | None = None
 
 
-# A guest can make any number of these: of each, one waits for a client who does not read.
-_BY_GUEST = (BalloonChange, GuestCrashLoaded)
+@event("X_SNAPSHOT_PROGRESS")
+class SnapshotProgress(NamedTuple):
+    """How many bytes an `x-snapshot-save` to `path` has done, of how many."""
+
+    path: str
+    completed: int
+    total: int
+
+
+# There may be any number of these: of each, one waits for a client who does not read.
+_ONLY_LAST = (BalloonChange, GuestCrashLoaded, SnapshotProgress)
 
 # These change nothing about whether the machine runs, or why not.
 _ELSE = (EventKind.POWERDOWN, EventKind.CRASH_KERNEL, EventKind.BALLOON)
@@ -106,6 +115,7 @@ Data = (
     | GuestCrashLoaded
     | BalloonChange
     | DumpCompleted
+    | SnapshotProgress
 )
 
 
@@ -162,7 +172,7 @@ class Relay:
         message["timestamp"] = {"seconds": seconds, "microseconds": microseconds}
         line = encode(message)
         for session in self._sessions:
-            session.event(line, name if isinstance(data, _BY_GUEST) else "")
+            session.event(line, name if isinstance(data, _ONLY_LAST) else "")
 
     def tell_end(self) -> None:
         """The program ends: SHUTDOWN, unless the clients know already."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from vmexit.backends.wait import ready
 from vmexit.control.qmp import commands, errors
 from vmexit.control.qmp.outbox import Outbox
 from vmexit.control.qmp.typed import arguments, to_wire
@@ -79,6 +80,10 @@ class Session:
         if not self._received:
             raise errors.QmpError("No file descriptor supplied via SCM_RIGHTS")
         return self._received.pop(0)
+
+    def gone(self) -> bool:
+        """Whether the client has closed the connection, so that nobody waits for an answer."""
+        return ready(self._client.fileno(), 0)  # hang-ups and errors are told unasked (poll(2))
 
     def event(self, data: bytes, key: str) -> None:
         """Tell the client of an event; from any thread, and without waiting."""

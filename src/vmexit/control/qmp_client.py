@@ -3,7 +3,9 @@
 import json
 import select
 import socket
+import threading
 import time
+from collections.abc import Callable, Mapping
 
 from vmexit.control.server import Address
 from vmexit.core.errors import ConfigError, HostError, VmexitError, shown
@@ -23,15 +25,23 @@ class GoneError(VmexitError):
 class RefusedError(VmexitError):
     """The other side cannot do a command; it says why."""
 
+    def __init__(self, why: str, error_class: str = "") -> None:
+        """`error_class` is QMP's."""
+        super().__init__(why)
+        self.error_class = error_class
+
 
 class QmpClient:
-    """Connected and negotiated, until `close()`. Events are passed over."""
+    """Connected and negotiated, until `close()`."""
 
-    def __init__(self, where: str) -> None:
-        """`where` is `unix:PATH`, `tcp:HOST:PORT`, or a path. Raises ConfigError, HostError."""
+    def __init__(self, where: str, asker: str = "vmexit top") -> None:
+        """`where` is `unix:PATH`, `tcp:HOST:PORT`, or a path; `asker` is who was given it.
+
+        Raises ConfigError, HostError.
+        """
         if not where.startswith(("unix:", "tcp:")):
             where = f"unix:{where}"
-        address = Address.parse(where, "vmexit top")
+        address = Address.parse(where, asker)
         self._name = str(address)
         self._data = bytearray()
         self._socket = self._connect(address)
@@ -72,26 +82,36 @@ class QmpClient:
     def _no_qmp(self) -> ConfigError:
         return ConfigError(f"{self._name} is no QMP; give what the machine's --qmp says")
 
-    def execute(self, command: str) -> Json:
-        """What `command` returns. Raises RefusedError, GoneError, HostError."""
-        until = time.monotonic() + _PATIENCE
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Json] | None = None,
+        *,
+        on_event: Callable[[dict[str, Json]], object] = lambda event: None,
+        patience: float = _PATIENCE,
+    ) -> Json:
+        """What `command` returns, within so many seconds; events that come before are passed on.
+
+        Raises RefusedError, GoneError, HostError.
+        """
+        until = time.monotonic() + patience
+        message = {"execute": command} | ({"arguments": dict(arguments)} if arguments else {})
         try:
             self._socket.settimeout(_PATIENCE)
-            self._socket.sendall(json.dumps({"execute": command}).encode() + b"\n")
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
         except TimeoutError as error:
             raise self._silent() from error
         except OSError as error:
             raise GoneError("the machine has ended") from error
         while time.monotonic() < until:
-            message = self._read(until)
-            if not isinstance(message, dict):
+            answer = self._read(until)
+            if not isinstance(answer, dict):
                 raise self._no_qmp()
-            if "return" in message:
-                return message["return"]
-            if "error" in message:
-                told = message["error"]
-                why = told.get("desc") if isinstance(told, dict) else None
-                raise RefusedError(shown(why) if isinstance(why, str) else "it says not why")
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise _refused(answer["error"])
+            on_event(answer)
         raise self._silent()  # with nothing but events
 
     def ended(self) -> bool:
@@ -122,7 +142,8 @@ class QmpClient:
             if start > _MOST:
                 raise self._no_qmp()
             try:
-                self._socket.settimeout(max(until - time.monotonic(), 0.001))
+                left = min(until - time.monotonic(), threading.TIMEOUT_MAX)
+                self._socket.settimeout(max(left, 0.001))
                 piece = self._socket.recv(_PIECE)
             except TimeoutError as error:
                 raise self._silent() from error
@@ -151,3 +172,13 @@ class QmpClient:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _refused(told: Json) -> RefusedError:
+    if not isinstance(told, dict):
+        return RefusedError("it says not why")
+    why, kind = told.get("desc"), told.get("class")
+    return RefusedError(
+        shown(why) if isinstance(why, str) else "it says not why",
+        kind if isinstance(kind, str) else "",
+    )
