@@ -1,5 +1,7 @@
 """How the processor and memory are once the kernel waits at its prompt."""
 
+import struct
+
 CR0_WP, CR0_PG = 1 << 16, 1 << 31
 EFER_LMA = 1 << 10
 RFLAGS_IF = 1 << 9
@@ -22,6 +24,10 @@ def test_interrupts_are_on_and_have_a_gate_for_each_vector(kernel):
     regs = kernel.vm.vcpus[0].regs
     assert regs.rflags & RFLAGS_IF
     assert (regs.idt.base, regs.idt.limit) == (kernel.address("gates"), 48 * 16 - 1)
+    for vector in range(48):
+        gate = kernel.vm.memory.read(regs.idt.base + 16 * vector, 12)
+        low, middle, high = struct.unpack("<H4xHI", gate)
+        assert low | middle << 16 | high << 32 == kernel.variable("vectors", vector)
 
 
 def test_the_kernel_waits_in_its_shell(booted):

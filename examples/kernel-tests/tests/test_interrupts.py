@@ -33,6 +33,19 @@ def test_what_is_typed_comes_by_interrupts(kernel):
     assert kernel.variable("serial_lost") == 0
 
 
+def test_what_nobody_reads_is_counted_as_lost(kernel):
+    """A ring has 64 bytes, and while this waits nobody takes any out."""
+    at = kernel.address("ticks").to_bytes(8, "little").hex()
+    code = kernel.put(bytes.fromhex(WAIT.format(at)))
+    kernel.vm.console.send(100 * "x")
+    for _ in range(20):
+        kernel.call(code)
+        if kernel.variable("serial_lost") == 36:
+            break
+    assert kernel.call_int("ring_count", kernel.address("serial_typed")) == 64
+    assert kernel.variable("serial_lost") == 36
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [

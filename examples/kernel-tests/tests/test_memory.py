@@ -1,7 +1,5 @@
 """pages.c and heap.c."""
 
-import pytest
-
 PAGE = 4096
 MEMORY = 16 << 20
 
@@ -28,9 +26,11 @@ def test_a_page_can_be_freed_once_and_is_the_next_one_then(kernel):
     assert kernel.call("page_alloc") == pages[1]
 
 
-@pytest.mark.parametrize("page", [0x10_0000, 0x20_0001], ids=hex)
-def test_what_is_no_page_of_the_allocator_is_refused(kernel, page):
-    assert not kernel.call_bool("page_free", page)
+def test_what_is_no_page_of_the_allocator_is_refused(kernel):
+    page = kernel.call("page_alloc")
+    assert page == kernel.address("kernel_end")
+    for wrong in (page + 1, page - PAGE, MEMORY):  # within it, of the kernel itself, none
+        assert not kernel.call_bool("page_free", wrong)
 
 
 def test_when_all_pages_are_taken_there_is_none_and_the_last_one_is_found(kernel):
@@ -38,6 +38,9 @@ def test_when_all_pages_are_taken_there_is_none_and_the_last_one_is_found(kernel
     kernel.vm.memory.write(taken, b"\xff" * (last // 8) + b"\x7f")
     assert kernel.call("page_alloc") == last * PAGE
     assert kernel.call("page_alloc") == 0
+    first = kernel.address("kernel_end")
+    assert kernel.call_bool("page_free", first)
+    assert kernel.call("page_alloc") == first
 
 
 def test_blocks_of_the_heap_do_not_overlap(kernel):

@@ -17,7 +17,7 @@ def test_what_is_no_command_is_named(kernel):
 
 
 def test_backspace_takes_back_one_character(kernel):
-    assert kernel.shell("echo ab\x7f\bxy") == "xy\n"
+    assert kernel.shell("\becho ab\x7f\bxy") == "xy\n"
 
 
 def test_peek_reads_what_the_test_has_put_there(kernel):
