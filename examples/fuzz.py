@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fuzz a guest: snapshot it where it reads its input, then run it with one mutated input after another.
+"""Fuzz a guest: snapshot it where it reads its input, then run it with input after input.
 
 Coverage is by breakpoints: one at each basic block, removed once hit. An input that comes to
 a block where none was before is kept, and mutated in its turn.
