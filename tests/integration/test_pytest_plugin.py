@@ -2,6 +2,8 @@
 
 import pytest
 
+from vmexit import Machine
+
 pytest_plugins = "pytester"
 
 CONFTEST = """
@@ -65,6 +67,18 @@ def test_machines_are_fixtures_on_both_accelerators(project):
     assert done.outlines and sum("kvm" in line for line in done.outlines) >= 7
     project.runpytest_subprocess("--vm-accel", "soft").assert_outcomes(passed=7)
     project.runpytest_subprocess("-m", "soft").assert_outcomes(passed=7, deselected=7)
+
+
+def test_auto_is_the_accelerator_that_a_kernel_would_get(project):
+    with Machine("1M", machine="microvm") as machine:
+        accel = machine.accel
+    project.makepyfile(
+        f"def test_it(vm, booted): assert (vm.accel, booted.accel) == {(accel,) * 2}"
+    )
+    done = project.runpytest_subprocess("-v", "--vm-accel", "auto")
+    done.assert_outcomes(passed=1)
+    done.stdout.fnmatch_lines([f"*test_it?{accel}? PASSED*"])
+    project.runpytest_subprocess("--vm-accel", "auto", "-m", accel).assert_outcomes(passed=1)
 
 
 def test_a_failure_tells_what_the_machine_did(project):

@@ -16,14 +16,16 @@ _LINES = 30  # of the console
 _ROWS = 10  # of exits
 
 _machines = pytest.StashKey[list[tuple["Machine", "ExitStats"]]]()
+_chosen = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("vmexit").addoption(
         "--vm-accel",
-        choices=("both", *_ACCELERATORS),
+        choices=("both", "auto", *_ACCELERATORS),
         default="both",
-        help="the accelerator of the fixtures vm and booted (default: a test for each)",
+        help="the accelerator of the fixtures vm and booted (default: a test for each; "
+        "auto: KVM where it can run kernels, else the software CPU)",
     )
 
 
@@ -35,10 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "vm_accel" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--vm-accel")
+        if wanted == "auto":
+            wanted = _auto(metafunc.config)
         names = _ACCELERATORS if wanted == "both" else (wanted,)
         marks = {name: getattr(pytest.mark, name) for name in names}
         params = [pytest.param(name, marks=marks[name]) for name in names]
         metafunc.parametrize("vm_accel", params, indirect=True, scope="session")
+
+
+def _auto(config: pytest.Config) -> str:
+    """What `accel="auto"` takes here for a kernel; found out once."""
+    if _chosen not in config.stash:
+        from vmexit import Machine
+
+        with Machine("1M", machine="microvm") as machine:
+            config.stash[_chosen] = machine.accel
+    return config.stash[_chosen]
 
 
 @pytest.fixture(scope="session")
