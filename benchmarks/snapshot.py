@@ -170,8 +170,8 @@ def _clones(count: int) -> Iterator[Row]:
     yield Row(
         "clones soft",
         f"{count} clones of Debian's kernel at its shell on the software CPU, each of which has "
-        f"run a command: what one takes beside the {answer['guest_mib']:.1f} MiB that its guest has "
-        f"written ({answer['ms']:.1f} ms to make one)",
+        f"run a command: what one takes beside the {answer['guest_mib']:.1f} MiB that its guest "
+        f"has written ({answer['ms']:.1f} ms to make one)",
         count,
         f"{each:.1f} MiB",
         target=f"< {SIZE_TARGET:.0f} MiB",

@@ -258,6 +258,21 @@ def test_a_loaded_one_is_as_the_one_that_was_saved(accel, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_what_a_program_has_loaded_may_be_large(tmp_path):
+    data = os.urandom(1 << 20) * 200
+    with Machine("256M", "soft") as vm:
+        vm.load_bytes(COUNTER, at=0x1000)
+        vm.load_bytes(data, at=0x100000)
+        vm.memory.write(0x100000, b"the guest")
+        with vm.snapshot() as snap:
+            snap.save(tmp_path / "snap")
+    assert (tmp_path / "snap/state.json").stat().st_size < 1 << 20
+    with Snapshot.load(tmp_path / "snap") as snap, snap.clone() as twin:
+        assert twin.memory.read(0x100000, 9) == b"the guest"
+        twin.reset()
+        assert twin.memory.read(0x100000, len(data)) == data
+
+
 def test_what_is_there_already_is_left_alone(accel, tmp_path):
     (tmp_path / "there").mkdir()
     with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
@@ -292,6 +307,8 @@ def damage(saved: Path, to: Path, name: str, change) -> Path:
         ("state.json", lambda d: d[:-9], "damaged: state.json is not what was written"),
         ("state.json", lambda d: d.replace(b'"soft"', b'"SOFT"'), "damaged: state.json"),
         ("state.json", lambda d: b"", "cannot be read as a snapshot: its state.json is damaged"),
+        ("loaded", lambda d: d[:-1], "damaged: loaded is not what was written"),
+        ("loaded", lambda d: d[::-1], "damaged: loaded is not what was written"),
         ("state.json", lambda d: b"\x7fELF" + d, "cannot be read as a snapshot"),
         ("state.json", lambda d: b"[" * 500, "cannot be read as a snapshot"),
         ("state.json", lambda d: b"{}\n{}", "is no snapshot of vmexit"),

@@ -209,6 +209,7 @@ def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     with Snapshot.load(source) as snap:
         snap.save(tmp_path / "snap")
     (name,) = names
-    assert order == ["memory", "disk0.written", "state.json", name, "rename", tmp_path.name]
+    files = ["memory", "disk0.written", "loaded", "state.json"]
+    assert order == [*files, name, "rename", tmp_path.name]
     head, _, text = (tmp_path / "snap" / "state.json").read_bytes().partition(b"\n")
     assert json.loads(head)["sha256"] == hashlib.sha256(text).hexdigest()

@@ -4,6 +4,8 @@
   object. Bytes are `{"base64": …}`, a tuple is a list.
 - `memory`, and `NAME.written` for a disk with snapshot=on: the bytes at their places, holes for
   zeros. The object lists the stretches that count: offset, size, CRC-32.
+- `loaded`: what a program had put into memory, one piece behind the other. The object has their
+  GPAs, sizes, CRC-32.
 
 Nothing in there is believed: what the object says is checked as any configuration and state is.
 """
@@ -33,7 +35,7 @@ from vmexit.machine.share import Share
 from vmexit.machine.snapshot import Contents, Progress
 
 _MAGIC, _VERSION = "vmexit snapshot", 1
-_STATE, _MEMORY = "state.json", "memory"
+_STATE, _MEMORY, _LOADED = "state.json", "memory", "loaded"
 _MOST_TEXT = 256 << 20  # bytes of state.json
 _MOST_DISK = 1 << 50
 _PIECE = 1 << 20
@@ -114,7 +116,7 @@ def _write_into(folder: Path, contents: Contents, tell: _Tell) -> None:
             for name, disk in contents.disks.items()
         },
         "loaded": {
-            "pieces": pieces,
+            "pieces": _write_pieces(folder / _LOADED, pieces),
             "entry": entry,
             "mode": mode,
             "image": [image.start, image.stop],
@@ -146,6 +148,15 @@ def _write_sparse(path: Path, source: int, size: int, tell: _Tell) -> list[Stret
             tell(len(data))
         os.fsync(file.fileno())
     return found
+
+
+def _write_pieces(path: Path, pieces: list[tuple[int, bytes]]) -> list[Stretch]:
+    with open(path, "xb") as file:
+        for _, data in pieces:
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return [(gpa, len(data), zlib.crc32(data)) for gpa, data in pieces]
 
 
 def _pieces(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
@@ -262,7 +273,14 @@ def _unpack(data: dict[str, object], folder: Path, path: str, stack: ExitStack) 
     taken = data["taken"]
     if not isinstance(taken, int | float):
         raise TypeError(taken)
-    return Contents(config, state, memory, disks, _loaded(_dict(data["loaded"])), float(taken))
+    return Contents(
+        config,
+        state,
+        memory,
+        disks,
+        _loaded(folder / _LOADED, path, _dict(data["loaded"])),
+        float(taken),
+    )
 
 
 def _config(fields: dict[str, object]) -> MachineConfig:
@@ -286,15 +304,25 @@ def _require_no_programs(config: MachineConfig) -> None:
         raise ValueError("a device that is another program's")
 
 
-def _loaded(found: dict[str, object]) -> Loaded:
+def _loaded(file: Path, path: str, found: dict[str, object]) -> Loaded:
     pieces = []
-    for piece in _list(found["pieces"]):
-        at, data = _list(piece)
-        if not isinstance(data, bytes):
-            raise TypeError(data)
-        pieces.append((_number(at), data))
-    entry, (first, end) = found["entry"], _list(found["image"])
-    image, mode = range(_number(first), _number(end)), _text(found["mode"])
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        offset = 0
+        end = os.fstat(fd).st_size
+        for piece in _list(found["pieces"]):
+            gpa, size, crc = map(_number, _list(piece))
+            if not 0 < size <= end - offset:
+                raise _damaged(path, _LOADED)
+            data = _read(fd, size, offset)
+            if len(data) != size or zlib.crc32(data) != crc:
+                raise _damaged(path, _LOADED)
+            pieces.append((gpa, data))
+            offset += size
+    finally:
+        os.close(fd)
+    entry, (first, last) = found["entry"], _list(found["image"])
+    image, mode = range(_number(first), _number(last)), _text(found["mode"])
     return Loaded(pieces, None if entry is None else Start(_number(entry), mode, image))
 
 
@@ -333,6 +361,15 @@ def _read_sparse(file: Path, to: int, size: int, found: list[object], path: str)
             write_at(to, memoryview(data), offset)
     finally:
         os.close(fd)
+
+
+def _read(fd: int, size: int, offset: int) -> bytes:
+    """As many of these bytes as there are: one call gives less than 2 GiB."""
+    parts = []
+    while size > 0 and (data := os.pread(fd, min(size, 1 << 30), offset)):
+        parts.append(data)
+        size, offset = size - len(data), offset + len(data)
+    return b"".join(parts)
 
 
 def _dict(value: object) -> State:
