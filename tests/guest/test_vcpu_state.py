@@ -11,7 +11,8 @@ import pytest
 
 from guests import FOLDER, GUESTS
 from vmexit import ConfigError, Machine, StopReason
-from vmexit.accel.kvm import msrs
+from vmexit.accel.kvm import cpuid, msrs
+from vmexit.arch.x86.cpu_features import FEATURES
 from vmexit.core.bus import State
 
 pytestmark = pytest.mark.engine
@@ -201,6 +202,38 @@ def test_the_time_stamp_counter_begins_anew_with_a_reset():
         assert 0 < tsc_of(vm) < before + (1 << 36)
 
 
+def with_less(state: State) -> tuple[str, State]:
+    """A feature, and as if the guest had not been shown it."""
+    table = cpuid.parse(state["cpuid"])
+    name = next(n for n in ("rdrand", "popcnt", "cx16", "cmov") if FEATURES[n].is_in(table))
+    FEATURES[name].put_into(table, False)
+    return name, {**state, "cpuid": cpuid.pack(table)}
+
+
+@pytest.mark.kvm
+def test_the_guest_goes_on_to_see_the_processor_that_it_has_seen():
+    with Machine("1M", "kvm") as vm, Machine("1M", "kvm") as twin:
+        (vcpu,), (other,) = vm._vcpus(), twin._vcpus()
+        name, less = with_less(vcpu.state())
+        state = through_json(less)
+        other.restore(state)
+        assert other.state()["cpuid"] == state["cpuid"] != vcpu.state()["cpuid"]
+        with pytest.raises(ConfigError, match=f"was shown {name}, which this machine has not"):
+            other.restore(vcpu.state())
+        assert other.state()["cpuid"] == state["cpuid"]
+
+
+@pytest.mark.kvm
+def test_a_guest_that_runs_is_shown_no_other_processor():
+    with Machine("1M", "kvm") as vm:
+        vm.load_bytes(b"\xf4", at=0x1000)
+        vm.run(timeout=30)
+        (vcpu,) = vm._vcpus()
+        vcpu.restore(vcpu.state())
+        with pytest.raises(ConfigError, match="this machine has run already; use a new one"):
+            vcpu.restore(with_less(vcpu.state())[1])
+
+
 # 16-bit: mov eax, 0x1234; mov dr0, eax; out 0x10, al; hlt
 LOADS_DR0 = bytes.fromhex("66b834120000 0f23c0 e610 f4")
 
@@ -262,6 +295,8 @@ def broken(state: State):
         yield {**state, "msrs": state["msrs"][1:]}
         yield {**state, "msrs": bytes(16 * 4097)}
         yield {**state, "msrs": [0x10]}
+        yield {**state, "cpuid": state["cpuid"][:-1]}
+        yield {**state, "cpuid": b""}
         for name in state["parts"]:
             yield {**state, "parts": {**state["parts"], name: b"x"}}
 

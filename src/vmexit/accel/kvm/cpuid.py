@@ -41,6 +41,23 @@ def parse(data: bytes | bytearray) -> Table:
     return table
 
 
+def sound(data: bytes) -> bool:
+    """Whether it is a `struct kvm_cpuid2` with its entries, and nothing else."""
+    return len(data) >= _HEAD and len(data) == _HEAD + _nent(data) * _ENTRY.size
+
+
+def _nent(data: bytes) -> int:
+    return int(kvm_cpuid2.from_buffer_copy(data).nent)
+
+
+def lacking(shown: bytes, here: bytes) -> list[str]:
+    """Names of the features that `shown` has and `here` lacks; both as KVM takes them."""
+    from vmexit.arch.x86.cpu_features import FEATURES
+
+    then, now = parse(shown), parse(here)
+    return [name for name, one in FEATURES.items() if one.is_in(then) and not one.is_in(now)]
+
+
 def pack(table: Table) -> bytes:
     """The reverse."""
     data = bytearray(bytes(kvm_cpuid2(nent=len(table))))

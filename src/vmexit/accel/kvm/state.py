@@ -36,9 +36,10 @@ from vmexit.abi.kvm_state import (
 )
 from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmexit.accel.kvm import msrs
+from vmexit.accel.kvm.cpuid import lacking, sound
 from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
-from vmexit.core.errors import ConfigError
+from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.saved import Saved
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ _LAST = (
 _CR4_VMXE, _EFER_SVME = 1 << 13, 1 << 12
 
 _VERSION = 2
+_MOST_CPUID = 1 << 16  # bytes
 _MOST_MSRS = 4096
 _MOST_KHZ = (1 << 31) - 1
 
@@ -85,11 +87,13 @@ class VcpuState(NamedTuple):
     """A `struct kvm_msr_entry` for each."""
     tsc_khz: int
     """The frequency of the TSC, 0 where this KVM does not tell."""
+    cpuid: bytes
+    """What the guest was shown: a `struct kvm_cpuid2` with its entries."""
 
     def plain(self) -> State:
         """What `StateAccess.parse()` reads."""
         head = {"version": _VERSION, "accel": "kvm", "tsc_khz": self.tsc_khz}
-        return {**head, "parts": self.parts.copy(), "msrs": self.msrs}
+        return {**head, "parts": self.parts.copy(), "msrs": self.msrs, "cpuid": self.cpuid}
 
 
 class StateAccess:
@@ -115,7 +119,8 @@ class StateAccess:
             parts[part.name] = bytes(buffer)
         # KVM_GET_MSR_INDEX_LIST leaves the MTRRs out.
         indices = dict.fromkeys((*self._system.msr_indices(), *MTRRS))
-        return VcpuState(parts, msrs.pack(vcpu.msrs_that_exist(indices)), vcpu.tsc_khz())
+        entries = msrs.pack(vcpu.msrs_that_exist(indices))
+        return VcpuState(parts, entries, vcpu.tsc_khz(), vcpu.cpuid)
 
     def plain(self, vcpu: "KvmVcpu") -> State:
         """The state of `vcpu` as plain data. Raises ConfigError, HostError."""
@@ -134,11 +139,13 @@ class StateAccess:
         parts = state.get("parts")
         layouts = {part.name: sizeof(part.layout) for part in self._first + self._last}
         entries = saved.data("msrs", _MOST_MSRS * msrs.ENTRY_SIZE)
+        cpuid = saved.data("cpuid", _MOST_CPUID)
         if (
             state.get("accel") != "kvm"
             or not isinstance(parts, dict)
             or parts.keys() != layouts.keys()
             or len(entries) % msrs.ENTRY_SIZE
+            or not sound(cpuid)
         ):
             raise saved.error()
         images = saved.part("parts")
@@ -146,11 +153,15 @@ class StateAccess:
             {name: images.data(name, size, size) for name, size in layouts.items()},
             entries,
             saved.number("tsc_khz", _MOST_KHZ),
+            cpuid,
         )
 
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
-        refused = self.load(vcpu, self.parse(state))
+        parsed = self.parse(state)
+        if parsed.cpuid != vcpu.cpuid:
+            _show(vcpu, parsed.cpuid)
+        refused = self.load(vcpu, parsed)
         if refused:
             raise ConfigError(
                 f"this KVM refuses MSR {refused[0]:#x} as it was saved; restore it on a host with "
@@ -169,6 +180,21 @@ class StateAccess:
         for part in self._last:
             vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
         return refused
+
+
+def _show(vcpu: "KvmVcpu", cpuid: bytes) -> None:
+    """The guest goes on to see the processor that it has seen before, as far as this one has it."""
+    if names := lacking(cpuid, vcpu.cpuid):
+        raise ConfigError(
+            f"the guest was shown {', '.join(names)}, which this machine has not; use the --cpu "
+            "and the processor that it was saved with"
+        )
+    try:
+        vcpu.set_cpuid(cpuid)
+    except HostError as error:  # KVM wants that before the first run
+        raise ConfigError(
+            "the guest was shown another processor, and this machine has run already; use a new one"
+        ) from error
 
 
 _INDICES = struct.Struct("=I")

@@ -140,6 +140,8 @@ class KvmVcpu:
         self._pio = pio
         self._mmio = mmio
         self._observer = observer
+        self.cpuid = b""
+        """What `set_cpuid()` was given last."""
         self._kicked = False
         self.on_debug: Callable[[int, int, int], Exit | None] | None = None
         """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
@@ -413,6 +415,7 @@ class KvmVcpu:
         """KVM_SET_CPUID2 (KVM API 4.20); `cpuid` is a `struct kvm_cpuid2` with its entries."""
         # fcntl takes more than 1 KiB only if it may be written to.
         self.set("CPUID", KVM_SET_CPUID2, bytearray(cpuid))
+        self.cpuid = cpuid
 
     def get_cpuid(self, buffer: bytearray) -> None:
         """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
