@@ -8,6 +8,7 @@ on the host is left out, as each of these takes another time for its instruction
 from collections.abc import Iterator
 
 import pytest
+from kernels import debian_kernel, initrd_with
 
 from guests import COUNT_AT, COUNTED, DELIVERY, ENDLESS, FOLDER, GUESTS
 from vmexit import Machine, Stop, StopReason
@@ -18,6 +19,7 @@ from vmexit.machine.snapshot import Snapshot
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
 TIMEOUT = 60
+INTERRUPTS = 1 << 9  # RFLAGS.IF
 TSC = "0x10"
 # struct kvm_pit_channel_state (<linux/kvm.h>) has three of these; the last eight bytes of each are
 # when its counter was loaded, on the host's clock.
@@ -90,6 +92,11 @@ def everything(vm: Machine) -> dict[str, object]:
     return found
 
 
+def without_timer(found: dict[str, object]) -> dict[str, object]:
+    """Without what the timer of the software CPU's LAPIC has left, or has brought about."""
+    return {name: one for name, one in found.items() if not name.endswith((".timer_left", ".irr"))}
+
+
 def different(one: dict[str, object], other: dict[str, object]) -> dict[str, object]:
     """What is not the same in both, cut short."""
     names = [name for name in one | other if one.get(name) != other.get(name)]
@@ -146,3 +153,37 @@ def test_a_guest_goes_on_alike(accel, name, begin):
             return  # it is over, or this KVM cannot go on: the other beginning is for it
         with vm.snapshot() as snapshot:
             compare(vm, snapshot, name, 150)
+
+
+@pytest.mark.linux
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_linux_goes_on_alike(count):
+    """A program of its user space, for so many instructions, on the software CPU.
+
+    Linux is to take no interrupts meanwhile, which come by the host's time: IF is cleared at the
+    snapshot. So there is no kernel in what is compared, but in memory, and in all that it has set.
+    """
+    flavour = "cloud-amd64"
+    options = {"kernel": debian_kernel(flavour), "initrd": initrd_with(flavour), "serial": "null"}
+    with Machine("128M", "soft", append="console=ttyS0 quiet", **options) as vm:
+        vm.console.expect("/root # ", TIMEOUT)
+        vm.console.send("while :; do :; done\n")
+        registers = vm.vcpus[0].regs
+        assert vm.run(timeout=0.5).reason is StopReason.TIMEOUT  # its first pages are there then
+        while registers.cs.selector & 3 != 3:
+            assert vm.run(timeout=0.01).reason is StopReason.TIMEOUT
+        registers.rflags &= ~INTERRUPTS
+        with vm.snapshot() as snapshot, snapshot.clone() as clone:
+            begin = without_timer(everything(vm))
+            assert not different(begin, without_timer(everything(clone)))
+            ends = []
+            for one in (vm, clone, vm):
+                if len(ends) == 2:
+                    vm.reset_to(snapshot)
+                    assert not different(begin, without_timer(everything(vm)))
+                assert steps(one, count)[0] == count
+                assert one.vcpus[0].regs.cs.selector & 3 == 3
+                ends.append(without_timer(everything(one)))
+            assert different(begin, ends[0])
+            assert not different(ends[0], ends[1])
+            assert not different(ends[0], ends[2])
