@@ -19,6 +19,7 @@ from vmexit.machine.snapshot import Snapshot
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
 TIMEOUT = 60
+XMM = slice(160, 416)  # in an FXSAVE image, XMM0 to XMM15 (SDM vol. 1, table 10-2)
 INTERRUPTS = 1 << 9  # RFLAGS.IF
 TSC = "0x10"
 # struct kvm_pit_channel_state (<linux/kvm.h>) has three of these; the last eight bytes of each are
@@ -151,6 +152,9 @@ def test_a_guest_goes_on_alike(accel, name, begin):
         _, stop = steps(vm, begin)
         if begin > 20 and stop.reason is not StopReason.DEBUG:
             return  # it is over, or this KVM cannot go on: the other beginning is for it
+        image = bytearray(vm.vcpus[0].fpu)  # which few guests use
+        image[XMM] = bytes(range(256))
+        vm.vcpus[0].fpu = bytes(image)
         with vm.snapshot() as snapshot:
             compare(vm, snapshot, name, 150)
 
