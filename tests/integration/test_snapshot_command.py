@@ -27,6 +27,7 @@ LETTERS = bytes(0x1000) + bytes.fromhex(
     "b361 bafd03 ec a801 74f8 baf803 ec 3c71 7407 88d8 ee fec3 ebe9 f4"
 )
 SPIN = bytes.fromhex("ebfe")
+ASK = b'{"execute":"x-snapshot-save","arguments":{"path":"%s"}}\n'
 
 
 class Letters:
@@ -183,6 +184,17 @@ def test_mistakes_are_one_line(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
+@pytest.mark.parametrize("path", [b"", b"/", b"a\\u0000b", b"x" * 5000, b"\\ud800", b"/dev/null/x"])
+def test_a_path_that_cannot_be_is_an_error(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with spinning(tmp_path / "qmp.sock") as vm, Raw(str(tmp_path / "qmp.sock")) as client:
+        client.negotiated().send(ASK % path)
+        while "error" not in (answer := client.read()):
+            assert answer.get("event") == "X_SNAPSHOT_PROGRESS"
+        assert vm.state.value == "running"
+        assert os.listdir(tmp_path) == ["qmp.sock"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a full disk needs root (CAP_SYS_ADMIN)")
 def test_a_full_disk_leaves_nothing(image, tmp_path):
     disk, path = tmp_path / "disk", tmp_path / "qmp.sock"
@@ -241,9 +253,6 @@ class Held:
             write(*given)
 
         monkeypatch.setattr(snapshot_file, "write_at", held)
-
-
-ASK = b'{"execute":"x-snapshot-save","arguments":{"path":"%s"}}\n'
 
 
 def test_it_runs_while_the_folder_is_written_and_tells_how_far_it_is(tmp_path, monkeypatch):

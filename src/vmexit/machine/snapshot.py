@@ -156,7 +156,7 @@ class Snapshot:
         """Write all of it into a new folder at `path`, which appears whole or not at all.
 
         `progress(done, total)` is told in bytes. Raises ConfigError if something is there already,
-        HostError if it cannot be written, and what `progress` raises; nothing is left then.
+        HostError if it cannot be written, VmexitErrors of `progress`; nothing is left then.
         """
         from vmexit.machine.snapshot_file import write
 
