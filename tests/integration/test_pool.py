@@ -1,6 +1,5 @@
 """`vmexit.pool`: jobs on clones, in processes and threads; what fails is a result, too."""
 
-import contextlib
 import itertools
 import os
 import pickle
@@ -223,15 +222,28 @@ def test_inputs_are_taken_as_they_are_needed_and_leaving_early_ends_it(saved):
     assert not is_alive(pid)
 
 
+def test_no_more_inputs_are_taken_while_the_first_result_is_waited_for(saved, threads):
+    given = []
+
+    def inputs():
+        for number in range(100):
+            assert number < 16 * 2 or given
+            yield number
+
+    def job(vm, number):
+        if number == 0:
+            threading.Event().wait(1)  # the others would be done long ago
+        return number
+
+    for result in run(saved, job, inputs(), executor=threads, workers=2):
+        given.append(result.get())
+    assert given == list(range(100))
+
+
 def test_leaving_early_ends_jobs_that_hang(saved, tmp_path):
-    inputs = itertools.chain([tmp_path], itertools.repeat(tmp_path))
-    results = run(saved, jobs.tell_pid_and_hang, inputs, workers=2)
-    taker = threading.Thread(target=lambda: next(results, None))
-    with contextlib.suppress(StopIteration):
-        results.close()  # before it has begun there is nothing to end
-    taker.start()
-    taker.join()
-    assert list(tmp_path.iterdir()) == []
+    results = run(saved, jobs.tell_pid_and_hang, itertools.repeat(tmp_path), workers=2)
+    results.close()  # before it has begun there is nothing to end
+    assert next(results, None) is None and list(tmp_path.iterdir()) == []
 
     def one_by_one():
         yield 1
@@ -284,13 +296,9 @@ def test_a_folder_that_is_no_snapshot(tmp_path):
         next(run(tmp_path, jobs.add_one, [1]))
 
 
-def test_a_folder_that_has_changed_meanwhile(snapshot, saved, tmp_path, threads):
+def test_a_folder_that_has_changed_meanwhile(snapshot, tmp_path):
+    """Whoever has loaded it goes on with that; nobody takes another one for it."""
     snapshot.save(tmp_path / "here")
-    results = run(tmp_path / "here", jobs.add_one, iter([1, 2]), executor=threads, workers=1)
-    os.rename(tmp_path / "here", tmp_path / "there")
-    snapshot.save(tmp_path / "here")
-    assert next(results).get() == 2  # it begins with the first result that is asked for
-    results.close()
     with Machine("2M", "soft") as vm:
         vm.load_bytes(jobs.CODE, at=0x1000)
         with vm.snapshot() as other:
@@ -299,6 +307,14 @@ def test_a_folder_that_has_changed_meanwhile(snapshot, saved, tmp_path, threads)
             os.rename(tmp_path / "here", tmp_path / "elsewhere")
             other.save(tmp_path / "here")
             assert [first.get(), *(result.get() for result in results)] == [2, 3, 4]
+
+            def inputs():
+                os.rename(tmp_path / "here", tmp_path / "there")
+                snapshot.save(tmp_path / "here")
+                yield 1
+
+            (result,) = run(tmp_path / "here", jobs.add_one, inputs(), workers=1)
+            assert "here is another snapshot than the jobs are for; do not" in str(result.error)
 
 
 SCRIPT = """
