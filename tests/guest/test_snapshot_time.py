@@ -1,5 +1,7 @@
 """Clocks that a guest can compare go on from one moment, however long the saving takes."""
 
+import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -83,6 +85,35 @@ def test_they_go_on_from_one_moment(accel, slow):
             if accel == "kvm" and PVM:
                 pytest.skip("kvm_pvm shows its guests the host's counter")
             assert abs(apart(vm, again, frequency) - expected) < NEAR
+
+
+def test_they_are_of_one_moment_while_other_threads_compute(accel):
+    """Any of these may have Python's lock for milliseconds, between two readings of clocks."""
+    done = threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            sum(range(1000))
+
+    with Machine("4M", accel, machine="microvm", serial="null") as vm:
+        frequency = khz(vm)
+        threads = [threading.Thread(target=compute) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            states = [take(vm._parts) for _ in range(24)]
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        begin = [state.devices["acpi-pm"]["elapsed"] / PM_HZ for state in states]
+        values = {"tsc": [tsc(vm, state) / (frequency * 1000) for state in states]}
+        if accel == "kvm":
+            values["clock"] = [state.vm["clock"] / 1e9 for state in states]
+        for name, clock in values.items():
+            ahead = [a - b for a, b in zip(clock, begin, strict=True)]
+            quarters = statistics.quantiles(ahead, n=4)
+            assert quarters[2] - quarters[0] < 0.001, name
 
 
 def test_the_time_in_between_has_not_passed(accel):

@@ -374,6 +374,20 @@ def test_memory_that_was_never_used_takes_a_page_for_a_page() -> None:
             assert sum(end - first for first, end in memory.in_use(region)) < 1 << 20
 
 
+def test_a_later_image_holds_no_zeros() -> None:
+    size = 32 << 20
+    with closing(GuestMemory([(0, size)])) as memory:
+        memory.write(0, b"x" * (8 << 20))
+        with closing(memory.capture()):
+            memory.write(16 << 20, b"used")
+            assert memory.read(0, size).count(b"x") == 8 << 20
+            memory.discard(1 << 20, 7 << 20)
+            with closing(memory.capture()) as image:
+                assert os.fstat(image.fd).st_blocks * 512 <= (1 << 20) + PAGE_SIZE
+                assert memory.read(0, size).count(b"x") == 1 << 20
+                assert memory.read(16 << 20, 4) == b"used"
+
+
 def test_an_image_with_many_holes_has_few_mappings() -> None:
     size = 1 << 30
     with closing(GuestMemory([(0, size)])) as memory:

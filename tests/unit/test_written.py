@@ -1,8 +1,11 @@
 """Which pages were written: the set, the bitmap, and memory that goes back by them."""
 
+import ctypes
 import itertools
 import random
 import struct
+import sys
+import threading
 from contextlib import closing
 
 import pytest
@@ -57,12 +60,36 @@ def test_too_many_pages_are_not_counted(size):
     pages = WrittenPages()
     pages.add(0, size)
     assert pages.too_many
-    pages.clear()
+    assert pages.take().too_many
     for number in range(WrittenPages.MOST):
         pages.add(number * 2 * PAGE_SIZE, 1)
     assert not pages.too_many
     pages.add(PAGE_SIZE, 1)
     assert pages.too_many
+
+
+def test_another_thread_may_add_meanwhile():
+    pages, done = WrittenPages(), threading.Event()
+
+    def add():
+        for number in itertools.cycle(range(3000)):
+            pages.add(number * PAGE_SIZE, 1)
+            if number == 2999:
+                pages.take()
+                if done.is_set():
+                    return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    adding = threading.Thread(target=add)
+    adding.start()
+    try:
+        for _ in range(300):
+            pages.mark(bytearray(3000 // 8 + 8), 0, 3000)
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        adding.join()
 
 
 class Guest:
@@ -72,6 +99,7 @@ class Guest:
         self._memory = memory
         self._pages: set[int] = set()
         self.read = 0
+        self.meanwhile = lambda: None
 
     def write(self, gpa: int, data: bytes) -> None:
         """As the guest: no one but the log is told."""
@@ -83,6 +111,7 @@ class Guest:
 
     def dirty_log(self, region: Region) -> bytes:
         self.read += 1
+        self.meanwhile()
         bitmap = bytearray(-(-region.size // PAGE_SIZE // 64) * 8)
         for page in self._pages:
             bitmap[page // 8] |= 1 << page % 8
@@ -161,6 +190,45 @@ def test_a_view_of_everything_is_no_reason_to_copy_everything(guest):
                 assert memory.mapped == mapped + 1
                 assert view[0x5000] == 0
         view.release()
+
+
+def test_what_another_thread_writes_meanwhile_goes_back_the_next_time(memory, guest, rewind):
+    before = memory.read(0, SIZE)
+    guest.meanwhile = lambda: memory.write(0x7000, b"another thread")
+    rewind.to(rewind.image)
+    guest.meanwhile = lambda: None
+    rewind.to(rewind.image)
+    assert memory.read(0, SIZE) == before
+
+
+def test_what_is_written_by_its_host_address_goes_back_too(memory, rewind):
+    before = memory.read(0, SIZE)
+    address = memory.hva(0x6000)
+    for _ in range(3):
+        ctypes.memmove(address, b"by address", 10)
+        rewind.to(rewind.image)
+        assert memory.read(0, SIZE) == before
+
+
+def test_copies_of_ever_more_pages_are_given_back():
+    """Each page that was copied back is one of the machine's own until all is mapped anew."""
+    size = 256 << 20
+    with closing(GuestMemory([(0, size)])) as memory:
+        guest = Guest(memory)
+        rewind, (region,) = Rewind(memory, guest), memory.regions
+        with closing(memory.capture()) as image:
+            for at in range(0, size, 4 << 20):
+                guest.write(at, b"x" * (4 << 20))
+                rewind.to(image)
+                used = sum(end - first for first, end in memory.in_use(region))
+                assert used <= (4096 + 4 * 1024) * PAGE_SIZE
+            counts = []
+            for _ in range(20):  # the same again are no more
+                guest.write(0, b"x" * (4 << 20))
+                rewind.to(image)
+                counts.append(memory.mapped)
+            assert counts[1] == counts[-1]
+            assert memory.read(0, 8) == bytes(8)
 
 
 def test_the_log_belongs_to_somebody_else(memory, guest, rewind):

@@ -46,6 +46,9 @@ class Range(NamedTuple):
     size: int
 
 
+_PIECE = 1 << 20  # bytes, copied at once
+
+
 def write_core(vm: Machine, sink: Sink, only: Range | None = None) -> int:
     """All RAM, or what of it is in `only`, from one moment; returns how many bytes of it.
 
@@ -58,7 +61,8 @@ def write_core(vm: Machine, sink: Sink, only: Range | None = None) -> int:
         notes += b"".join(_qemu_note(*state) for state in states)
         sink.write(_head(parts, notes))
         for gpa, size in parts:
-            sink.write(vm.memory[gpa : gpa + size])
+            for at in range(0, size, _PIECE):
+                sink.write(vm.memory.read(gpa + at, min(_PIECE, size - at)))
     return sum(size for _, size in parts)
 
 

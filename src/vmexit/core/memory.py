@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from vmexit.core.written import WrittenPages
 
 PAGE_SIZE = 4096
 _LARGE = 1 << 20  # bytes
+_ZEROS = bytes(PAGE_SIZE)
 
 _U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 
@@ -212,7 +213,8 @@ class GuestMemory:
             set_size(fd, sum(region.size for region, _ in self.shared()))
             for region, offset in self.shared():
                 for first, end in self.in_use(region):
-                    write_at(fd, region.view[first:end], offset + first)
+                    for start, stop in _not_zeros(region.view, first, end):
+                        write_at(fd, region.view[start:stop], offset + start)
         except BaseException:
             os.close(fd)
             raise
@@ -235,7 +237,7 @@ class GuestMemory:
             raise HostError(f"cannot map guest memory: {error.strerror}; free some") from error
         self.private = True
         for gpa, size in image.ranges:
-            self.host_wrote(((gpa, size),), size)
+            self._tell(((gpa, size),), size)
 
     def _map(self, image: MemoryImage) -> None:
         offset = 0
@@ -247,6 +249,7 @@ class GuestMemory:
     def hva(self, gpa: int) -> int:
         """The host virtual address behind `gpa` (KVM API 4.35: GPA → HVA is the memory slot's)."""
         region = self.region(gpa)
+        self.exposed.add(region.gpa, region.size)
         return region.hva + gpa - region.gpa
 
     @property
@@ -311,6 +314,9 @@ class GuestMemory:
         if self._host_writes is not None:
             for gpa, length in ranges:
                 self._host_writes.add(gpa, length)
+        self._tell(ranges, size)
+
+    def _tell(self, ranges: Iterable[tuple[int, int]], size: int) -> None:
         for gpa, length in ranges if self._listeners else ():
             if size <= 0:
                 return
@@ -396,6 +402,18 @@ class GuestMemory:
                 continue
         self._maps.clear()
         os.close(self.fd)
+
+
+def _not_zeros(view: memoryview, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """First and end of each run of pages in this part that are not all zeros."""
+    start = first
+    for at in range(first, end, PAGE_SIZE):
+        if view[at : at + PAGE_SIZE] == _ZEROS:
+            if start < at:
+                yield start, at
+            start = at + PAGE_SIZE
+    if start < end:
+        yield start, end
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -1,6 +1,7 @@
 """Which pages of guest memory may have been written."""
 
 import re
+import threading
 from collections.abc import Iterator
 
 _PAGE_BITS = 12
@@ -14,6 +15,7 @@ class WrittenPages:
     MOST = 4096
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._pages: set[int] = set()
         self.too_many = False
 
@@ -22,21 +24,27 @@ class WrittenPages:
         if self.too_many or size <= 0:
             return
         first, end = gpa >> _PAGE_BITS, (gpa + size - 1 >> _PAGE_BITS) + 1
-        if end - first <= self.MOST:
-            self._pages.update(range(first, end))
-        if end - first > self.MOST or len(self._pages) > self.MOST:
-            self.too_many = True
-            self._pages = set()
+        with self._lock:
+            if end - first <= self.MOST:
+                self._pages.update(range(first, end))
+            if end - first > self.MOST or len(self._pages) > self.MOST:
+                self.too_many = True
+                self._pages = set()
 
-    def clear(self) -> None:
-        """Begin anew."""
-        self._pages = set()
-        self.too_many = False
+    def take(self) -> "WrittenPages":
+        """What it knows; it begins anew."""
+        taken = WrittenPages()
+        with self._lock:
+            taken._pages, taken.too_many = self._pages, self.too_many
+            self._pages, self.too_many = set(), False
+        return taken
 
     def mark(self, bitmap: bytearray, gpa: int, count: int) -> None:
         """Set the bits of those among the `count` pages from `gpa` on; `bitmap` is theirs."""
         first = gpa >> _PAGE_BITS
-        for page in self._pages:
+        with self._lock:
+            pages = tuple(self._pages)
+        for page in pages:
             if first <= page < first + count:
                 bitmap[page - first >> 3] |= 1 << (page - first & 7)
 

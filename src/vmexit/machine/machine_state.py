@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmexit.core.bus import State
@@ -11,7 +13,8 @@ from vmexit.core.memory import GuestMemory
 from vmexit.machine.builder import Parts
 from vmexit.machine.config import MachineConfig
 
-_IRQCHIP = "irqchip"
+_IRQCHIP, _IN_KERNEL = "irqchip", ("irqchip", "pit")
+_SOON, _TRIES = 50_000, 20  # nanoseconds
 
 
 class MachineState(NamedTuple):
@@ -31,15 +34,16 @@ def take(parts: Parts) -> MachineState:
     Raises ConfigError that names a device which cannot be saved.
     """
     devices = {}
-    with parts.standing():
-        moment = parts.vm.moment()
-        for name, device in parts.devices.items():
+    with ExitStack() as stack:
+        moment = _stand(parts, stack)
+        # What goes on though our clocks stand comes first: timers in the kernel.
+        vm = parts.vm.state(moment)
+        vcpus = [vcpu.state() for vcpu in parts.vcpus]
+        for name in sorted(parts.devices, key=lambda name: name not in _IN_KERNEL):
             try:
-                devices[name] = device.state()
+                devices[name] = parts.devices[name].state()
             except ConfigError as error:
                 raise ConfigError(f"no snapshot is possible with {name}: {error}") from error
-        vcpus = [vcpu.state() for vcpu in parts.vcpus]
-        vm = parts.vm.state(moment)
     return MachineState(parts.accel, vm, vcpus, devices, _roms(parts.memory))
 
 
@@ -73,8 +77,8 @@ def put(parts: Parts, state: MachineState) -> None:
     # local APICs of KVM are the vCPUs', and get what the I/O APIC has for them once more.
     names = sorted(parts.devices, key=lambda name: name != _IRQCHIP)
     # Clocks that a guest can compare have to go on from one moment, or it trusts none of them.
-    with parts.standing():
-        moment = parts.vm.moment()
+    with ExitStack() as stack:
+        moment = _stand(parts, stack)
         if _IRQCHIP in parts.devices:
             _restore(parts, state, names.pop(0))
         for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
@@ -82,6 +86,21 @@ def put(parts: Parts, state: MachineState) -> None:
         parts.vm.restore(state.vm, moment)
         for name in names:
             _restore(parts, state, name)
+
+
+def _stand(parts: Parts, stack: ExitStack) -> int:
+    """Stop the clocks until `stack` is closed; when that was, as the VM tells it."""
+    for _ in range(_TRIES):
+        begin = time.monotonic_ns()
+        stack.enter_context(parts.standing())
+        moment = parts.vm.moment()
+        if time.monotonic_ns() - begin < _SOON:
+            break
+        stack.close()  # another thread came between: once more
+    else:
+        stack.enter_context(parts.standing())
+        moment = parts.vm.moment()
+    return moment
 
 
 def _restore(parts: Parts, state: MachineState, name: str) -> None:

@@ -7,6 +7,10 @@ from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
 from vmexit.core.memory_image import MemoryImage
 from vmexit.core.written import WrittenPages, runs
 
+# So many pages may have been copied since the image was mapped, and so many times as many as now:
+# each is one that the machine has for itself, though it is as in the image.
+_MANY, _TIMES = 4096, 4
+
 
 class DirtyLog(Protocol):
     """The part of `vmexit.accel.base.Vm` that tells which pages the guest has written to."""
@@ -32,6 +36,7 @@ class Rewind:
         self._image: MemoryImage | None = None
         self._mapped = 0
         self._by_host = WrittenPages()
+        self._copied: dict[int, int] = {}  # a bit for each page, by the GPA of the region
 
     def leave_log(self) -> None:
         """Somebody else reads the log from now on, which forgets what it has told."""
@@ -42,22 +47,35 @@ class Rewind:
         memory, log = self._memory, self._log
         again = image is self._image and memory.mapped == self._mapped
         self._image = None  # if this fails, nothing is known
-        by_host = self._by_host, memory.exposed
+        if log is not None and again and not self._logging:
+            memory.note_host_writes(self._by_host)
+            log.start_dirty_log()
+            self._logging, again = True, False
+        # Before the log is read: what others write from now on is for the next time.
+        by_host = self._by_host.take(), memory.exposed
         few = not any(pages.too_many for pages in by_host)
-        if again and log is not None and self._logging and few:
-            for region, _ in memory.shared():
-                memory.copy_from(image, region, runs(_marked(log, region, by_host)))
-        else:
+        if not (again and log is not None and few and self._copy(image, log, by_host)):
             memory.restore(image)
+            self._copied.clear()
             if log is not None and self._logging:
                 for region, _ in memory.shared():
                     log.dirty_log(region)
-            elif log is not None and again:
-                log.start_dirty_log()
-                memory.note_host_writes(self._by_host)
-                self._logging = True
-        self._by_host.clear()
         self._image, self._mapped = image, memory.mapped
+
+    def _copy(self, image: MemoryImage, log: DirtyLog, by_host: Iterable[WrittenPages]) -> bool:
+        """Copy what was written; False if too many pages have become private copies by that.
+
+        The same ones again are no more.
+        """
+        now = 0
+        for region, _ in self._memory.shared():
+            bitmap = _marked(log, region, by_host)
+            self._memory.copy_from(image, region, runs(bitmap))
+            pages = int.from_bytes(bitmap, "little")
+            self._copied[region.gpa] = self._copied.get(region.gpa, 0) | pages
+            now += pages.bit_count()
+        copied = sum(pages.bit_count() for pages in self._copied.values())
+        return copied <= _MANY + _TIMES * now
 
 
 def _marked(log: DirtyLog, region: Region, by_host: Iterable[WrittenPages]) -> bytearray:

@@ -165,7 +165,7 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Snapshot":
-        """What `save()` wrote, by this vmexit or an older one. Raises ConfigError."""
+        """What `save()` wrote, by this version of vmexit. Raises ConfigError."""
         from vmexit.machine.snapshot_file import read
 
         return cls(read(os.fspath(path)))

@@ -34,7 +34,7 @@ from vmexit.machine.machine_state import MachineState
 from vmexit.machine.share import Share
 from vmexit.machine.snapshot import Contents, Progress
 
-_MAGIC, _VERSION = "vmexit snapshot", 1
+_MAGIC, _VERSION = "vmexit snapshot", 2
 _STATE, _MEMORY, _LOADED = "state.json", "memory", "loaded"
 _MOST_TEXT = 256 << 20  # bytes of state.json
 _MOST_DISK = 1 << 50
@@ -234,6 +234,11 @@ def _read_state(folder: Path, path: str) -> dict[str, object]:
             f"the snapshot {shown(path)} has version {version}, and this vmexit knows {_VERSION}; "
             "use a newer vmexit"
         )
+    if isinstance(version, int) and 0 < version < _VERSION:
+        raise ConfigError(
+            f"the snapshot {shown(path)} was saved by an older vmexit (version {version} of "
+            f"{_VERSION}); load it with that one, or save it anew"
+        )
     if version != _VERSION or head.get("sha256") != hashlib.sha256(text).hexdigest():
         raise _damaged(path, _STATE)
     data = json.loads(text, object_hook=_bytes)
@@ -278,7 +283,7 @@ def _unpack(data: dict[str, object], folder: Path, path: str, stack: ExitStack) 
         state,
         memory,
         disks,
-        _loaded(folder / _LOADED, path, _dict(data["loaded"])),
+        _loaded(folder / _LOADED, path, _dict(data["loaded"]), config.memory),
         float(taken),
     )
 
@@ -304,7 +309,7 @@ def _require_no_programs(config: MachineConfig) -> None:
         raise ValueError("a device that is another program's")
 
 
-def _loaded(file: Path, path: str, found: dict[str, object]) -> Loaded:
+def _loaded(file: Path, path: str, found: dict[str, object], most: int) -> Loaded:
     pieces = []
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -312,7 +317,7 @@ def _loaded(file: Path, path: str, found: dict[str, object]) -> Loaded:
         end = os.fstat(fd).st_size
         for piece in _list(found["pieces"]):
             gpa, size, crc = map(_number, _list(piece))
-            if not 0 < size <= end - offset:
+            if not 0 < size <= min(end - offset, most):
                 raise _damaged(path, _LOADED)
             data = _read(fd, size, offset)
             if len(data) != size or zlib.crc32(data) != crc:

@@ -12,6 +12,7 @@ _HEAD = struct.Struct("=II")  # struct kvm_msrs: how many, padding
 _ENTRY = struct.Struct("=IIQ")  # struct kvm_msr_entry: index, reserved, value
 
 ENTRY_SIZE = _ENTRY.size
+_MOST = 200  # at once; KVM takes 255
 
 
 def pack(values: Mapping[int, int]) -> bytes:
@@ -24,13 +25,24 @@ def unpack(entries: bytes | bytearray) -> dict[int, int]:
     return {index: value for index, _, value in _ENTRY.iter_unpack(entries)}
 
 
+def request(indices: Iterable[int]) -> bytes:
+    """A `struct kvm_msrs` that asks for these, with KVM_GET_MSRS."""
+    entries = pack(dict.fromkeys(indices, 0))
+    return _HEAD.pack(len(entries) // ENTRY_SIZE, 0) + entries
+
+
+def answer(buffer: bytes | bytearray) -> dict[int, int]:
+    """What such a structure holds."""
+    return unpack(buffer[_HEAD.size :])
+
+
 def get(vcpu: int, indices: Iterable[int]) -> dict[int, int]:
     """Those that KVM can read of the vCPU with this descriptor."""
     todo, values = list(indices), dict[int, int]()
     while todo:
-        found, done = _ask(vcpu, pack(dict.fromkeys(todo, 0)))
+        found, done = _ask(vcpu, pack(dict.fromkeys(todo[:_MOST], 0)))
         values |= unpack(found[: done * ENTRY_SIZE])
-        todo = todo[done + 1 :]
+        todo = todo[done + (done < min(len(todo), _MOST)) :]
     return values
 
 
@@ -38,16 +50,22 @@ def put(vcpu: int, values: Mapping[int, int]) -> list[int]:
     """Set them. Returns those that KVM has refused."""
     todo, refused = list(values.items()), []
     while todo:
-        request = bytearray(_HEAD.pack(len(todo), 0) + pack(dict(todo)))
-        done = ioctl(vcpu, KVM_SET_MSRS, request, True)
-        if done < len(todo):
+        now = todo[:_MOST]
+        buffer = bytearray(_HEAD.pack(len(now), 0) + pack(dict(now)))
+        done = ioctl(vcpu, KVM_SET_MSRS, buffer, True)
+        if done < len(now):
             refused.append(todo[done][0])
-        todo = todo[done + 1 :]
+            done += 1
+        todo = todo[done:]
     return refused
 
 
 def unlike(vcpu: int, entries: bytes) -> dict[int, int]:
     """Those in `entries` that have another value now, or none: as they are there."""
+    if len(entries) > _MOST * ENTRY_SIZE:
+        parts = _MOST * ENTRY_SIZE
+        first = unlike(vcpu, entries[:parts])
+        return first | unlike(vcpu, entries[parts:])
     found, done = _ask(vcpu, entries)
     if done * ENTRY_SIZE < len(entries):
         wanted = unpack(entries)

@@ -75,7 +75,7 @@ _CR4_VMXE, _EFER_SVME = 1 << 13, 1 << 12
 
 _VERSION = 2
 _MOST_CPUID = 1 << 16  # bytes
-_MOST_MSRS = 4096
+_MOST_MSRS = 2048
 _MOST_KHZ = (1 << 31) - 1
 
 

@@ -1,10 +1,12 @@
 """The time of a VM: the clock that guests know as kvm-clock, and the TSCs of its vCPUs."""
 
 import ctypes
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fcntl import ioctl
 
+from vmexit.abi.kvm import KVM_GET_MSRS
 from vmexit.abi.kvm_caps import KVM_CAP_ADJUST_CLOCK
 from vmexit.abi.kvm_irq import KVM_GET_CLOCK, KVM_SET_CLOCK, kvm_clock_data
 from vmexit.abi.kvm_state import (
@@ -15,29 +17,58 @@ from vmexit.abi.kvm_state import (
     KVM_VCPU_TSC_OFFSET,
     kvm_device_attr,
 )
+from vmexit.accel.kvm import msrs
 from vmexit.accel.kvm.system import System
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.core.bus import State
+from vmexit.core.errors import HostError
 from vmexit.core.saved import Saved
 
 _WORD = (1 << 64) - 1
-_IA32_TSC = 0x10
+_IA32_TSC, _IA32_TSC_DEADLINE = 0x10, 0x6E0
 _VERSION = 2
+_CLOCK_SIZE = ctypes.sizeof(kvm_clock_data)
+
+
+# An ioctl that lets other threads of Python run comes back as late as they please, and what was
+# read is old by then: so one that does not.
+_ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
+_ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+_SOON, _TRIES = 20_000, 50  # nanoseconds
+
+
+def _at_once(fd: int, request: int, prepare: Callable[[int], bytearray]) -> tuple[bytearray, int]:
+    """Make a request with what `prepare(now)` gives; the answer, and when that was.
+
+    Again, if something came between. Raises HostError.
+    """
+    for _ in range(_TRIES):
+        before = time.monotonic_ns()
+        buffer = prepare(before)
+        place = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+        failed = _ioctl(fd, request, ctypes.addressof(place)) < 0
+        after = time.monotonic_ns()
+        if failed:
+            why = os.strerror(ctypes.get_errno())
+            raise HostError(f"KVM refused to tell or set a clock: {why}; use --accel soft")
+        if after - before < _SOON:
+            break
+    return buffer, (before + after) // 2
 
 
 def save(system: System, vm: int, vcpus: Sequence[KvmVcpu], moment: int) -> State:
     """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
     clock: int | None = None
     if system.check_extension(KVM_CAP_ADJUST_CLOCK):
-        buffer = bytearray(ctypes.sizeof(kvm_clock_data))
-        ioctl(vm, KVM_GET_CLOCK, buffer, True)
-        clock = kvm_clock_data.from_buffer(buffer).clock - (time.monotonic_ns() - moment)
-        clock = max(clock, 0)
+        buffer, now = _at_once(vm, KVM_GET_CLOCK, lambda now: bytearray(_CLOCK_SIZE))
+        clock = max(kvm_clock_data.from_buffer(buffer).clock - (now - moment), 0)
     tsc: list[int] | None = None
     if _has_offset(vcpus):
         then = _host_tsc(vcpus[0], moment)
         tsc = [_offset(vcpu) + then & _WORD for vcpu in vcpus]
-    return {"version": _VERSION, "clock": clock, "tsc": tsc}
+    wanted = [vcpu.msrs_that_exist((_IA32_TSC_DEADLINE,)) for vcpu in vcpus]
+    deadlines = [found.get(_IA32_TSC_DEADLINE, 0) for found in wanted]
+    return {"version": _VERSION, "clock": clock, "tsc": tsc, "deadlines": deadlines}
 
 
 def load(system: System, vm: int, vcpus: Sequence[KvmVcpu], state: State, moment: int) -> None:
@@ -48,20 +79,28 @@ def load(system: System, vm: int, vcpus: Sequence[KvmVcpu], state: State, moment
     saved = Saved(state, "a VM of KVM", _VERSION)
     clock = saved.optional("clock", _WORD >> 1)
     tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, len(vcpus))
+    deadlines = saved.numbers("deadlines", _WORD, len(vcpus))
     if tsc is not None and _has_offset(vcpus):
         then = _host_tsc(vcpus[0], moment)
-        for vcpu, value in zip(vcpus, tsc, strict=True):
+        for vcpu, value, deadline in zip(vcpus, tsc, deadlines, strict=True):
             _set_offset(vcpu, value - then & _WORD)
+            if deadline:  # it was armed by another counter
+                vcpu.set_msrs({_IA32_TSC_DEADLINE: deadline})
     if clock is not None and system.check_extension(KVM_CAP_ADJUST_CLOCK):
-        clock += time.monotonic_ns() - moment
-        ioctl(vm, KVM_SET_CLOCK, bytes(kvm_clock_data(clock=clock)))
+        then = clock
+        _at_once(
+            vm,
+            KVM_SET_CLOCK,
+            lambda now: bytearray(bytes(kvm_clock_data(clock=then + now - moment))),
+        )
 
 
 def _host_tsc(vcpu: KvmVcpu, moment: int) -> int:
     """The host's counter at `moment`, at the rate of the guest's."""
-    now = vcpu.msrs((_IA32_TSC,))[_IA32_TSC]
-    passed = time.monotonic_ns() - moment
-    return now - _offset(vcpu) - passed * vcpu.tsc_khz() // 1_000_000 & _WORD
+    request = msrs.request((_IA32_TSC,))
+    buffer, now = _at_once(vcpu.fd, KVM_GET_MSRS, lambda now: bytearray(request))
+    tsc = msrs.answer(buffer)[_IA32_TSC]
+    return tsc - _offset(vcpu) - (now - moment) * vcpu.tsc_khz() // 1_000_000 & _WORD
 
 
 def _has_offset(vcpus: Sequence[KvmVcpu]) -> bool:

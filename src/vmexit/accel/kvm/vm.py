@@ -129,7 +129,12 @@ class KvmVm:
         pages = region.size // PAGE_SIZE
         bitmap = ctypes.create_string_buffer(-(-pages // 64) * 8)
         slot, address = self._slots[region.gpa], ctypes.addressof(bitmap)
-        ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
+        try:
+            ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
+        except OSError as error:
+            raise HostError(
+                f"KVM does not tell what was written: {error.strerror}; make a new machine"
+            ) from error
         return bitmap.raw
 
     def assign_ioeventfd(self, gpa: int, size: int, value: int, eventfd: int) -> None:
