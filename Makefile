@@ -59,10 +59,10 @@ lab-control: setup ## gdb and QMP clients at Linux, there: ten minutes
 	@$(BIN)/python -m pytest -q --collect-only $(CONTROL) >/dev/null
 	@tools/test-lab $(BIN)/python -m pytest --timeout 600 $(CONTROL)
 
-lab-snapshot: setup ## Linux goes on from snapshots, there: ten minutes
+lab-snapshot: setup ## Linux goes on from snapshots, there: a quarter of an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
 	@$(BIN)/python -m pytest -q --collect-only $(SNAPSHOT) >/dev/null
-	@tools/test-lab $(BIN)/python -m pytest --timeout 800 $(SNAPSHOT)
+	@tools/test-lab $(BIN)/python -m pytest --timeout 850 $(SNAPSHOT)
 
 lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
