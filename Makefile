@@ -13,7 +13,10 @@ CONTROL := tests/integration/test_gdb_linux.py::test_from_start_kernel_to_the_sh
   $(addprefix tests/integration/test_linux_qmp.py::test_,it_stands_still_and_goes_on a_reset_boots_again \
   the_power_button_is_a_key_of_the_guest)
 
-.PHONY: help setup demo test test-lab lab-control lab-virtio test-long lint format bench bench-lab clean
+SNAPSHOT := $(addprefix tests/integration/test_,snapshot_linux.py linux_shell.py)
+
+.PHONY: help setup demo test test-lab lab-control lab-snapshot lab-virtio \
+  test-long lint format bench bench-lab clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -55,6 +58,11 @@ lab-control: setup ## gdb and QMP clients at Linux, there: ten minutes
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
 	@$(BIN)/python -m pytest -q --collect-only $(CONTROL) >/dev/null
 	@tools/test-lab $(BIN)/python -m pytest --timeout 600 $(CONTROL)
+
+lab-snapshot: setup ## Linux goes on from snapshots, there: a quarter of an hour
+	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
+	@$(BIN)/python -m pytest -q --collect-only $(SNAPSHOT) >/dev/null
+	@tools/test-lab $(BIN)/python -m pytest --timeout 850 $(SNAPSHOT)
 
 lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
