@@ -85,7 +85,7 @@ format: setup    ## put the sources into shape
 bench: setup     ## measure against C and QEMU, side by side
 	@$(BIN)/python benchmarks/run.py $(BENCH)
 
-bench-lab: setup ## measure a boot on Linux's own KVM against QEMU: docs/kvm-lab.md
+bench-lab: setup ## measure boots and virtio on Linux's own KVM against QEMU: docs/kvm-lab.md
 	@$(BIN)/python benchmarks/lab.py --prepare  # the kernel and byte code, which the lab cannot keep
 	@tools/kvm-lab --timeout 3600 -- $(BIN)/python benchmarks/lab.py $(BENCH)
 

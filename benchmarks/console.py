@@ -15,6 +15,8 @@ from vmexit.fetch.debian import Fetched, fetch
 
 MEMORY_SIZE = "256M"
 
+_SHOWN = 300  # bytes of what came last
+
 
 def debian() -> Fetched:
     """Debian's cloud kernel with its RAM disk. Raises Unavailable."""
@@ -28,7 +30,7 @@ def debian() -> Fetched:
 def _console(command: list[str], timeout: float) -> Iterator[int]:
     """The descriptor of what `command` prints; it is ended afterwards.
 
-    Raises Unavailable where reading came to TimeoutError, or to EOFError.
+    Raises Unavailable where reading came to TimeoutError, or to EOFError; they say what came last.
     """
     with subprocess.Popen(
         command,
@@ -41,23 +43,24 @@ def _console(command: list[str], timeout: float) -> Iterator[int]:
         try:
             yield process.stdout.fileno()
         except TimeoutError as error:
-            raise Unavailable(f"{command[0]} did not boot within {timeout} s") from error
+            raise Unavailable(f"{command[0]} took more than {timeout} s: {error}") from error
         except EOFError as error:
             said = " / ".join(process.stderr.read().decode(errors="replace").splitlines())
-            raise Unavailable(f"{command[0]} ended: {said}") from error
+            status = process.wait()
+            raise Unavailable(f"{command[0]} ended with {status}: {said} / {error}") from error
         finally:
             process.kill()
 
 
-def _more(fd: int, end: float) -> bytes:
-    """What comes next. Raises TimeoutError at `end`, and EOFError."""
+def _more(fd: int, text: bytes, end: float) -> bytes:
+    """`text` and what comes next. Raises TimeoutError at `end`, and EOFError."""
     ready, _, _ = select.select([fd], [], [], max(end - time.perf_counter(), 0))
     if not ready:
-        raise TimeoutError
+        raise TimeoutError(repr(text[-_SHOWN:]))
     data = os.read(fd, 1 << 16)
     if not data:
-        raise EOFError
-    return data
+        raise EOFError(repr(text[-_SHOWN:]))
+    return text + data
 
 
 def boot(command: list[str], lines: tuple[bytes, ...], timeout: float) -> list[float]:
@@ -70,7 +73,7 @@ def boot(command: list[str], lines: tuple[bytes, ...], timeout: float) -> list[f
     with _console(command, timeout) as fd:
         for line in lines:
             while line not in text:
-                text += _more(fd, begin + timeout)
+                text = _more(fd, text, begin + timeout)
             times.append(time.perf_counter() - begin)
     return times
 
@@ -81,9 +84,9 @@ def ended_output(command: list[str], last: bytes, timeout: float) -> str:
     """
     begin = time.perf_counter()
     with _console(command, timeout) as fd:
-        text = _more(fd, begin + timeout / 4)
+        text = _more(fd, b"", begin + timeout / 4)
         while last not in text:
-            text += _more(fd, begin + timeout)
+            text = _more(fd, text, begin + timeout)
     return text.decode(errors="replace")
 
 

@@ -58,9 +58,11 @@ def rows(quick: bool) -> Iterator[Row]:
 # The guests.
 
 
-def against_qemu(accel: str, theirs: str, rounds: int, timeout: float = 60) -> Iterator[Row]:
+def against_qemu(
+    accel: str, theirs: str, rounds: int, timeout: float = 60, part: int = 1
+) -> Iterator[Row]:
     """Rows for an accelerator of ours, and one of QEMU's; `timeout` seconds for all that one guest
-    does. Raises Unavailable.
+    does. With `part` it does only that fraction of it: 2 is half. Raises Unavailable.
     """
     for tool in (QEMU, "passt"):
         if shutil.which(tool) is None:
@@ -73,11 +75,12 @@ def against_qemu(accel: str, theirs: str, rounds: int, timeout: float = 60) -> I
         disk = folder / "disk"
         disk.write_bytes(os.urandom(DISK))
         files = _files(folder)
-        port = stack.enter_context(Server()).port
-        ours = _ours(accel, files, disk, port)
+        port = stack.enter_context(Server(DISK // part)).port
+        append = f"console=ttyS0 quiet bench.port={port} bench.part={part}"
+        ours = _ours(accel, files, disk, append)
         sides = (
             lambda: _patiently(lambda: _measure(ours, timeout)),
-            lambda: _patiently(lambda: _theirs(theirs, files, disk, port, folder, timeout)),
+            lambda: _patiently(lambda: _theirs(theirs, files, disk, append, folder, timeout)),
         )
         for side in sides:
             side()  # the host's page cache, byte code
@@ -118,20 +121,16 @@ def _files(folder: Path) -> Fetched:
     return Fetched(fetched.kernel, initrd)
 
 
-def _append(port: int) -> str:
-    return f"console=ttyS0 quiet bench.port={port}"
-
-
-def _ours(accel: str, files: Fetched, disk: Path, port: int) -> list[str]:
+def _ours(accel: str, files: Fetched, disk: Path, append: str) -> list[str]:
     return [
         *command(), "run", "--accel", accel, "-m", MEMORY_SIZE, "--kernel", str(files.kernel),
-        "--initrd", str(files.initrd), "--append", _append(port),
+        "--initrd", str(files.initrd), "--append", append,
         "--drive", f"file={disk},readonly=on", "--net", "user",
     ]  # fmt: skip
 
 
 def _theirs(
-    accel: str, files: Fetched, disk: Path, port: int, folder: Path, timeout: float
+    accel: str, files: Fetched, disk: Path, append: str, folder: Path, timeout: float
 ) -> dict[str, float]:
     at = folder / "net" / "passt"
     at.unlink(missing_ok=True)
@@ -152,7 +151,7 @@ def _theirs(
                     "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                     "-serial", "stdio", "-global", "virtio-mmio.force-legacy=false",
                     "-kernel", str(files.kernel), "-initrd", str(files.initrd),
-                    "-append", _append(port),
+                    "-append", append,
                     "-drive", f"if=none,id=d,format=raw,readonly=on,file={disk}",
                     "-device", "virtio-blk-device,drive=d",
                     "-netdev", f"stream,id=n,server=off,addr.type=unix,addr.path={at}",
@@ -176,18 +175,22 @@ def _patiently(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 def _measure(words: list[str], timeout: float) -> dict[str, float]:
     """Seconds for each of the guest's lines."""
+    begin = time.perf_counter()
     said = ended_output(words, b"BENCH done", timeout)
-    print(f"{Path(words[0]).name}: {said.count('BENCH')} lines", file=sys.stderr, flush=True)
     found = {name: float(value) for name, value in re.findall(r"BENCH (\w+) ([0-9.]+)", said)}
     if missing := set(_LINES) - set(found):
         raise Unavailable(f"{Path(words[0]).name}: no {', '.join(missing)} in {said[-300:]!r}")
+    figures = ", ".join(f"{name} {found[name] * 1e6:.0f} us" for name in _LINES)
+    took = time.perf_counter() - begin
+    print(f"{Path(words[0]).name}: {took:.0f} s: {figures}", file=sys.stderr, flush=True)
     return found
 
 
 class Server:
-    """What the guest talks to: echoes, sends or takes as much as the disk has."""
+    """What the guest talks to: echoes, sends or takes `size` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._main, daemon=True)
@@ -212,13 +215,13 @@ class Server:
             return
 
     def _serve(self, client: socket.socket) -> None:
-        what, left = client.recv(1), DISK
+        what, left = client.recv(1), self._size
         try:
             if what == b"e":
                 while data := client.recv(PIECE):
                     client.sendall(data)
             elif what == b"s":
-                client.sendall(bytes(DISK))
+                client.sendall(bytes(self._size))
             elif what == b"r":
                 while left > 0 and (data := client.recv(PIECE)):
                     left -= len(data)

@@ -21,6 +21,7 @@ from vmexit.abi.virtio import (
 )
 from vmexit.core.errors import HostError
 from vmexit.core.memory import MEMFD_FLAGS, set_size
+from vmexit.core.words import words
 
 Segment = tuple[int, int, bool]
 """GPA, size, and whether the other side writes to it."""
@@ -82,6 +83,7 @@ class DriverRing:
 
     def __init__(self, view: memoryview, hva: int, gpa: int) -> None:
         self._view = view
+        self._words = words(view)
         self._gpa = gpa
         self.desc, self.avail, self.used = hva, hva + _AVAIL, hva + _USED_AT
         view[:_TABLES] = bytes(_TABLES)
@@ -117,7 +119,7 @@ class DriverRing:
         _DESC.pack_into(view, slot * DESC_SIZE, self._gpa + table, size, DESC_F_INDIRECT, 0)
         _U16.pack_into(view, _AVAIL + 4 + 2 * (self._next_avail % SLOTS), slot)
         self._next_avail = self._next_avail + 1 & _MASK16
-        _U16.pack_into(view, _AVAIL + 2, self._next_avail)
+        self._words[_AVAIL // 2 + 1] = self._next_avail
         return slot
 
     def wants_kick(self) -> bool:

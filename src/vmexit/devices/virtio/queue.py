@@ -21,12 +21,14 @@ from vmexit.core.errors import GuestAddressError, VmexitError
 from vmexit.core.memory import GuestMemory
 from vmexit.core.rate import Limit
 from vmexit.core.saved import Saved
+from vmexit.core.words import words
 from vmexit.devices.virtio.flow import Flow
 
 _DESC = struct.Struct("<QIHH")  # address, length, flags, next
 _U16 = struct.Struct("<H")
 _USED = struct.Struct("<II")  # head of the chain, bytes written
 _RING = 4  # offset of the entries in either ring: behind flags and index
+_INDEX = 1  # the word of the index there
 
 # A driver makes no chain longer than the queue (2.7.5.3.1); an indirect table may have more room.
 MOST_SEGMENTS = 1024
@@ -148,6 +150,7 @@ class Queue:
         self._avail = view(self.driver, _RING + 2 * size + event)
         self._used = view(self.device, _RING + 8 * size + event, write=True)
         self._memory.exposed.add(self.device, len(self._used))
+        self._used_words = words(self._used)
         self.ready = True
 
     def disable(self) -> None:
@@ -214,7 +217,7 @@ class Queue:
             if not self._event_idx:
                 return None
             # Say from where on a notification is wanted, and look again.
-            _U16.pack_into(self._used, _RING + 8 * self.size, index)
+            self._used_words[_RING // 2 + 4 * self.size] = index
             with self._fence:
                 pass
             index = self._avail_index()
@@ -284,7 +287,7 @@ class Queue:
             # Buffers may name the same memory many times, and have more than there is.
             _USED.pack_into(self._used, at, chain.head, min(written, _MASK32))
             self._next_used = self._next_used + 1 & _MASK16
-        _U16.pack_into(self._used, 2, self._next_used)
+        self._used_words[_INDEX] = self._next_used
 
     @staticmethod
     def _count_flows(chain: Chain, written: int, from_guest: Flow, to_guest: Flow) -> None:
