@@ -28,6 +28,7 @@ KB100 = 100_000
 @contextlib.contextmanager
 def boot(*options: str, append: str = "quiet"):
     initrd = initrd_with(FLAVOUR, "virtio_console")
+    options = ("--timeout", str(250 * SLOW), *options)
     with Guest(debian_kernel(FLAVOUR), initrd, append, *options, accel=ACCEL) as guest:
         guest.log = guest.boot()
         yield guest
@@ -112,11 +113,12 @@ def test_a_shell_and_a_paste_of_100_kb_at_a_socket(tmp_path):
         shell(guest, "/dev/hvc0")
         end.send(b"echo $((6*7))-here\n")
         end.expect(b"42-here")
-        lines = b"".join(b"%07d\n" % n for n in range(KB100 // 8))
+        count = KB100 // 8 // SLOW  # each byte of the echo is a request, of 10 ms in the lab
+        lines = b"".join(b"%07d\n" % n for n in range(count))
         end.send(b"echo $((6*7))-ready; cat >/tmp/pasted\n")
         end.expect(b"42-ready")
         end.send(lines + b"\x04sha256sum </tmp/pasted\n")
-        assert end.expect(sha256(lines).encode()).count(b"\n") >= KB100 // 8
+        assert end.expect(sha256(lines).encode()).count(b"\n") >= count
         end.send(b"exit\n")
         start(guest, "sleep 1000 <>/dev/hvc0")
         guest.run("stty -F /dev/hvc0 raw -echo")
@@ -251,4 +253,5 @@ def test_standard_input_and_output_as_the_only_console():
     with boot("--console", "stdio", append="quiet console=hvc0") as guest:
         assert guest.run("cat /sys/class/tty/console/active").endswith("hvc0")
         assert guest.run("tty") == "/dev/hvc0"
-        assert guest.run("seq 20000").split() == [str(n + 1) for n in range(20_000)]
+        count = 20_000 // SLOW  # two requests for each line
+        assert guest.run(f"seq {count}").split() == [str(n + 1) for n in range(count)]
