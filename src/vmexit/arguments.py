@@ -345,6 +345,10 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--vsock, and those below",
     )  # fmt: skip
     run.add_argument(
+        "--catch-up", action="store_true",
+        help="with --restore: the time since the snapshot has passed for the guest, too",
+    )  # fmt: skip
+    run.add_argument(
         "--symbols", metavar="F",
         help="names for addresses in the report of a crash: from an ELF file, a System.map, or a "
         "Linux kernel, which carries its own (default: from a --kernel that is an ELF file)",

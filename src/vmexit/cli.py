@@ -185,6 +185,8 @@ def _config(arguments: argparse.Namespace) -> "MachineConfig":
     from vmexit.arch.x86.layout import FLAT_ENTRY, FLAT_LOAD_ADDRESS
     from vmexit.machine.config import MachineConfig, parse_size
 
+    if arguments.catch_up:
+        raise ConfigError("--catch-up is about a snapshot; give one with --restore DIR")
     if arguments.image is None and arguments.firmware is None and arguments.kernel is None:
         raise ConfigError(
             "nothing to run; give an IMAGE, --kernel F or --firmware F, or --restore DIR"

@@ -40,4 +40,5 @@ def restore(arguments: argparse.Namespace, observer: ExitObserver | None) -> "Ma
             shares=arguments.share or None,
             vsock=arguments.vsock,
             observer=observer,
+            catch_up=arguments.catch_up,
         )

@@ -129,3 +129,26 @@ def test_the_time_in_between_has_not_passed(accel):
         if accel == "kvm" and PVM:
             pytest.skip("kvm_pvm shows its guests the host's counter")
         assert abs(tsc(vm, end) - tsc(vm, begin)) < NEAR * frequency * 1000
+
+
+def test_a_clone_may_catch_up_with_the_time(accel):
+    with Machine("4M", accel, machine="microvm", serial="null") as vm:
+        frequency = khz(vm)
+        with vm.snapshot() as snap:
+            begin = take(vm._parts)
+            time.sleep(SLOW)
+            with snap.clone() as late, snap.clone(catch_up=True) as twin:
+                then, now = take(late._parts), take(twin._parts)
+                passed = time.time() - snap.taken
+
+        def between(name: str) -> float:
+            return (now.devices["acpi-pm"][name] - then.devices["acpi-pm"][name]) / PM_HZ
+
+        assert passed > SLOW
+        assert abs(between("elapsed") - passed) < NEAR
+        if accel == "kvm":
+            assert abs((now.vm["clock"] - then.vm["clock"]) / 1e9 - passed) < NEAR
+            if PVM:
+                pytest.skip("kvm_pvm shows its guests the host's counter")
+        assert abs((tsc(twin, now) - tsc(late, then)) / (frequency * 1000) - passed) < NEAR
+        assert tsc(vm, begin) > 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -557,6 +558,28 @@ def test_the_command_goes_on_from_a_folder(accel, tmp_path):
     other = "kvm" if accel == "soft" else "soft"
     done = vmexit("run", "--restore", tmp_path / "snap", "--accel", other)
     assert_one_line(done, 2, f"is of a machine on {accel}; use --accel {accel}")
+
+
+# 16-bit: mov edx, 0x608 (ACPI's timer); in eax, dx; out 0x10, eax; mov al, 0; out 0xf4, al
+READS_TIME = bytes.fromhex("66ba08060000 66ed 66e710 b000 e6f4")
+
+
+def test_the_command_can_catch_up_with_the_time(tmp_path):
+    with Machine("2M", "soft", machine="microvm", serial="null") as vm:
+        vm.load_bytes(READS_TIME, at=0x1000)
+        with vm.snapshot() as snap:
+            snap.save(tmp_path / "snap")
+    time.sleep(0.5)
+    values = []
+    for options in ([], ["--catch-up"]):
+        trace = tmp_path / "trace"
+        done = vmexit("run", "--restore", tmp_path / "snap", *options, "--trace", trace)
+        assert done.status == 1
+        found = map(json.loads, trace.read_text().splitlines())
+        (data,) = (one["data"] for one in found if one.get("port") == 0x10)
+        values.append(int.from_bytes(bytes.fromhex(data), "little"))
+    assert values[1] - values[0] > 0.4 * 3_579_545
+    assert_one_line(vmexit("run", "--catch-up", HELLO), 2, "give one with --restore DIR")
 
 
 def test_an_observer_sees_what_a_clone_does(accel):

@@ -225,8 +225,8 @@ class Vm(Protocol):
         """Each vCPU as after power-on. Raises HostError."""
         ...
 
-    def moment(self) -> int:
-        """Now, as `state()` and `restore()` want it told."""
+    def moment(self, ago: int = 0) -> int:
+        """So many nanoseconds ago, as `state()` and `restore()` want it told."""
         ...
 
     def state(self, moment: int) -> State:

@@ -68,13 +68,14 @@ class EventLoop:
         return time.monotonic_ns() if stands_at is None else stands_at
 
     @contextmanager
-    def standing(self) -> Iterator[None]:
+    def standing(self, ago: int = 0) -> Iterator[None]:
         """The clock stands still within, and no timer is due; it jumps to the time that it is then.
 
-        So all that is read from it, and all that is set by it, is of one moment.
+        So all that is read from it, and all that is set by it, is of one moment: that so many
+        nanoseconds `ago`.
         """
         with self._lock:
-            self._stands_at = time.monotonic_ns()
+            self._stands_at = time.monotonic_ns() - ago
         try:
             yield
         finally:

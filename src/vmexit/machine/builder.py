@@ -73,8 +73,8 @@ class Parts(NamedTuple):
     """What is written to disks with snapshot=on, by the name of the disk."""
     require_fit: Callable[[Mapping[str, State]], None]
     """Raises ConfigError if these are states of devices with something else behind them."""
-    standing: Callable[[], AbstractContextManager[None]]
-    """Within it the clock of the devices stands still."""
+    standing: Callable[[int], AbstractContextManager[None]]
+    """Within it the clock of the devices stands still, so many nanoseconds ago."""
     closer: ExitStack
 
 

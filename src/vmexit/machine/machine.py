@@ -153,16 +153,21 @@ class Machine(Inspection):
 
     @classmethod
     def from_snapshot(
-        cls, snapshot: "Snapshot", config: MachineConfig, observer: ExitObserver | None = None
+        cls,
+        snapshot: "Snapshot",
+        config: MachineConfig,
+        observer: ExitObserver | None = None,
+        ago: int = 0,
     ) -> "Machine":
         """A machine as `config` describes it, where `snapshot` is; see `Snapshot.clone()`.
 
+        For the guest that was so many nanoseconds `ago`.
         Raises ConfigError if the two do not fit together, and what the constructor raises.
         """
         machine = cls.__new__(cls)
         machine._build(config, observer, snapshot.devices)
         try:
-            machine._take_over(snapshot)
+            machine._take_over(snapshot, ago)
         except BaseException:
             machine.close()
             raise
@@ -516,9 +521,9 @@ class Machine(Inspection):
         require_own_disks(self.config)
         self._life.reset(lambda: self._take_over(snapshot))
 
-    def _take_over(self, snapshot: "Snapshot") -> None:
+    def _take_over(self, snapshot: "Snapshot", ago: int = 0) -> None:
         snapshot.require_such(self._parts)
-        self._go_back(lambda: snapshot.put_into(self._parts))
+        self._go_back(lambda: snapshot.put_into(self._parts, ago))
         loads, self._start = snapshot.loaded
         self._loads, self._loaded = loads.copy(), True
 

@@ -67,18 +67,18 @@ def check(parts: Parts, state: MachineState) -> None:
         raise ConfigError("the firmware has changed since the snapshot; use the file as it was")
 
 
-def put(parts: Parts, state: MachineState) -> None:
+def put(parts: Parts, state: MachineState, ago: int = 0) -> None:
     """Have the machine, which does not run and whose memory is set, go on from there.
 
-    `check()` comes first. Raises ConfigError for what is no state of such a machine; it is of no
-    use then.
+    It was there so many nanoseconds `ago`: so much time has passed for the guest. `check()` comes
+    first. Raises ConfigError for what is no state of such a machine; it is of no use then.
     """
     # The interrupt controllers first: what devices do to them next, they have done before. The
     # local APICs of KVM are the vCPUs', and get what the I/O APIC has for them once more.
     names = sorted(parts.devices, key=lambda name: name != _IRQCHIP)
     # Clocks that a guest can compare have to go on from one moment, or it trusts none of them.
     with ExitStack() as stack:
-        moment = _stand(parts, stack)
+        moment = _stand(parts, stack, ago)
         if _IRQCHIP in parts.devices:
             _restore(parts, state, names.pop(0))
         for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
@@ -88,18 +88,18 @@ def put(parts: Parts, state: MachineState) -> None:
             _restore(parts, state, name)
 
 
-def _stand(parts: Parts, stack: ExitStack) -> int:
-    """Stop the clocks until `stack` is closed; when that was, as the VM tells it."""
+def _stand(parts: Parts, stack: ExitStack, ago: int = 0) -> int:
+    """Have the clocks stand, so many ns ago, until `stack` is closed; when, as the VM tells it."""
     for _ in range(_TRIES):
         begin = time.monotonic_ns()
-        stack.enter_context(parts.standing())
-        moment = parts.vm.moment()
+        stack.enter_context(parts.standing(ago))
+        moment = parts.vm.moment(ago)
         if time.monotonic_ns() - begin < _SOON:
             break
         stack.close()  # another thread came between: once more
     else:
-        stack.enter_context(parts.standing())
-        moment = parts.vm.moment()
+        stack.enter_context(parts.standing(ago))
+        moment = parts.vm.moment(ago)
     return moment
 
 

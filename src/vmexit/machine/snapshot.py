@@ -99,9 +99,12 @@ class Snapshot:
         shares: Sequence[str] | None = None,
         vsock: str | None = None,
         observer: ExitObserver | None = None,
+        catch_up: bool = False,
     ) -> "Machine":
         """A new machine, paused where that one was; memory is shared until one of them writes.
 
+        With `catch_up` the time since the snapshot was made has passed for the guest, too: its
+        clocks show the time, and timers that would have been due are. Without, it has not.
         Its serial port and consoles lead nowhere unless told. The rest is as for `Machine`, and as
         it was by default; what the guest would have to itself wants another end here. Callbacks of
         `on_pio` and `on_mmio` are not part of a snapshot. Raises ConfigError for a disk that the
@@ -122,7 +125,8 @@ class Snapshot:
             shares=shares,
             vsock=vsock,
         )
-        return Machine.from_snapshot(self, config, observer)
+        ago = max(0, int((time.time() - self.taken) * 1e9)) if catch_up else 0
+        return Machine.from_snapshot(self, config, observer, ago)
 
     def require_such(self, parts: Parts) -> None:
         """Raises ConfigError unless a machine of these parts could go on from here."""
@@ -134,8 +138,8 @@ class Snapshot:
                     f"the snapshot has what the guest had written to {name}; use snapshot=on for it"
                 )
 
-    def put_into(self, parts: Parts) -> None:
-        """Have a machine of such parts, which does not run, go on from here.
+    def put_into(self, parts: Parts, ago: int = 0) -> None:
+        """Have a machine of such parts, which does not run, go on from here, or so many ns later.
 
         Raises ConfigError, HostError; the machine is half of another one then.
         """
@@ -145,7 +149,7 @@ class Snapshot:
                 overlay.restore(self._contents.disks[name])
             else:
                 overlay.forget()
-        put(parts, self._contents.state)
+        put(parts, self._contents.state, ago)
 
     @property
     def devices(self) -> Sequence[str]:

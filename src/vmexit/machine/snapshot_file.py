@@ -38,6 +38,7 @@ _MAGIC, _VERSION = "vmexit snapshot", 2
 _STATE, _MEMORY, _LOADED = "state.json", "memory", "loaded"
 _MOST_TEXT = 256 << 20  # bytes of state.json
 _MOST_DISK = 1 << 50
+_LATEST = 1 << 33  # seconds since 1970: two centuries
 _PIECE = 1 << 20
 _BASE64 = "base64"
 
@@ -276,8 +277,8 @@ def _unpack(data: dict[str, object], folder: Path, path: str, stack: ExitStack) 
             raise ValueError(name)
         disks[name] = _disk(folder / f"{name}.written", _dict(found), path, stack)
     taken = data["taken"]
-    if not isinstance(taken, int | float):
-        raise TypeError(taken)
+    if not isinstance(taken, int | float) or not 0 <= taken < _LATEST:
+        raise ValueError(taken)
     return Contents(
         config,
         state,

@@ -285,8 +285,8 @@ class KvmVm:
             self._access = StateAccess(self._system, lapic=self._irqchip is not None)
         return self._access
 
-    def moment(self) -> int:
-        return time.monotonic_ns()
+    def moment(self, ago: int = 0) -> int:
+        return time.monotonic_ns() - ago
 
     def state(self, moment: int) -> State:
         from vmexit.accel.kvm.time import save

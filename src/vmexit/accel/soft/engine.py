@@ -153,9 +153,10 @@ class SoftVm:
         for vcpu in self._vcpus:
             vcpu.power_on()
 
-    def moment(self) -> int:
+    def moment(self, ago: int = 0) -> int:
         """The time stamp counter of the host."""
-        return self._processor.host_tsc
+        ticks = ago * self._processor.host_khz // 1_000_000 if ago else 0
+        return self._processor.host_tsc - ticks
 
     def state(self, moment: int) -> State:
         """The TSC of each vCPU, and their frequency."""

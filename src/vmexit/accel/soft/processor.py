@@ -553,6 +553,11 @@ class Processor:
         self._cpuid.known_khz = value
 
     @property
+    def host_khz(self) -> int:
+        """The frequency of that of the host."""
+        return self._cpuid.tsc_khz()
+
+    @property
     def host_tsc(self) -> int:
         """The time stamp counter of the host, as it is now."""
         return self._state.tsc(self._library) - self.tsc_offset & 0xFFFF_FFFF_FFFF_FFFF
