@@ -274,6 +274,65 @@ def test_what_a_program_has_loaded_may_be_large(tmp_path):
         assert twin.memory.read(0x100000, len(data)) == data
 
 
+@pytest.fixture
+def chain(tmp_path):
+    """Three in a row, the memory of each, and how much its folder takes."""
+    memories, sizes = [], []
+    with Machine("64M", "soft") as vm:
+        vm.load_bytes(COUNTER, at=0x1000)
+        vm.memory.write(16 << 20, os.urandom(8 << 20))
+        vm.memory.write(32 << 20, b"goes away" * 1000)
+        for number in range(3):
+            vm.memory.write((17 << 20) + number * 8192, b"of this one")
+            if number == 1:
+                vm.memory.write(32 << 20, bytes(9000))
+            parent = tmp_path / f"snap{number - 1}" if number else None
+            with vm.snapshot() as snap:
+                snap.save(tmp_path / f"snap{number}", parent=parent)
+            memories.append(vm.memory.read(0, 64 << 20))
+            sizes.append((tmp_path / f"snap{number}/memory").stat().st_blocks * 512)
+    return tmp_path, memories, sizes
+
+
+def test_a_child_has_what_has_changed_only(chain, tmp_path):
+    folder, memories, sizes = chain
+    assert sizes[0] >= 8 << 20 and max(sizes[1:]) <= 64 << 10
+    (tmp_path / "elsewhere").mkdir()
+    for number, memory in enumerate(memories):
+        (folder / f"snap{number}").rename(tmp_path / f"elsewhere/snap{number}")
+        with Snapshot.load(tmp_path / f"elsewhere/snap{number}") as snap, snap.clone() as twin:
+            assert twin.memory.read(0, 64 << 20) == memory
+            twin.on_pio(0x10, write=lambda access: None)
+            assert twin.run(TIMEOUT).reason is StopReason.HALT
+
+
+def test_a_child_without_its_parent_is_refused(chain, tmp_path):
+    folder, _, _ = chain
+    (folder / "snap0").rename(folder / "gone")
+    with pytest.raises(ConfigError, match=r"snap1.* needs its parent .*snap0.*No such file"):
+        Snapshot.load(folder / "snap2")
+    with Machine("64M", "soft") as vm, vm.snapshot() as snap:
+        snap.save(folder / "snap0")
+        with pytest.raises(ConfigError, match=r"snap0.* is not the parent that .*snap1"):
+            Snapshot.load(folder / "snap1")
+    with Machine("32M", "soft") as vm, vm.snapshot() as snap:
+        with pytest.raises(ConfigError, match="use a parent of the same machine"):
+            snap.save(folder / "other", parent=folder / "gone")
+        with pytest.raises(ConfigError, match="cannot be read as a snapshot"):
+            snap.save(folder / "other", parent=folder / "nothing")
+    assert not (folder / "other").exists()
+
+
+def test_a_snapshot_that_is_its_own_parent_ends(saved, tmp_path):
+    folder = forged(saved, tmp_path / "snap", parent={"path": "snap", "sha256": "0" * 64})
+    with pytest.raises(ConfigError, match="is not the parent that"):
+        Snapshot.load(folder)
+    for parent in (5, {}, {"path": 5, "sha256": ""}, {"path": "a\0", "sha256": ""}):
+        folder = forged(saved, tmp_path / f"snap{len(list(tmp_path.iterdir()))}", parent=parent)
+        with pytest.raises(ConfigError):
+            Snapshot.load(folder)
+
+
 def test_what_is_there_already_is_left_alone(accel, tmp_path):
     (tmp_path / "there").mkdir()
     with stopped_at(accel, 100) as vm, vm.snapshot() as snap:

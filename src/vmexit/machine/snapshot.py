@@ -156,16 +156,25 @@ class Snapshot:
         """The names of those whose state it has."""
         return list(self._contents.state.devices)
 
-    def save(self, path: str | os.PathLike[str], progress: Progress = _tell_nobody) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        progress: Progress = _tell_nobody,
+        *,
+        parent: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Write all of it into a new folder at `path`, which appears whole or not at all.
 
+        With `parent`, another such folder, only those pages of memory that differ from its: to
+        load this one takes both, with the same way from one to the other.
         `progress(done, total)` is told in bytes. Raises ConfigError if something is there already,
         HostError if it cannot be written, VmexitErrors of `progress`; nothing is left then.
         """
         from vmexit.machine.snapshot_file import write
 
         self._require_open()
-        write(os.fspath(path), self._contents, progress)
+        below = None if parent is None else os.fspath(parent)
+        write(os.fspath(path), self._contents, progress, below)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Snapshot":

@@ -4,6 +4,8 @@
   object. Bytes are `{"base64": …}`, a tuple is a list.
 - `memory`, and `NAME.written` for a disk with snapshot=on: the bytes at their places, holes for
   zeros. The object lists the stretches that count: offset, size, CRC-32.
+- with a parent, another such folder, `memory` has only the pages that differ from its: the object
+  says where the parent is, seen from the folder around, and the SHA-256 in its `state.json`.
 - `loaded`: what a program had put into memory, one piece behind the other. The object has their
   GPAs, sizes, CRC-32.
 
@@ -17,16 +19,17 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from vmexit.arch.x86.layout import ram_ranges
 from vmexit.core.bus import State
 from vmexit.core.disk_image import DiskImage
 from vmexit.core.errors import ConfigError, HostError, VmexitError, quoted, shown
 from vmexit.core.memory import MEMFD_FLAGS, PAGE_SIZE, set_size, write_at
-from vmexit.core.memory_image import MemoryImage, stretches
+from vmexit.core.memory_image import MemoryImage, merged, stretches
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.drive import Drive
 from vmexit.machine.loaded import Loaded, Start
@@ -38,6 +41,7 @@ _MAGIC, _VERSION = "vmexit snapshot", 2
 _STATE, _MEMORY, _LOADED = "state.json", "memory", "loaded"
 _MOST_TEXT = 256 << 20  # bytes of state.json
 _MOST_DISK = 1 << 50
+_MOST_PARENTS = 256
 _LATEST = 1 << 33  # seconds since 1970: two centuries
 _PIECE = 1 << 20
 _BASE64 = "base64"
@@ -55,24 +59,26 @@ def require_new(path: str) -> None:
         raise ConfigError(f"{shown(path)} exists already; use another path, or remove it")
 
 
-def write(path: str, contents: Contents, progress: Progress) -> None:
+def write(path: str, contents: Contents, progress: Progress, parent: str | None = None) -> None:
     """See `Snapshot.save()`.
 
     Each file is on the disk before `state.json` is, which has their checksums, and all of it
     before the folder gets its name: neither a kill nor a loss of power leaves half of one there.
     """
-    parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - the path stays as it is
+    around, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - the path stays as it is
     require_new(path)
     try:
-        made = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-        try:
-            _write_into(Path(made), contents, _telling(contents, progress))
-            _sync(made)
-            os.rename(made, path)  # noqa: PTH104
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            raise
-        _sync(parent)
+        with ExitStack() as stack:
+            below = None if parent is None else _Below.read(parent, around, contents, stack)
+            made = tempfile.mkdtemp(prefix=f".{name}.", dir=around)
+            try:
+                _write_into(Path(made), contents, _telling(contents, progress), below)
+                _sync(made)
+                os.rename(made, path)  # noqa: PTH104
+            except BaseException:
+                shutil.rmtree(made, ignore_errors=True)
+                raise
+        _sync(around)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "a path has no NUL in it"
         raise HostError(f"cannot write {shown(path)}: {why}; use another path") from error
@@ -94,7 +100,32 @@ def _telling(contents: Contents, progress: Progress) -> _Tell:
     return tell
 
 
-def _write_into(folder: Path, contents: Contents, tell: _Tell) -> None:
+class _Below(NamedTuple):
+    """The parent of a snapshot that is about to be written."""
+
+    path: str
+    sha256: str
+    fd: int
+    """What its memory holds."""
+
+    @classmethod
+    def read(cls, path: str, around: str, contents: Contents, stack: ExitStack) -> "_Below":
+        """Raises ConfigError, if it is that of a machine with other memory, too."""
+        below = read(path)
+        memory = below.memory
+        stack.callback(memory.close)
+        for disk in below.disks.values():
+            stack.callback(disk.close)
+        sha256 = _head(path)["sha256"]
+        if memory.ranges != contents.memory.ranges:
+            raise ConfigError(
+                f"{shown(path)} is of a machine with {memory.size} bytes of memory, and this one "
+                f"has {contents.memory.size}; use a parent of the same machine"
+            )
+        return cls(os.path.relpath(path, around), _text(sha256), memory.fd)
+
+
+def _write_into(folder: Path, contents: Contents, tell: _Tell, below: _Below | None) -> None:
     state, config = contents.state, contents.config._asdict()
     for key, value in config.items():
         if isinstance(value, os.PathLike):
@@ -104,7 +135,10 @@ def _write_into(folder: Path, contents: Contents, tell: _Tell) -> None:
     data = {
         "config": config,
         **state._asdict(),
-        "memory": _write_sparse(folder / _MEMORY, contents.memory.fd, contents.memory.size, tell),
+        "parent": None if below is None else {"path": below.path, "sha256": below.sha256},
+        "memory": _write_sparse(
+            folder / _MEMORY, contents.memory.fd, contents.memory.size, tell, below
+        ),
         "disks": {
             name: {
                 "size": os.fstat(disk.fd).st_size,
@@ -138,12 +172,21 @@ def _plain(value: object) -> object:
     raise ConfigError(f"{quoted(value)} cannot be saved; use a text, a number or bytes")
 
 
-def _write_sparse(path: Path, source: int, size: int, tell: _Tell) -> list[Stretch]:
+def _write_sparse(
+    path: Path, source: int, size: int, tell: _Tell, below: _Below | None = None
+) -> list[Stretch]:
     found = []
     with open(path, "xb") as file:
         os.truncate(file.fileno(), size)
-        for at, data in _pieces(source, size):
-            for start, written in _not_zeros(data):
+        if below is None:
+            pieces = _pieces(stretches(source, 0, size))
+        else:  # what is zeros now and was not is written, too
+            both = [*stretches(source, 0, size), *stretches(below.fd, 0, size)]
+            pieces = _pieces(merged(both))
+        for at, length in pieces:
+            data = os.pread(source, length, at)
+            zeros = bytes(length) if below is None else os.pread(below.fd, length, at)
+            for start, written in _unlike(data, zeros):
                 write_at(file.fileno(), written, at + start)
                 found.append((at + start, len(written), zlib.crc32(written)))
             tell(len(data))
@@ -160,18 +203,20 @@ def _write_pieces(path: Path, pieces: list[tuple[int, bytes]]) -> list[Stretch]:
     return [(gpa, len(data), zlib.crc32(data)) for gpa, data in pieces]
 
 
-def _pieces(fd: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """What of a file may be no zeros, so much at a time."""
-    for first, end in stretches(fd, 0, size):
+def _pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Offset and size of parts of these, from first to end each, of so much at a time."""
+    for first, end in ranges:
         for at in range(first, end, _PIECE):
-            yield at, os.pread(fd, min(_PIECE, end - at), at)
+            yield at, min(_PIECE, end - at)
 
 
-def _not_zeros(data: bytes) -> Iterator[tuple[int, memoryview]]:
-    """The stretches of pages that are not zeros, and where in `data` they begin."""
-    zeros, view, start = bytes(PAGE_SIZE), memoryview(data), 0
+def _unlike(data: bytes, other: bytes) -> Iterator[tuple[int, memoryview]]:
+    """The stretches of pages that are not as in `other`, and where in `data` they begin."""
+    view, start = memoryview(data), 0
+    if data == other:
+        return
     for page in range(0, len(data), PAGE_SIZE):
-        if data[page : page + PAGE_SIZE] == zeros[: len(data) - page]:
+        if data[page : page + PAGE_SIZE] == other[page : page + PAGE_SIZE]:
             if start < page:
                 yield start, view[start:page]
             start = page + PAGE_SIZE
@@ -192,14 +237,7 @@ def _sync(folder: str) -> None:
 
 def read(path: str) -> Contents:
     """See `Snapshot.load()`."""
-    folder = Path(path)
-    try:
-        data = _read_state(folder, path)
-    except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or f"its {_STATE} is damaged"
-        raise ConfigError(
-            f"{shown(path)} cannot be read as a snapshot: {why}; give a folder that was saved"
-        ) from error
+    folder, data = Path(path), _state_of(path)
     with ExitStack() as stack:
         try:
             contents = _unpack(data, folder, path, stack)
@@ -215,11 +253,28 @@ def read(path: str) -> Contents:
     return contents
 
 
+def _state_of(path: str) -> dict[str, object]:
+    """Raises ConfigError for what is no snapshot, and a damaged one."""
+    try:
+        return _read_state(Path(path), path)
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or f"its {_STATE} is damaged"
+        raise ConfigError(
+            f"{shown(path)} cannot be read as a snapshot: {why}; give a folder that was saved"
+        ) from error
+
+
 def _damaged(path: str, what: str) -> ConfigError:
     return ConfigError(
         f"the snapshot {shown(path)} is damaged: {what} is not what was written; "
         "use another copy of it"
     )
+
+
+def _head(path: str) -> dict[str, object]:
+    """The first line of a state that is sound."""
+    with open(Path(path) / _STATE, "rb") as file:
+        return _dict(json.loads(file.readline(1024)))
 
 
 def _read_state(folder: Path, path: str) -> dict[str, object]:
@@ -269,7 +324,7 @@ def _unpack(data: dict[str, object], folder: Path, path: str, stack: ExitStack) 
     fd = _memfd(sum(size for _, size in ranges))
     memory = MemoryImage(fd, ranges)
     stack.callback(memory.close)
-    _read_sparse(folder / _MEMORY, fd, memory.size, _list(data["memory"]), path)
+    _fill(fd, memory.size, data, path)
     memory.seal()
     disks = {}
     for name, found in _dict(data["disks"]).items():
@@ -287,6 +342,34 @@ def _unpack(data: dict[str, object], folder: Path, path: str, stack: ExitStack) 
         _loaded(folder / _LOADED, path, _dict(data["loaded"]), config.memory),
         float(taken),
     )
+
+
+def _fill(fd: int, size: int, data: dict[str, object], path: str) -> None:
+    """Give `fd` what the snapshot's memory holds: its parents' first, then what it has itself."""
+    chain = [(path, data)]
+    while (parent := chain[-1][1].get("parent")) is not None:
+        child = chain[-1][0]
+        if len(chain) > _MOST_PARENTS:
+            raise ConfigError(
+                f"{shown(path)} has more than {_MOST_PARENTS} parents; use another copy of it"
+            )
+        around = os.path.dirname(os.path.abspath(child))  # noqa: PTH100, PTH120
+        below = os.path.join(around, _text(_dict(parent)["path"]))  # noqa: PTH118
+        try:
+            found = _state_of(below)
+            same = _head(below).get("sha256") == _dict(parent)["sha256"]
+        except ConfigError as error:
+            raise ConfigError(
+                f"the snapshot {shown(child)} needs its parent {shown(below)}, and {error}"
+            ) from error
+        if not same:
+            raise ConfigError(
+                f"{shown(below)} is not the parent that {shown(child)} was saved with; put that "
+                "one there"
+            )
+        chain.append((below, found))
+    for at, its in reversed(chain):
+        _read_sparse(Path(at) / _MEMORY, fd, size, _list(its["memory"]), at)
 
 
 def _config(fields: dict[str, object]) -> MachineConfig:
