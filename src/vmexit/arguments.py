@@ -280,7 +280,8 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     run.add_argument(
         "--device", metavar="NAME", action="append", default=[],
         help="one more device: pvpanic, by which a guest tells that it panics: the run ends with "
-        "status 3 (Linux: module pvpanic_mmio); testdev, which test suites for KVM look for",
+        "status 3 (Linux: module pvpanic_mmio); vmgenid, which tells it that it is a copy, when it "
+        "goes on from a snapshot; testdev, which test suites for KVM look for",
     )  # fmt: skip
     run.add_argument(
         "--drive", metavar="file=P", action="append", default=[],

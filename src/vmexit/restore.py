@@ -32,7 +32,7 @@ def restore(arguments: argparse.Namespace, observer: ExitObserver | None) -> "Ma
                 f"the snapshot {shown(arguments.restore)} is of a machine on {snapshot.accel}; "
                 f"use --accel {snapshot.accel}"
             )
-        return snapshot.clone(
+        vm = snapshot.clone(
             serial=arguments.serial,
             consoles=arguments.console or None,
             drives=arguments.drive or None,
@@ -42,3 +42,6 @@ def restore(arguments: argparse.Namespace, observer: ExitObserver | None) -> "Ma
             observer=observer,
             catch_up=arguments.catch_up,
         )
+        if "vmgenid" in vm.config.devices:  # there may be any number of it
+            vm.renew_generation()
+        return vm

@@ -40,3 +40,18 @@ def test_commands_on_a_machine_and_its_clones(where):
             assert vm.shell("cat /tmp/a", SECONDS) == "before"
         vm.console.send("poweroff -f\n")
         assert vm.run(SECONDS).reason is StopReason.POWEROFF
+
+
+def test_a_copy_renews_its_entropy_when_it_is_told():
+    with Machine(
+        "256M", ACCEL, kernel=debian_kernel("amd64"), initrd=initrd_with("amd64"),
+        append="console=ttyS0 quiet", serial="null", devices=("vmgenid",),
+    ) as vm:  # fmt: skip
+        vm.console.expect("/root # ", SECONDS)
+        fork = "dmesg | grep -c 'virtual machine fork' || true"
+        assert vm.shell("ls /sys/bus/acpi/drivers/vmgenid | grep -c VMXT", SECONDS) == "1"
+        with vm.snapshot() as snap, snap.clone() as twin:
+            assert twin.shell(fork, SECONDS) == "0"
+            twin.renew_generation()
+            assert twin.shell(fork, SECONDS) == "1"
+            assert twin.shell("dmesg | grep 'virtual machine fork'", SECONDS).endswith("fork")

@@ -74,6 +74,7 @@ class Board:
         self.console_where: list[str] = []
         self.overlays: dict[str, Overlay] = {}
         self.power_button: Callable[[], None] | None = None
+        self.renew_generation: Callable[[], None] | None = None
         self._when_running: list[Callable[[bool], None]] = []
 
     def running(self, runs: bool) -> None:
@@ -225,6 +226,15 @@ class Board:
         off = self._stop(StopReason.POWEROFF, "the guest tells that it has shut down")
         device = PvPanic(panicked, lambda: self._tell(EventKind.CRASH_KERNEL), off)
         self._port("pvpanic", layout.PVPANIC_PORT, 1, device, "pvpanic")
+
+    def attach_vmgenid(self, chip: IrqChip) -> None:
+        """What tells a guest that it is a copy."""
+        from vmexit.devices.vmgenid import SIZE, VmGenId
+
+        device = VmGenId(IrqLine(chip, layout.VMGENID_GSI))
+        self._mmio.attach(layout.VMGENID, SIZE, device, name="vmgenid")
+        self.devices["vmgenid"] = device
+        self.renew_generation = device.renew
 
     def attach_testdev(self, chip: IrqChip | None) -> None:
         """What kvm-unit-tests have for a counterpart."""

@@ -60,6 +60,7 @@ class Parts(NamedTuple):
     reset: Callable[[], None]
     """Puts all of it back to the beginning, while no vCPU runs; raises what `build()` raises."""
     power_button: Callable[[], None] | None
+    renew_generation: Callable[[], None] | None
     linked: Sequence[Linked]
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
@@ -214,6 +215,9 @@ def build(
             board.attach_testdev(engine.chip)
         if "pvpanic" in config.devices:
             board.attach_pvpanic()
+        if "vmgenid" in config.devices:
+            assert engine.chip is not None  # see MachineConfig
+            board.attach_vmgenid(engine.chip)
         if contents is not None:
             board.attach_fw_cfg(memory, contents)
         stack.callback(loop.close)  # again, and now before what it watches
@@ -241,6 +245,7 @@ def build(
             board.serial_where,
             reset,
             board.power_button,
+            board.renew_generation,
             entry.linked if entry is not None else (),
             board.running,
             board.undriven,
@@ -328,6 +333,8 @@ def _acpi(config: MachineConfig, at: int) -> bytes:
     devices = acpi.virtio_mmio(config.virtio_devices)
     if "pvpanic" in config.devices:
         devices += acpi.pvpanic()
+    if "vmgenid" in config.devices:
+        devices += acpi.vmgenid()
     return acpi.build(config.smp, at, devices)
 
 

@@ -21,7 +21,7 @@ ACCELERATORS = ("auto", "kvm", "soft")
 MACHINES = ("bare", "microvm")
 PROTOCOLS = ("auto", "pvh", "elf", "64", "32", "16")
 
-DEVICES = ("testdev", "pvpanic")
+DEVICES = ("testdev", "pvpanic", "vmgenid")
 
 MAX_CPUS = 64
 
@@ -140,6 +140,8 @@ class MachineConfig(_Options):
                 raise ConfigError(f"there is no device {quoted(name)}; use {' or '.join(DEVICES)}")
             if self.devices.count(name) > 1:
                 raise ConfigError(f"--device {name} is given twice; one is all there can be")
+        if "vmgenid" in self.devices and self.machine == "bare":
+            raise ConfigError("the bare machine has no interrupts for vmgenid; use microvm")
         self._check_virtio()
         self._check_start()
         if not 1 <= self.smp <= MAX_CPUS:

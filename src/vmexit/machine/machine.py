@@ -98,8 +98,8 @@ class Machine(Inspection):
         (`auto`, `pvh`, `elf`, `64`, `32`, `16`), on `machine` `microvm`: a PC without PCI, with
         `smp` vCPUs. The other machine is `bare`, which has no interrupts. `cpu` is `host`, all that
         the accelerator has, with features left out: `host,-avx`. `devices` are more of them, by
-        name: `testdev`, the test device of QEMU that test suites for KVM look for, and `pvpanic`,
-        by which a guest tells that it panics.
+        name: `testdev`, the test device of QEMU that test suites for KVM look for, `pvpanic`, by
+        which a guest tells that it panics, and `vmgenid`, which tells it that it is a copy.
         `drives` are disks, `file=PATH[,readonly=on][,serial=S]`, `nets` network interfaces,
         `user[,hostfwd=tcp:127.0.0.1:8080-:80]` or `tap=NAME`, and `rng` is a source of entropy.
         `balloon` is how much memory to take back from the guest at first, None for no balloon.
@@ -534,6 +534,19 @@ class Machine(Inspection):
             raise ConfigError("this machine has no power button; use --machine microvm")
         self._parts.power_button()
         self._life.subscribers.tell(EventKind.POWERDOWN)
+
+    def renew_generation(self) -> None:
+        """Tell the guest that it is a copy, by another generation ID: it renews its entropy.
+
+        Raises ConfigError for a machine without the device: `devices=("vmgenid",)`.
+        """
+        self._require_open()
+        if self._parts.renew_generation is None:
+            raise ConfigError(
+                "this machine has no generation ID; make it with --device vmgenid, and --machine "
+                "microvm"
+            )
+        self._parts.renew_generation()
 
     def inject_nmi(self) -> None:
         """A non-maskable interrupt for each vCPU, as QEMU's `nmi` does. Raises ConfigError."""

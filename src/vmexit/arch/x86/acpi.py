@@ -25,6 +25,8 @@ from vmexit.arch.x86.layout import (
     SCI_IRQ,
     SLEEP_TYPE_S5,
     VIRTIO_MMIO_SIZE,
+    VMGENID,
+    VMGENID_GSI,
     virtio_place,
 )
 from vmexit.core.errors import ConfigError
@@ -127,6 +129,27 @@ def pvpanic() -> bytes:
         aml.method("RDPT", 0, aml.returns("PEPT")),
         aml.method("WRPT", 1, aml.store_argument(0, "PEPT")),
         aml.name("_STA", aml.integer(0x0F)),
+    )
+
+
+def vmgenid() -> bytes:
+    r"""AML of the generation ID, and of the device whose interrupt says that it has changed.
+
+    Linux's driver knows the compatible IDs; `ADDR` is where it is, 0x80 that it is another one.
+    """
+    where = aml.package(aml.integer(VMGENID & 0xFFFF_FFFF), aml.integer(VMGENID >> 32))
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("VMXT0001")),
+        aml.name("_CID", aml.package(aml.string("VM_Gen_Counter"), aml.string("VMGENCTR"))),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", where),
+    ) + aml.device(
+        "GED",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", aml.resource_template(aml.extended_irq(VMGENID_GSI, level=False))),
+        aml.method("_EVT", 1, aml.notify("\\_SB.VGEN", 0x80)),
     )
 
 

@@ -14,7 +14,7 @@ _NAME, _SCOPE, _BUFFER, _PACKAGE = b"\x08", b"\x10", b"\x11", b"\x12"
 _DEVICE = b"\x5b\x82"
 _DUAL_NAME, _MULTI_NAME = b"\x2e", b"\x2f"
 _REGION, _FIELD = b"\x5b\x80", b"\x5b\x81"
-_METHOD, _STORE, _RETURN = b"\x14", b"\x70", b"\xa4"
+_METHOD, _STORE, _NOTIFY, _RETURN = b"\x14", b"\x70", b"\x86", b"\xa4"
 _ARGUMENT_0, _SERIALIZED = 0x68, 1 << 3
 _SYSTEM_IO, _BYTE_ACCESS = b"\x01", b"\x01"
 
@@ -107,6 +107,11 @@ def method(path: str, arguments: int, *terms: bytes) -> bytes:
     """Method (path, arguments, Serialized) { terms }."""
     flags = bytes((arguments | _SERIALIZED,))
     return _METHOD + _with_length(name_string(path) + flags + b"".join(terms))
+
+
+def notify(path: str, value: int) -> bytes:
+    """Notify (path, value)."""
+    return _NOTIFY + name_string(path) + integer(value)
 
 
 def returns(path: str) -> bytes:

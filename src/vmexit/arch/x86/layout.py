@@ -120,6 +120,8 @@ TESTDEV_MEMORY = 0xFF00_0000
 # ISA ones that nothing else has, which work without the I/O APIC, too, then its own.
 VIRTIO_MMIO, VIRTIO_MMIO_SIZE = 0xFEB0_0000, 0x1000
 VIRTIO_GSIS = (5, 6, 7, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23)
+# The generation ID, in a page behind those of virtio; its interrupt is that of COM2, which is not.
+VMGENID, VMGENID_GSI = 0xFEB1_0000, 3
 # What another process is told to find its rings at: no memory is there, nor can be.
 VHOST_RINGS = PHYSICAL_END
 # PM1a event and control block and PM timer as one device.
