@@ -135,7 +135,6 @@ def test_a_clone_may_catch_up_with_the_time(accel):
     with Machine("4M", accel, machine="microvm", serial="null") as vm:
         frequency = khz(vm)
         with vm.snapshot() as snap:
-            begin = take(vm._parts)
             time.sleep(SLOW)
             with snap.clone() as late, snap.clone(catch_up=True) as twin:
                 then, now = take(late._parts), take(twin._parts)
@@ -144,11 +143,13 @@ def test_a_clone_may_catch_up_with_the_time(accel):
         def between(name: str) -> float:
             return (now.devices["acpi-pm"][name] - then.devices["acpi-pm"][name]) / PM_HZ
 
-        assert passed > SLOW
-        assert abs(between("elapsed") - passed) < NEAR
+        def right(seconds: float) -> bool:
+            """The other one's clocks have gone on only since it was made."""
+            return SLOW - NEAR < seconds < passed + NEAR
+
+        assert right(between("elapsed"))
         if accel == "kvm":
-            assert abs((now.vm["clock"] - then.vm["clock"]) / 1e9 - passed) < NEAR
+            assert right((now.vm["clock"] - then.vm["clock"]) / 1e9)
             if PVM:
                 pytest.skip("kvm_pvm shows its guests the host's counter")
-        assert abs((tsc(twin, now) - tsc(late, then)) / (frequency * 1000) - passed) < NEAR
-        assert tsc(vm, begin) > 0
+        assert right((tsc(twin, now) - tsc(late, then)) / (frequency * 1000))
