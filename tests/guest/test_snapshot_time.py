@@ -125,10 +125,10 @@ def test_the_time_in_between_has_not_passed(accel):
             vm.reset_to(snap)
             end = take(vm._parts)
         for name in ("clock",) if accel == "kvm" else ():
-            assert 0 <= end.vm[name] - begin.vm[name] + NEAR * 1e9 < SLOW * 1e9
+            assert abs(end.vm[name] - begin.vm[name]) < SLOW / 2 * 1e9
         if accel == "kvm" and PVM:
             pytest.skip("kvm_pvm shows its guests the host's counter")
-        assert abs(tsc(vm, end) - tsc(vm, begin)) < NEAR * frequency * 1000
+        assert abs(tsc(vm, end) - tsc(vm, begin)) < SLOW / 2 * frequency * 1000
 
 
 def test_a_clone_may_catch_up_with_the_time(accel):
