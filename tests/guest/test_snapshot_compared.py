@@ -12,6 +12,7 @@ from kernels import debian_kernel, initrd_with
 
 from guests import COUNT_AT, COUNTED, DELIVERY, ENDLESS, FOLDER, GUESTS
 from vmexit import Machine, Stop, StopReason
+from vmexit.accel.kvm import msrs
 from vmexit.core.bus import State
 from vmexit.machine.machine_state import take
 from vmexit.machine.snapshot import Snapshot
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 TIMEOUT = 60
 XMM = slice(160, 416)  # in an FXSAVE image, XMM0 to XMM15 (SDM vol. 1, table 10-2)
 INTERRUPTS = 1 << 9  # RFLAGS.IF
-TSC = "0x10"
+TSC = 0x10
 # struct kvm_pit_channel_state (<linux/kvm.h>) has three of these; the last eight bytes of each are
 # when its counter was loaded, on the host's clock.
 PIT_CHANNEL, PIT_LOADED = 24, 16
@@ -55,8 +56,10 @@ def timeless(state: State) -> State:
         if "cpu" in vcpu:
             del vcpu["cpu"]["tsc"]  # the software CPU's: the host's, but for an offset
         else:
+            vcpu["msrs"] = msrs.unpack(vcpu["msrs"])
             del vcpu["msrs"][TSC]  # the processor's
-    state["vm"].pop("clock", None)  # KVM's paravirtual clock (KVM_GET_CLOCK)
+    for name in ("clock", "tsc", "deadlines"):  # KVM's paravirtual clock (KVM_GET_CLOCK); as above
+        state["vm"].pop(name, None)
     devices = state["devices"]
     if "acpi-pm" in devices:
         del devices["acpi-pm"]["elapsed"]  # the power management timer: nanoseconds
