@@ -90,17 +90,15 @@ def put(parts: Parts, state: MachineState, ago: int = 0) -> None:
 
 def _stand(parts: Parts, stack: ExitStack, ago: int = 0) -> int:
     """Have the clocks stand, so many ns ago, until `stack` is closed; when, as the VM tells it."""
-    for _ in range(_TRIES):
+    tries = 0
+    while True:
         begin = time.monotonic_ns()
         stack.enter_context(parts.standing(ago))
         moment = parts.vm.moment(ago)
-        if time.monotonic_ns() - begin < _SOON:
-            break
+        tries += 1
+        if time.monotonic_ns() - begin < _SOON or tries > _TRIES:
+            return moment
         stack.close()  # another thread came between: once more
-    else:
-        stack.enter_context(parts.standing(ago))
-        moment = parts.vm.moment(ago)
-    return moment
 
 
 def _restore(parts: Parts, state: MachineState, name: str) -> None:

@@ -25,13 +25,12 @@ def unpack(entries: bytes | bytearray) -> dict[int, int]:
     return {index: value for index, _, value in _ENTRY.iter_unpack(entries)}
 
 
-def request(indices: Iterable[int]) -> bytes:
-    """A `struct kvm_msrs` that asks for these, with KVM_GET_MSRS."""
-    entries = pack(dict.fromkeys(indices, 0))
-    return _HEAD.pack(len(entries) // ENTRY_SIZE, 0) + entries
+def request(entries: bytes) -> bytearray:
+    """A `struct kvm_msrs` with these, for either ioctl."""
+    return bytearray(_HEAD.pack(len(entries) // ENTRY_SIZE, 0) + entries)
 
 
-def answer(buffer: bytes | bytearray) -> dict[int, int]:
+def answer(buffer: bytearray) -> dict[int, int]:
     """What such a structure holds."""
     return unpack(buffer[_HEAD.size :])
 
@@ -40,9 +39,10 @@ def get(vcpu: int, indices: Iterable[int]) -> dict[int, int]:
     """Those that KVM can read of the vCPU with this descriptor."""
     todo, values = list(indices), dict[int, int]()
     while todo:
-        found, done = _ask(vcpu, pack(dict.fromkeys(todo[:_MOST], 0)))
+        now = todo[:_MOST]
+        found, done = _ask(vcpu, pack(dict.fromkeys(now, 0)))
         values |= unpack(found[: done * ENTRY_SIZE])
-        todo = todo[done + (done < min(len(todo), _MOST)) :]
+        todo = todo[done + (done < len(now)) :]  # behind the one that it cannot
     return values
 
 
@@ -51,21 +51,17 @@ def put(vcpu: int, values: Mapping[int, int]) -> list[int]:
     todo, refused = list(values.items()), []
     while todo:
         now = todo[:_MOST]
-        buffer = bytearray(_HEAD.pack(len(now), 0) + pack(dict(now)))
-        done = ioctl(vcpu, KVM_SET_MSRS, buffer, True)
-        if done < len(now):
-            refused.append(todo[done][0])
-            done += 1
-        todo = todo[done:]
+        done = ioctl(vcpu, KVM_SET_MSRS, request(pack(dict(now))), True)
+        refused += [index for index, _ in now[done : done + 1]]
+        todo = todo[done + (done < len(now)) :]
     return refused
 
 
 def unlike(vcpu: int, entries: bytes) -> dict[int, int]:
     """Those in `entries` that have another value now, or none: as they are there."""
-    if len(entries) > _MOST * ENTRY_SIZE:
-        parts = _MOST * ENTRY_SIZE
-        first = unlike(vcpu, entries[:parts])
-        return first | unlike(vcpu, entries[parts:])
+    most = _MOST * ENTRY_SIZE
+    if len(entries) > most:
+        return unlike(vcpu, entries[:most]) | unlike(vcpu, entries[most:])
     found, done = _ask(vcpu, entries)
     if done * ENTRY_SIZE < len(entries):
         wanted = unpack(entries)
@@ -81,6 +77,6 @@ def unlike(vcpu: int, entries: bytes) -> dict[int, int]:
 
 def _ask(vcpu: int, entries: bytes) -> tuple[bytes, int]:
     """`entries` with the values of so many of them."""
-    buffer = bytearray(_HEAD.pack(len(entries) // ENTRY_SIZE, 0) + entries)
+    buffer = request(entries)
     done = ioctl(vcpu, KVM_GET_MSRS, buffer, True)
     return bytes(buffer[_HEAD.size :]), done

@@ -56,57 +56,67 @@ def _at_once(fd: int, request: int, prepare: Callable[[int], bytearray]) -> tupl
     return buffer, (before + after) // 2
 
 
-def save(system: System, vm: int, vcpus: Sequence[KvmVcpu], moment: int) -> State:
-    """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
-    clock: int | None = None
-    if system.check_extension(KVM_CAP_ADJUST_CLOCK):
-        buffer, now = _at_once(vm, KVM_GET_CLOCK, lambda now: bytearray(_CLOCK_SIZE))
-        clock = max(kvm_clock_data.from_buffer(buffer).clock - (now - moment), 0)
-    tsc: list[int] | None = None
-    if _has_offset(vcpus):
-        then = _host_tsc(vcpus[0], moment)
-        tsc = [_offset(vcpu) + then & _WORD for vcpu in vcpus]
-    wanted = [vcpu.msrs_that_exist((_IA32_TSC_DEADLINE,)) for vcpu in vcpus]
-    deadlines = [found.get(_IA32_TSC_DEADLINE, 0) for found in wanted]
-    return {"version": _VERSION, "clock": clock, "tsc": tsc, "deadlines": deadlines}
+class VmTime:
+    """What this KVM can tell of it is found out once."""
 
+    def __init__(self, system: System, vm: int, vcpus: Sequence[KvmVcpu]) -> None:
+        """`vm` is the descriptor; `vcpus` are all that there will be."""
+        self._vm = vm
+        self._vcpus = vcpus
+        self._has_clock = bool(system.check_extension(KVM_CAP_ADJUST_CLOCK))
+        self._has_offset = _has_offset(vcpus[0])
 
-def load(system: System, vm: int, vcpus: Sequence[KvmVcpu], state: State, moment: int) -> None:
-    """They go on from there: the time from the saving until `moment` has not passed.
+    def save(self, moment: int) -> State:
+        """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
+        clock: int | None = None
+        if self._has_clock:
+            buffer, now = _at_once(self._vm, KVM_GET_CLOCK, lambda now: bytearray(_CLOCK_SIZE))
+            clock = max(kvm_clock_data.from_buffer(buffer).clock - (now - moment), 0)
+        tsc: list[int] | None = None
+        if self._has_offset:
+            then = _host_tsc(self._vcpus[0], moment)
+            tsc = [_offset(vcpu) + then & _WORD for vcpu in self._vcpus]
+        wanted = [vcpu.msrs_that_exist((_IA32_TSC_DEADLINE,)) for vcpu in self._vcpus]
+        deadlines = [found.get(_IA32_TSC_DEADLINE, 0) for found in wanted]
+        return {"version": _VERSION, "clock": clock, "tsc": tsc, "deadlines": deadlines}
 
-    The TSCs of vCPUs stay as far apart as they were. Raises ConfigError.
-    """
-    saved = Saved(state, "a VM of KVM", _VERSION)
-    clock = saved.optional("clock", _WORD >> 1)
-    tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, len(vcpus))
-    deadlines = saved.numbers("deadlines", _WORD, len(vcpus))
-    if tsc is not None and _has_offset(vcpus):
-        then = _host_tsc(vcpus[0], moment)
-        for vcpu, value, deadline in zip(vcpus, tsc, deadlines, strict=True):
-            _set_offset(vcpu, value - then & _WORD)
-            if deadline:  # it was armed by another counter
-                vcpu.set_msrs({_IA32_TSC_DEADLINE: deadline})
-    if clock is not None and system.check_extension(KVM_CAP_ADJUST_CLOCK):
-        then = clock
-        _at_once(
-            vm,
-            KVM_SET_CLOCK,
-            lambda now: bytearray(bytes(kvm_clock_data(clock=then + now - moment))),
-        )
+    def load(self, state: State, moment: int) -> None:
+        """They go on from there: the time from the saving until `moment` has not passed.
+
+        The TSCs of vCPUs stay as far apart as they were. Raises ConfigError.
+        """
+        vcpus = self._vcpus
+        saved = Saved(state, "a VM of KVM", _VERSION)
+        clock = saved.optional("clock", _WORD >> 1)
+        tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, len(vcpus))
+        deadlines = saved.numbers("deadlines", _WORD, len(vcpus))
+        if tsc is not None and self._has_offset:
+            then = _host_tsc(vcpus[0], moment)
+            for vcpu, value, deadline in zip(vcpus, tsc, deadlines, strict=True):
+                _set_offset(vcpu, value - then & _WORD)
+                if deadline:  # it was armed by another counter
+                    vcpu.set_msrs({_IA32_TSC_DEADLINE: deadline})
+        if clock is not None and self._has_clock:
+            begin = clock - moment
+            _at_once(
+                self._vm,
+                KVM_SET_CLOCK,
+                lambda now: bytearray(bytes(kvm_clock_data(clock=begin + now))),
+            )
 
 
 def _host_tsc(vcpu: KvmVcpu, moment: int) -> int:
     """The host's counter at `moment`, at the rate of the guest's."""
-    request = msrs.request((_IA32_TSC,))
-    buffer, now = _at_once(vcpu.fd, KVM_GET_MSRS, lambda now: bytearray(request))
+    asked = msrs.pack({_IA32_TSC: 0})
+    buffer, now = _at_once(vcpu.fd, KVM_GET_MSRS, lambda now: msrs.request(asked))
     tsc = msrs.answer(buffer)[_IA32_TSC]
     return tsc - _offset(vcpu) - (now - moment) * vcpu.tsc_khz() // 1_000_000 & _WORD
 
 
-def _has_offset(vcpus: Sequence[KvmVcpu]) -> bool:
+def _has_offset(vcpu: KvmVcpu) -> bool:
     """Whether this KVM can tell the offset (Documentation/virt/kvm/devices/vcpu.rst, 4)."""
     try:
-        _attribute(vcpus[0], KVM_HAS_DEVICE_ATTR, 0)
+        _attribute(vcpu, KVM_HAS_DEVICE_ATTR, 0)
     except OSError:
         return False
     return True

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vmexit.accel.kvm.irqchip import KvmIrqChip
     from vmexit.accel.kvm.state import StateAccess
     from vmexit.accel.kvm.system import System
+    from vmexit.accel.kvm.time import VmTime
     from vmexit.arch.x86.cpuid import Table
 
 _CPUID_ENTRIES = 256
@@ -66,6 +67,7 @@ class KvmVm:
         self._irqchip: KvmIrqChip | None = None
         self._debugger: KvmDebugger | None = None
         self._access: StateAccess | None = None
+        self._time: VmTime | None = None
         self._system = system
         self._memory = memory
         self._pio = pio
@@ -289,14 +291,17 @@ class KvmVm:
         return time.monotonic_ns() - ago
 
     def state(self, moment: int) -> State:
-        from vmexit.accel.kvm.time import save
-
-        return save(self._system, self.fd, self._vcpus, moment)
+        return self._vm_time().save(moment)
 
     def restore(self, state: State, moment: int) -> None:
-        from vmexit.accel.kvm.time import load
+        self._vm_time().load(state, moment)
 
-        load(self._system, self.fd, self._vcpus, state, moment)
+    def _vm_time(self) -> "VmTime":
+        if self._time is None:
+            from vmexit.accel.kvm.time import VmTime
+
+            self._time = VmTime(self._system, self.fd, self._vcpus)
+        return self._time
 
     @property
     def debugger(self) -> "KvmDebugger":
