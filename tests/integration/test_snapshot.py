@@ -306,6 +306,18 @@ def test_a_child_has_what_has_changed_only(chain, tmp_path):
             assert twin.run(TIMEOUT).reason is StopReason.HALT
 
 
+def test_progress_with_a_parent_ends_with_all_of_it(chain):
+    """What only the parent has is to be written, too, as zeros."""
+    folder, _, _ = chain
+    told = []
+    with Machine("64M", "soft") as vm, vm.snapshot() as snap:
+        snap.save(folder / "zeros", lambda *now: told.append(now), parent=folder / "snap2")
+    done, total = told[-1]
+    assert done == total >= 8 << 20
+    with Snapshot.load(folder / "zeros") as snap, snap.clone() as twin:
+        assert not any(twin.memory.read(0, 64 << 20))
+
+
 def test_a_child_without_its_parent_is_refused(chain, tmp_path):
     folder, _, _ = chain
     (folder / "snap0").rename(folder / "gone")

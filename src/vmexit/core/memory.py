@@ -11,19 +11,25 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
 from vmexit.core.errors import ConfigError, GuestAddressError, HostError
 from vmexit.core.holes import punch_hole
-from vmexit.core.memory_image import MemoryImage, merged, private_stretches, stretches
+from vmexit.core.memory_image import (
+    MemoryImage,
+    in_pieces,
+    merged,
+    private_stretches,
+    stretches,
+    unlike,
+)
 from vmexit.core.remap import map_over, reserve, zeros_over
 from vmexit.core.written import WrittenPages
 
 PAGE_SIZE = 4096
 _LARGE = 1 << 20  # bytes
-_ZEROS = bytes(PAGE_SIZE)
 
 _U16, _U32, _U64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
 
@@ -212,9 +218,10 @@ class GuestMemory:
         try:
             set_size(fd, sum(region.size for region, _ in self.shared()))
             for region, offset in self.shared():
-                for first, end in self.in_use(region):
-                    for start, stop in _not_zeros(region.view, first, end):
-                        write_at(fd, region.view[start:stop], offset + start)
+                for first, end in in_pieces(self.in_use(region)):
+                    data = bytes(region.view[first:end])
+                    for start, stop in unlike(data, bytes(len(data))):
+                        write_at(fd, memoryview(data)[start:stop], offset + first + start)
         except BaseException:
             os.close(fd)
             raise
@@ -402,18 +409,6 @@ class GuestMemory:
                 continue
         self._maps.clear()
         os.close(self.fd)
-
-
-def _not_zeros(view: memoryview, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """First and end of each run of pages in this part that are not all zeros."""
-    start = first
-    for at in range(first, end, PAGE_SIZE):
-        if view[at : at + PAGE_SIZE] == _ZEROS:
-            if start < at:
-                yield start, at
-            start = at + PAGE_SIZE
-    if start < end:
-        yield start, end
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:

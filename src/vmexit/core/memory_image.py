@@ -5,7 +5,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,8 @@ _THERE, _SWAPPED, _FILE = 0x80, 0x40, 0x20
 _IS_PRIVATE = bytes(bool(b & (_THERE | _SWAPPED)) and not b & _FILE for b in range(256))
 _ENTRY = 8
 _LEAST_HOLE, _MOST_PARTS = 1 << 20, 64
+PIECE = 1 << 20
+"""Bytes that are compared at a time."""
 
 
 def stretches(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -68,6 +70,30 @@ def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             result.append((first, end))
     return result
+
+
+def in_pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """First and end of parts of these, of at most PIECE bytes."""
+    for first, end in ranges:
+        for at in range(first, end, PIECE):
+            yield at, min(at + PIECE, end)
+
+
+def unlike(data: bytes, other: bytes) -> Iterator[tuple[int, int]]:
+    """First and end of each run of pages in which two pieces of one size differ.
+
+    Of bytes, not of views, which Python compares one by one.
+    """
+    if data == other:
+        return
+    start = 0
+    for page in range(0, len(data), _PAGE_SIZE):
+        if data[page : page + _PAGE_SIZE] == other[page : page + _PAGE_SIZE]:
+            if start < page:
+                yield start, page
+            start = page + _PAGE_SIZE
+    if start < len(data):
+        yield start, len(data)
 
 
 def _parts(data: list[tuple[int, int]]) -> list[tuple[int, int]]:

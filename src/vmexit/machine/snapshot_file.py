@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +28,8 @@ from vmexit.arch.x86.layout import ram_ranges
 from vmexit.core.bus import State
 from vmexit.core.disk_image import DiskImage
 from vmexit.core.errors import ConfigError, HostError, VmexitError, quoted, shown
-from vmexit.core.memory import MEMFD_FLAGS, PAGE_SIZE, set_size, write_at
-from vmexit.core.memory_image import MemoryImage, merged, stretches
+from vmexit.core.memory import MEMFD_FLAGS, set_size, write_at
+from vmexit.core.memory_image import PIECE, MemoryImage, in_pieces, merged, stretches, unlike
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.drive import Drive
 from vmexit.machine.loaded import Loaded, Start
@@ -43,7 +43,6 @@ _MOST_TEXT = 256 << 20  # bytes of state.json
 _MOST_DISK = 1 << 50
 _MOST_PARENTS = 256
 _LATEST = 1 << 33  # seconds since 1970: two centuries
-_PIECE = 1 << 20
 _BASE64 = "base64"
 
 Stretch = tuple[int, int, int]  # offset, size, CRC-32
@@ -72,7 +71,7 @@ def write(path: str, contents: Contents, progress: Progress, parent: str | None 
             below = None if parent is None else _Below.read(parent, around, contents, stack)
             made = tempfile.mkdtemp(prefix=f".{name}.", dir=around)
             try:
-                _write_into(Path(made), contents, _telling(contents, progress), below)
+                _write_into(Path(made), contents, _telling(contents, below, progress), below)
                 _sync(made)
                 os.rename(made, path)  # noqa: PTH104
             except BaseException:
@@ -84,11 +83,12 @@ def write(path: str, contents: Contents, progress: Progress, parent: str | None 
         raise HostError(f"cannot write {shown(path)}: {why}; use another path") from error
 
 
-def _telling(contents: Contents, progress: Progress) -> _Tell:
+def _telling(contents: Contents, below: "_Below | None", progress: Progress) -> _Tell:
     """What adds up for `progress`, which is told at once that nothing is done yet."""
-    sizes = [(contents.memory.fd, contents.memory.size)]
-    sizes += [(disk.fd, os.fstat(disk.fd).st_size) for disk in contents.disks.values()]
-    total = sum(end - first for fd, size in sizes for first, end in stretches(fd, 0, size))
+    ranges = _to_write(contents.memory.fd, contents.memory.size, below)
+    for disk in contents.disks.values():
+        ranges += _to_write(disk.fd, os.fstat(disk.fd).st_size)
+    total = sum(end - first for first, end in ranges)
     done = 0
 
     def tell(more: int) -> None:
@@ -111,18 +111,18 @@ class _Below(NamedTuple):
     @classmethod
     def read(cls, path: str, around: str, contents: Contents, stack: ExitStack) -> "_Below":
         """Raises ConfigError, if it is that of a machine with other memory, too."""
-        below = read(path)
+        state = _state_of(path)
+        below = _contents(state, path)
         memory = below.memory
         stack.callback(memory.close)
         for disk in below.disks.values():
             stack.callback(disk.close)
-        sha256 = _head(path)["sha256"]
         if memory.ranges != contents.memory.ranges:
             raise ConfigError(
                 f"{shown(path)} is of a machine with {memory.size} bytes of memory, and this one "
                 f"has {contents.memory.size}; use a parent of the same machine"
             )
-        return cls(os.path.relpath(path, around), _text(sha256), memory.fd)
+        return cls(os.path.relpath(path, around), state.sha256, memory.fd)
 
 
 def _write_into(folder: Path, contents: Contents, tell: _Tell, below: _Below | None) -> None:
@@ -178,18 +178,15 @@ def _write_sparse(
     found = []
     with open(path, "xb") as file:
         os.truncate(file.fileno(), size)
-        if below is None:
-            pieces = _pieces(stretches(source, 0, size))
-        else:  # what is zeros now and was not is written, too
-            both = [*stretches(source, 0, size), *stretches(below.fd, 0, size)]
-            pieces = _pieces(merged(both))
-        for at, length in pieces:
-            data = os.pread(source, length, at)
-            zeros = bytes(length) if below is None else os.pread(below.fd, length, at)
-            for start, written in _unlike(data, zeros):
-                write_at(file.fileno(), written, at + start)
-                found.append((at + start, len(written), zlib.crc32(written)))
-            tell(len(data))
+        for first, end in in_pieces(_to_write(source, size, below)):
+            length = end - first
+            data = os.pread(source, length, first)
+            other = bytes(length) if below is None else os.pread(below.fd, length, first)
+            for start, stop in unlike(data, other):
+                written = memoryview(data)[start:stop]
+                write_at(file.fileno(), written, first + start)
+                found.append((first + start, len(written), zlib.crc32(written)))
+            tell(length)
         os.fsync(file.fileno())
     return found
 
@@ -203,25 +200,10 @@ def _write_pieces(path: Path, pieces: list[tuple[int, bytes]]) -> list[Stretch]:
     return [(gpa, len(data), zlib.crc32(data)) for gpa, data in pieces]
 
 
-def _pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Offset and size of parts of these, from first to end each, of so much at a time."""
-    for first, end in ranges:
-        for at in range(first, end, _PIECE):
-            yield at, min(_PIECE, end - at)
-
-
-def _unlike(data: bytes, other: bytes) -> Iterator[tuple[int, memoryview]]:
-    """The stretches of pages that are not as in `other`, and where in `data` they begin."""
-    view, start = memoryview(data), 0
-    if data == other:
-        return
-    for page in range(0, len(data), PAGE_SIZE):
-        if data[page : page + PAGE_SIZE] == other[page : page + PAGE_SIZE]:
-            if start < page:
-                yield start, view[start:page]
-            start = page + PAGE_SIZE
-    if start < len(data):
-        yield start, view[start:]
+def _to_write(fd: int, size: int, below: _Below | None = None) -> list[tuple[int, int]]:
+    """What of a file may not be as below; as zeros, if there is nothing below."""
+    found = list(stretches(fd, 0, size))
+    return found if below is None else merged([*found, *stretches(below.fd, 0, size)])
 
 
 def _sync(folder: str) -> None:
@@ -235,12 +217,22 @@ def _sync(folder: str) -> None:
 # Reading.
 
 
+class _State(NamedTuple):
+    """What `state.json` holds, and the digest of that."""
+
+    data: dict[str, object]
+    sha256: str
+
+
 def read(path: str) -> Contents:
     """See `Snapshot.load()`."""
-    folder, data = Path(path), _state_of(path)
+    return _contents(_state_of(path), path)
+
+
+def _contents(state: _State, path: str) -> Contents:
     with ExitStack() as stack:
         try:
-            contents = _unpack(data, folder, path, stack)
+            contents = _unpack(state.data, Path(path), path, stack)
         except VmexitError:
             raise
         except OSError as error:
@@ -253,7 +245,7 @@ def read(path: str) -> Contents:
     return contents
 
 
-def _state_of(path: str) -> dict[str, object]:
+def _state_of(path: str) -> _State:
     """Raises ConfigError for what is no snapshot, and a damaged one."""
     try:
         return _read_state(Path(path), path)
@@ -271,13 +263,7 @@ def _damaged(path: str, what: str) -> ConfigError:
     )
 
 
-def _head(path: str) -> dict[str, object]:
-    """The first line of a state that is sound."""
-    with open(Path(path) / _STATE, "rb") as file:
-        return _dict(json.loads(file.readline(1024)))
-
-
-def _read_state(folder: Path, path: str) -> dict[str, object]:
+def _read_state(folder: Path, path: str) -> _State:
     fd = os.open(folder / _STATE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no FIFO waits
     with open(fd, "rb") as file:
         head_text, text = file.readline(1024), file.read(_MOST_TEXT + 1)
@@ -295,12 +281,13 @@ def _read_state(folder: Path, path: str) -> dict[str, object]:
             f"the snapshot {shown(path)} was saved by an older vmexit (version {version} of "
             f"{_VERSION}); load it with that one, or save it anew"
         )
-    if version != _VERSION or head.get("sha256") != hashlib.sha256(text).hexdigest():
+    sha256 = hashlib.sha256(text).hexdigest()
+    if version != _VERSION or head.get("sha256") != sha256:
         raise _damaged(path, _STATE)
     data = json.loads(text, object_hook=_bytes)
     if not isinstance(data, dict):
         raise _damaged(path, _STATE)
-    return data
+    return _State(data, sha256)
 
 
 def _bytes(found: dict[str, object]) -> object:
@@ -357,17 +344,16 @@ def _fill(fd: int, size: int, data: dict[str, object], path: str) -> None:
         below = os.path.join(around, _text(_dict(parent)["path"]))  # noqa: PTH118
         try:
             found = _state_of(below)
-            same = _head(below).get("sha256") == _dict(parent)["sha256"]
         except ConfigError as error:
             raise ConfigError(
                 f"the snapshot {shown(child)} needs its parent {shown(below)}, and {error}"
             ) from error
-        if not same:
+        if found.sha256 != _dict(parent)["sha256"]:
             raise ConfigError(
                 f"{shown(below)} is not the parent that {shown(child)} was saved with; put that "
                 "one there"
             )
-        chain.append((below, found))
+        chain.append((below, found.data))
     for at, its in reversed(chain):
         _read_sparse(Path(at) / _MEMORY, fd, size, _list(its["memory"]), at)
 
@@ -442,7 +428,7 @@ def _read_sparse(file: Path, to: int, size: int, found: list[object], path: str)
     try:
         for one in found:
             offset, length, crc = map(_number, _list(one))
-            if not 0 <= offset <= offset + length <= size or not 0 < length <= _PIECE:
+            if not 0 <= offset <= offset + length <= size or not 0 < length <= PIECE:
                 raise ValueError(one)
             data = os.pread(fd, length, offset)
             if len(data) != length or zlib.crc32(data) != crc:
