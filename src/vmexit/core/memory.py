@@ -318,10 +318,14 @@ class GuestMemory:
 
         The guest's page tables show nothing of that, and who has translated its code has to know.
         """
+        self.may_write(ranges)
+        self._tell(ranges, size)
+
+    def may_write(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Tell that views of these ranges are about to be written to, maybe."""
         if self._host_writes is not None:
             for gpa, length in ranges:
                 self._host_writes.add(gpa, length)
-        self._tell(ranges, size)
 
     def _tell(self, ranges: Iterable[tuple[int, int]], size: int) -> None:
         for gpa, length in ranges if self._listeners else ():

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from vmexit.arch.x86.layout import ram_ranges
 from vmexit.core.bus import State
@@ -263,12 +263,29 @@ def _damaged(path: str, what: str) -> ConfigError:
     )
 
 
+def named_digest(folder: str) -> str:
+    """The SHA-256 that a snapshot says to have: by that it is known from others.
+
+    Raises OSError; ValueError, LookupError for what is none.
+    """
+    with _open_state(Path(folder)) as file:
+        return str(_head(file)["sha256"])
+
+
+def _open_state(folder: Path) -> BinaryIO:
+    # No FIFO waits.
+    return open(os.open(folder / _STATE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+
+
+def _head(file: BinaryIO) -> dict[str, object]:
+    head = json.loads(file.readline(1024))
+    return head if isinstance(head, dict) else {}
+
+
 def _read_state(folder: Path, path: str) -> _State:
-    fd = os.open(folder / _STATE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no FIFO waits
-    with open(fd, "rb") as file:
-        head_text, text = file.readline(1024), file.read(_MOST_TEXT + 1)
-    head = json.loads(head_text)
-    if not isinstance(head, dict) or head.get("format") != _MAGIC:
+    with _open_state(folder) as file:
+        head, text = _head(file), file.read(_MOST_TEXT + 1)
+    if head.get("format") != _MAGIC:
         raise ConfigError(f"{shown(path)} is no snapshot of vmexit; give a folder that was saved")
     version = head.get("version")
     if isinstance(version, int) and version > _VERSION:

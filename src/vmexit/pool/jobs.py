@@ -16,7 +16,7 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from vmexit.core.errors import ConfigError, HostError, VmexitError
 from vmexit.pool.processes import NoWorker, Processes
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+Given = TypeVar("Given", contravariant=True)
 
 _GRACE = 10.0  # seconds that a job has for noticing that its machine was stopped
 # So many results per job under way may wait for a slow one before them.
@@ -160,18 +161,17 @@ class _NotSent(Exception):
     """The input cannot be pickled; its cause says why."""
 
 
-class _Crew(Generic[T, R]):
+class _Crew(Protocol[Given, R]):
     """Who does the jobs."""
 
-    def submit(self, value: T) -> "Future[object]":
-        raise NotImplementedError
+    def submit(self, value: Given) -> "Future[object]": ...
 
     def outcome(self, future: "Future[object]") -> Outcome[R]:
         """Of a future that is done; raises what went wrong around the job."""
-        raise NotImplementedError
+        ...
 
 
-class _Own(_Crew[T, R]):
+class _Own(Generic[T, R]):
     def __init__(self, processes: Processes, terms: Terms, job: bytes) -> None:
         self._processes = processes
         self._terms = terms
@@ -190,7 +190,7 @@ class _Own(_Crew[T, R]):
         return cast("Outcome[R]", unpack(mine.result()))
 
 
-class _Foreign(_Crew[T, R]):
+class _Foreign(Generic[T, R]):
     def __init__(self, executor: Executor, terms: Terms, job: "Callable[[Machine, T], R]") -> None:
         self._executor = executor
         self._terms = terms

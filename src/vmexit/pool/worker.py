@@ -3,14 +3,12 @@
 It may be a thread, a process, or another host: nothing here knows who has asked.
 """
 
-import json
 import os
 import pickle
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 from vmexit.core.errors import ConfigError, VmexitError, shown
@@ -25,7 +23,6 @@ R = TypeVar("R")
 _KEPT = 2  # snapshots that a process keeps loaded: each takes its memory
 _AGAIN = 0.05  # seconds until a machine is stopped once more, as its job may have run it again
 _LONGEST = 20_000  # characters of a message or a traceback
-_FIRST_LINE = 4096  # bytes at most of that of state.json
 
 
 class Saved(NamedTuple):
@@ -207,17 +204,16 @@ def forget(saved: Saved) -> None:
 
 def _digest(folder: str) -> str:
     """The digest in the first line of a snapshot's state; it is over what tells of memory, too."""
+    from vmexit.machine.snapshot_file import named_digest
+
     try:
-        with (Path(folder) / "state.json").open("rb") as file:
-            head = json.loads(file.readline(_FIRST_LINE))
-        digest = head["sha256"]
+        return named_digest(folder)
     except OSError as error:
         raise ConfigError(
             f"{shown(folder)} cannot be read as a snapshot: {error.strerror}; "
             "give a folder that was saved, which all workers can read"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError) as error:
         raise ConfigError(
             f"{shown(folder)} is no snapshot; give a folder that was saved"
         ) from error
-    return str(digest)

@@ -268,7 +268,7 @@ class Queue:
                 readable.append(self._view(gpa, size))
                 sources.append((gpa, size))
             if not flags & DESC_F_NEXT:
-                self._memory.host_wrote(ranges, 0)  # from now on maybe, and however it ends
+                self._memory.may_write(ranges)  # however it ends
                 return Chain(head, readable, writable, sources, ranges)
 
     def push(self, chain: Chain, written: int) -> None:
