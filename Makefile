@@ -13,9 +13,12 @@ CONTROL := tests/integration/test_gdb_linux.py::test_from_start_kernel_to_the_sh
   $(addprefix tests/integration/test_linux_qmp.py::test_,it_stands_still_and_goes_on a_reset_boots_again \
   the_power_button_is_a_key_of_the_guest)
 
+FULL := tests/integration/test_linux_share.py::test_a_folder_with_10_000_files \
+  tests/integration/test_debian_root.py tests/integration/test_linux_net.py
+
 SNAPSHOT := $(addprefix tests/integration/test_,snapshot_linux.py linux_shell.py)
 
-.PHONY: help setup demo test test-lab lab-control lab-snapshot lab-virtio \
+.PHONY: help setup demo test test-lab lab-control lab-full lab-snapshot lab-virtio \
   test-long lint format bench bench-lab clean
 .DEFAULT_GOAL := help
 
@@ -67,6 +70,11 @@ lab-snapshot: setup ## Linux goes on from snapshots, there: a quarter of an hour
 lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
 	@tools/test-lab $(BIN)/python -m pytest -m "not soak" --timeout 900 $(VIRTIO)
+
+lab-full: setup  ## the longest of them at their full size, there: two hours
+	@PYTHONPATH=tests $(BIN)/python -c 'from debian_root import debian_root; debian_root()'
+	@$(BIN)/python -m pytest -q --collect-only $(FULL) >/dev/null
+	@VMEXIT_FULL=1 tools/kvm-lab --memory 6144 --timeout 18000 -- $(BIN)/python -m pytest -v -m soak $(FULL) </dev/null
 
 test-long: setup ## the test suite with all repetitions
 	@$(BIN)/python -m pytest $(TESTS)

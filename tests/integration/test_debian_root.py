@@ -10,18 +10,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import SLOW
+from command import FEWER, FULL
 from debian_root import Root, debian_root
 from kernels import debian_kernel, initrd_with
 from linux_guest import ACCEL, Guest
 from test_linux_net import free_port
 from test_linux_virtio import fsck
 
-pytestmark = [pytest.mark.linux, pytest.mark.soak, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.linux, pytest.mark.soak, pytest.mark.timeout(10_000 if FULL else 1800)]
 
 FLAVOUR = "cloud-amd64"
 MIB = 1 << 20
-SECONDS = 900
+SECONDS = 4000 if FULL else 900
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_it_boots_to_the_login(root):
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="no passt; apt-get install passt")
 def test_it_is_reached_by_ssh_with_200_mib_each_way(root, tmp_path):
-    data = os.urandom(MIB) * (200 // SLOW**2)  # ssh in an emulated machine: 200 KB a second
+    data = os.urandom(MIB) * (200 // FEWER)  # ssh in an emulated machine: 200 KB a second
     source, back = tmp_path / "data", tmp_path / "back"
     source.write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()

@@ -10,10 +10,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from command import FULL
 from kernels import debian_kernel, initrd_with
 from linux_guest import ACCEL, Guest
 
-pytestmark = [pytest.mark.linux, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(4000 if FULL else 600)]
 
 MIB = 1 << 20
 SIZES = [10, pytest.param(200, marks=pytest.mark.soak)]
@@ -30,7 +31,7 @@ needs_tap = pytest.mark.skipif(
 def boot(*options: str, prefix: tuple[str, ...] = ()) -> Guest:
     flavour = "cloud-amd64"
     initrd = initrd_with(flavour, "virtio_net")
-    options = ("--timeout", "500", *options)
+    options = ("--timeout", str(500 * (8 if FULL else 1)), *options)
     guest = Guest(debian_kernel(flavour), initrd, "quiet", *options, accel=ACCEL, prefix=prefix)
     guest.boot()
     return guest

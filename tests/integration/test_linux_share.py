@@ -7,11 +7,12 @@ import stat
 from pathlib import Path
 
 import pytest
-from command import SLOW
+from command import FEWER, FULL, SLOW
 from kernels import debian_kernel, initrd_with
 from linux_guest import ACCEL, SECONDS, Guest
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300 * SLOW)]
+LONG = 3600 if FULL else 300 * SLOW
 
 FLAVOUR = "amd64"  # the kernel for clouds has no 9P
 MODULES = ("9p", "9pnet_virtio", "virtiofs")
@@ -157,20 +158,19 @@ def test_a_share_that_is_to_be_read_only(tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600 * SLOW)
+@pytest.mark.timeout(2 * LONG)
 @pytest.mark.parametrize("mount", [f"{P9}cache=none", f"{P9}cache=loose", "-t virtiofs"])
 def test_a_folder_with_10_000_files(tmp_path, mount):
     # To make, read or remove one takes 100 ms in the lab, where the guest does so with fewer.
-    count = 5000 // SLOW**2
+    count = 5000 // FEWER
     lines = "".join(f"{n}\n" for n in range(count))
     for n in range(10_000 - count):
         (tmp_path / f"host{n:04}").write_text(f"{n}\n")
     digest = hashlib.sha256(lines.encode()).hexdigest()
-    limit = 300 * SLOW
-    with boot(share(tmp_path, mount), mount=f"{mount} src /mnt", limit=2 * limit) as guest:
+    with boot(share(tmp_path, mount), mount=f"{mount} src /mnt", limit=2 * LONG) as guest:
 
         def run(command: str) -> str:
-            return guest.run(command, limit)
+            return guest.run(command, LONG)
 
         run(f"for i in $(seq {count}); do echo $i >/mnt/guest$i; done")
         assert run("ls -l /mnt | wc -l") == "10001"
