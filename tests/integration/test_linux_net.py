@@ -17,6 +17,7 @@ from linux_guest import ACCEL, Guest
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(4000 if FULL else 600)]
 
 MIB = 1 << 20
+LIMIT = 3000 if FULL else 400  # seconds for one transfer
 SIZES = [10, pytest.param(200, marks=pytest.mark.soak)]
 
 needs_passt = pytest.mark.skipif(
@@ -82,11 +83,11 @@ def test_user_networking_in_both_directions(mib):
         assert "eth0 has 10.0.2.15" in guest.run("udhcpc -n -q")
         assert "carrier" not in guest.run("cat /sys/class/net/eth0/operstate")
         # The guest reaches the host where its gateway is.
-        got = guest.run(f"nc 10.0.2.2 {sender.port} >/tmp/data; sha256sum </tmp/data", 400)
+        got = guest.run(f"nc 10.0.2.2 {sender.port} >/tmp/data; sha256sum </tmp/data", LIMIT)
         assert got.split()[0] == digest
         # And the host a server of the guest.
         guest.run("httpd -h /tmp")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data", timeout=400) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data", timeout=LIMIT) as answer:
             assert hashlib.sha256(answer.read()).hexdigest() == digest
         guest.power_off()
 
@@ -153,12 +154,12 @@ def test_a_tap_interface_in_both_directions(namespace, tmp_path, mib):
         assert "2 packets received" in guest.run("ping -c 2 10.9.8.1")
         with subprocess.Popen(server, stderr=subprocess.DEVNULL) as web:
             script = "until wget -q -O /tmp/data http://10.9.8.1:8000/data; do sleep 1; done"
-            guest.run(script, 400)
-            assert guest.run("sha256sum </tmp/data", 400).split()[0] == digest
+            guest.run(script, LIMIT)
+            assert guest.run("sha256sum </tmp/data", LIMIT).split()[0] == digest
             web.terminate()
         guest.run("httpd -h /tmp")
         fetch = "import hashlib, urllib.request as r; print(hashlib.sha256(r.urlopen("
-        fetch += "'http://10.9.8.2/data', timeout=400).read()).hexdigest())"
+        fetch += f"'http://10.9.8.2/data', timeout={LIMIT}).read()).hexdigest())"
         done = subprocess.run([*namespace, "python3", "-c", fetch], capture_output=True, text=True)
         assert done.stdout.strip() == digest, done.stderr
         assert not guest.run("dmesg | grep -iE 'bad gso|partial checksum|hw csum failure'")
