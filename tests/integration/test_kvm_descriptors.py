@@ -139,12 +139,31 @@ def test_the_dirty_log_has_a_bit_for_each_page_written(make):
     # mov byte [0x5000], 1; mov byte [0x7000], 1; hlt
     kvm = make(b"\xc6\x06\x00\x50\x01\xc6\x06\x00\x70\x01\xf4")
     region = kvm.memory.regions[0]
-    kvm.vm.map(region, log_dirty=True)
+    kvm.vm.start_dirty_log()
     kvm.vm.dirty_log(region)
     assert kvm.vcpu.run().reason is ExitReason.HALT
     bits = int.from_bytes(kvm.vm.dirty_log(region), "little")
     assert [page for page in range(256) if bits >> page & 1] == [5, 7]
     assert not any(kvm.vm.dirty_log(region))  # reading it clears it
+
+
+def test_the_dirty_log_may_be_read_and_kept(make):
+    # mov byte [0x5000], 1; hlt; mov byte [0x7000], 1; hlt; mov byte [0x5000], 1; hlt
+    writes = [b"\xc6\x06\x00" + page + b"\x01\xf4" for page in (b"\x50", b"\x70", b"\x50")]
+    kvm = make(b"".join(writes))
+    region = kvm.memory.regions[0]
+    kvm.vm.start_dirty_log()
+    kvm.vm.dirty_log(region)
+
+    def written() -> list[int]:
+        assert kvm.vcpu.run().reason is ExitReason.HALT
+        bits = int.from_bytes(kvm.vm.written(region), "little")
+        return [page for page in range(256) if bits >> page & 1]
+
+    assert written() == [5]
+    assert written() == [5, 7]
+    kvm.vm.forget_written(region)
+    assert written() == [5]
 
 
 def test_writes_to_a_read_only_slot_go_to_the_bus(make):

@@ -3,6 +3,7 @@
 from vmexit.abi import kvm_caps as caps
 from vmexit.abi.ioctl import KVMIO, READ, WRITE, encode
 from vmexit.abi.kvm_structs import (
+    kvm_clear_dirty_log,
     kvm_cpuid2,
     kvm_dirty_log,
     kvm_mp_state,
@@ -81,6 +82,7 @@ KVM_SYNC_X86_EVENTS = 1 << 2
 # Memory slots.
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
+KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
 
 # Pending events
 KVM_VCPUEVENT_VALID_NMI_PENDING = 0x1
@@ -136,6 +138,7 @@ KVM_GET_MP_STATE = encode(KVMIO, 0x98, READ, kvm_mp_state)
 KVM_SET_MP_STATE = encode(KVMIO, 0x99, WRITE, kvm_mp_state)
 KVM_GET_VCPU_EVENTS = encode(KVMIO, 0x9F, READ, kvm_vcpu_events)
 KVM_SET_VCPU_EVENTS = encode(KVMIO, 0xA0, WRITE, kvm_vcpu_events)
+KVM_CLEAR_DIRTY_LOG = encode(KVMIO, 0xC0, READ | WRITE, kvm_clear_dirty_log)
 
 # What KVM_CHECK_EXTENSION must report before an ioctl may be used (KVM API 4, "Capability"). An
 # ioctl that is not here has been in KVM from the beginning of this API version.
@@ -144,6 +147,7 @@ REQUIRED_CAPABILITY = {
     KVM_GET_EMULATED_CPUID: caps.KVM_CAP_EXT_EMUL_CPUID,
     KVM_GET_MSR_FEATURE_INDEX_LIST: caps.KVM_CAP_GET_MSR_FEATURES,
     KVM_SET_USER_MEMORY_REGION: caps.KVM_CAP_USER_MEMORY,
+    KVM_CLEAR_DIRTY_LOG: caps.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     KVM_SET_TSS_ADDR: caps.KVM_CAP_SET_TSS_ADDR,
     KVM_SET_IDENTITY_MAP_ADDR: caps.KVM_CAP_SET_IDENTITY_MAP_ADDR,
     KVM_SET_CPUID2: caps.KVM_CAP_EXT_CPUID,

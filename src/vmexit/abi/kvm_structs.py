@@ -26,6 +26,10 @@ class kvm_dirty_log(Structure):
     _fields_ = (("slot", u32), ("padding1", u32), ("dirty_bitmap", u64))
 
 
+class kvm_clear_dirty_log(Structure):
+    _fields_ = (("slot", u32), ("num_pages", u32), ("first_page", u64), ("dirty_bitmap", u64))
+
+
 class kvm_mp_state(Structure):
     _fields_ = (("mp_state", u32),)
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 
 _PAGE_BITS = 12
-_ONES = re.compile(rb"\x01+")
+_SOME, _ONES = re.compile(rb"[^\0]+"), re.compile(rb"\x01+")
 _BITS = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
 
 
@@ -50,13 +50,9 @@ class WrittenPages:
 
 
 def runs(bitmap: bytes | bytearray) -> Iterator[tuple[int, int]]:
-    """First and end of each run of bits that are set in 64-bit words, the lowest bit being 0.
-
-    Runs that go over the end of a word are cut there.
-    """
-    for index, word in enumerate(memoryview(bitmap).cast("Q").tolist()):
-        if word:
-            at = index * 64
-            for run in _ONES.finditer(b"".join([_BITS[b] for b in word.to_bytes(8, "little")])):
-                first, end = run.span()
-                yield at + first, at + end
+    """First and end of each run of bits that are set, the lowest bit of each byte being first."""
+    for some in _SOME.finditer(bitmap):
+        at = some.start() * 8
+        for run in _ONES.finditer(b"".join([_BITS[byte] for byte in some[0]])):
+            first, end = run.span()
+            yield at + first, at + end

@@ -10,6 +10,9 @@ from vmexit.core.written import WrittenPages, runs
 # So many pages may have been copied since the image was mapped, and so many times as many as now:
 # each is one that the machine has for itself, though it is as in the image.
 _MANY, _TIMES = 4096, 4
+# So many times going back leaves what is marked in the log marked, unless it gets to be so many
+# times as many pages, and so many more, as when nothing was.
+_KEEP, _GROWTH, _MORE = 64, 2, 64
 
 
 class DirtyLog(Protocol):
@@ -17,7 +20,9 @@ class DirtyLog(Protocol):
 
     def start_dirty_log(self) -> None: ...
 
-    def dirty_log(self, region: Region) -> bytes: ...
+    def written(self, region: Region) -> bytearray: ...
+
+    def forget_written(self, region: Region) -> None: ...
 
 
 class Rewind:
@@ -26,6 +31,10 @@ class Rewind:
     To map the image anew is always right, but then each page has to be mapped into the guest again,
     too. From the second time on, with a log of what the guest writes, only those pages are copied
     that somebody has written to.
+
+    The log keeps its marks for some time: a guest that is rewound again and again writes to the
+    same pages, and to copy a page once too often is cheaper than to have KVM see the first write to
+    it, a page fault each time.
     """
 
     def __init__(self, memory: GuestMemory, log: DirtyLog | None) -> None:
@@ -36,6 +45,7 @@ class Rewind:
         self._image: MemoryImage | None = None
         self._mapped = 0
         self._by_host = WrittenPages()
+        self._times = self._first = 0  # since the log was empty; what was marked the first time
         self._copied: dict[int, int] = {}  # a bit for each page, by the GPA of the region
 
     def leave_log(self) -> None:
@@ -59,7 +69,9 @@ class Rewind:
             self._copied.clear()
             if log is not None and self._logging:
                 for region, _ in memory.shared():
-                    log.dirty_log(region)
+                    log.written(region)
+                    log.forget_written(region)
+                self._times = 0
         self._image, self._mapped = image, memory.mapped
 
     def _copy(self, image: MemoryImage, log: DirtyLog, by_host: Iterable[WrittenPages]) -> bool:
@@ -67,19 +79,26 @@ class Rewind:
 
         The same ones again are no more.
         """
-        now = 0
+        now = marked = 0
         for region, _ in self._memory.shared():
-            bitmap = _marked(log, region, by_host)
+            bitmap = log.written(region)
+            marked += int.from_bytes(bitmap, "little").bit_count()
+            for pages in by_host:
+                pages.mark(bitmap, region.gpa, region.size // PAGE_SIZE)
             self._memory.copy_from(image, region, runs(bitmap))
-            pages = int.from_bytes(bitmap, "little")
-            self._copied[region.gpa] = self._copied.get(region.gpa, 0) | pages
-            now += pages.bit_count()
+            bits = int.from_bytes(bitmap, "little")
+            self._copied[region.gpa] = self._copied.get(region.gpa, 0) | bits
+            now += bits.bit_count()
+        self._keep_log(log, marked)
         copied = sum(pages.bit_count() for pages in self._copied.values())
-        return copied <= _MANY + _TIMES * now
+        return copied <= _MANY + _TIMES * (now - max(marked - self._first, 0))
 
-
-def _marked(log: DirtyLog, region: Region, by_host: Iterable[WrittenPages]) -> bytearray:
-    bitmap = bytearray(log.dirty_log(region))
-    for pages in by_host:
-        pages.mark(bitmap, region.gpa, region.size // PAGE_SIZE)
-    return bitmap
+    def _keep_log(self, log: DirtyLog, marked: int) -> None:
+        """Empty it if it is time to, now that so many pages were marked in it."""
+        if not self._times:
+            self._first = marked
+        self._times += 1
+        if self._times >= _KEEP or marked > _GROWTH * self._first + _MORE:
+            for region, _ in self._memory.shared():
+                log.forget_written(region)
+            self._times = 0

@@ -104,6 +104,7 @@ class StateAccess:
         self._system = system
         self._first = self._there(_FIRST) + ([_LAPIC] if lapic else [])
         self._last = self._there(_LAST)
+        self._parsed: dict[int, tuple[State, VcpuState]] = {}  # the last one of each vCPU
 
     def _there(self, parts: tuple[_Part, ...]) -> list[_Part]:
         return [part for part in parts if self._system.check_extension(part.capability)]
@@ -158,7 +159,10 @@ class StateAccess:
 
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
-        parsed = self.parse(state)
+        known, parsed = self._parsed.get(vcpu.index, (None, None))
+        if parsed is None or known is not state:
+            parsed = self.parse(state)
+            self._parsed[vcpu.index] = state, parsed
         if parsed.cpuid != vcpu.cpuid:
             _show(vcpu, parsed.cpuid)
         refused = self.load(vcpu, parsed)

@@ -28,8 +28,10 @@ DEVICE = "/dev/kvm"
 _CPUID_ENTRIES = 256
 _MSRS = 1024  # more than any KVM lists
 
-# KVM_GET_SUPPORTED_CPUID asks the processor hundreds of questions (0.5 ms where CPUID itself is
-# virtualized), and the answer is the same for the life of the host's kvm module.
+# The answers are the same for the life of the host's kvm module, and a machine asks a lot.
+_extensions: dict[tuple[str, int], int] = {}
+# KVM_GET_SUPPORTED_CPUID asks the processor hundreds of questions: 0.5 ms where CPUID itself is
+# virtualized.
 _supported_cpuid: dict[str, bytes] = {}
 
 
@@ -70,7 +72,11 @@ class System:
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION (KVM API 4.4): 0 where KVM lacks it, else 1 or a quantity."""
-        return ioctl(self.fd, KVM_CHECK_EXTENSION, capability)
+        known = _extensions.get((self.path, capability))
+        if known is None:
+            known = ioctl(self.fd, KVM_CHECK_EXTENSION, capability)
+            _extensions[self.path, capability] = known
+        return known
 
     def supported_cpuid(self) -> bytes:
         """KVM_GET_SUPPORTED_CPUID (KVM API 4.46) as a `struct kvm_cpuid2` with its entries."""

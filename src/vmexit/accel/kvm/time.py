@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import struct
 import time
 from collections.abc import Callable, Sequence
 from fcntl import ioctl
@@ -28,6 +29,7 @@ _WORD = (1 << 64) - 1
 _IA32_TSC, _IA32_TSC_DEADLINE = 0x10, 0x6E0
 _VERSION = 2
 _CLOCK_SIZE = ctypes.sizeof(kvm_clock_data)
+_CLOCK = struct.Struct(f"=Q{_CLOCK_SIZE - 8}x")  # the rest is flags, and what they say is there
 
 
 # An ioctl that lets other threads of Python run comes back as late as they please, and what was
@@ -35,6 +37,11 @@ _CLOCK_SIZE = ctypes.sizeof(kvm_clock_data)
 _ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
 _ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 _SOON, _TRIES = 20_000, 50  # nanoseconds
+
+# The host's counter was so much at that moment, by its frequency in kHz. So soon afterwards it is
+# what the frequency says, to some nanoseconds.
+_host: dict[int, tuple[int, int]] = {}
+_FRESH = 10_000_000  # nanoseconds
 
 
 def _at_once(fd: int, request: int, prepare: Callable[[int], bytearray]) -> tuple[bytearray, int]:
@@ -64,7 +71,8 @@ class VmTime:
         self._vm = vm
         self._vcpus = vcpus
         self._has_clock = bool(system.check_extension(KVM_CAP_ADJUST_CLOCK))
-        self._has_offset = _has_offset(vcpus[0])
+        offsets = [_TscOffset(vcpu) for vcpu in vcpus]
+        self._offsets = offsets if offsets[0].exists() else None
 
     def save(self, moment: int) -> State:
         """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
@@ -73,9 +81,9 @@ class VmTime:
             buffer, now = _at_once(self._vm, KVM_GET_CLOCK, lambda now: bytearray(_CLOCK_SIZE))
             clock = max(kvm_clock_data.from_buffer(buffer).clock - (now - moment), 0)
         tsc: list[int] | None = None
-        if self._has_offset:
-            then = _host_tsc(self._vcpus[0], moment)
-            tsc = [_offset(vcpu) + then & _WORD for vcpu in self._vcpus]
+        if self._offsets is not None:
+            then = _host_tsc(self._vcpus[0], self._offsets[0], moment)
+            tsc = [offset.get() + then & _WORD for offset in self._offsets]
         wanted = [vcpu.msrs_that_exist((_IA32_TSC_DEADLINE,)) for vcpu in self._vcpus]
         deadlines = [found.get(_IA32_TSC_DEADLINE, 0) for found in wanted]
         return {"version": _VERSION, "clock": clock, "tsc": tsc, "deadlines": deadlines}
@@ -90,51 +98,61 @@ class VmTime:
         clock = saved.optional("clock", _WORD >> 1)
         tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, len(vcpus))
         deadlines = saved.numbers("deadlines", _WORD, len(vcpus))
-        if tsc is not None and self._has_offset:
-            then = _host_tsc(vcpus[0], moment)
-            for vcpu, value, deadline in zip(vcpus, tsc, deadlines, strict=True):
-                _set_offset(vcpu, value - then & _WORD)
+        if tsc is not None and self._offsets is not None:
+            then = _host_tsc(vcpus[0], self._offsets[0], moment)
+            for number, deadline in enumerate(deadlines):
+                self._offsets[number].set(tsc[number] - then & _WORD)
                 if deadline:  # it was armed by another counter
-                    vcpu.set_msrs({_IA32_TSC_DEADLINE: deadline})
+                    vcpus[number].set_msrs({_IA32_TSC_DEADLINE: deadline})
         if clock is not None and self._has_clock:
             begin = clock - moment
             _at_once(
                 self._vm,
                 KVM_SET_CLOCK,
-                lambda now: bytearray(bytes(kvm_clock_data(clock=begin + now))),
+                lambda now: bytearray(_CLOCK.pack(begin + now)),
             )
 
 
-def _host_tsc(vcpu: KvmVcpu, moment: int) -> int:
+def _host_tsc(vcpu: KvmVcpu, offset: "_TscOffset", moment: int) -> int:
     """The host's counter at `moment`, at the rate of the guest's."""
-    asked = msrs.pack({_IA32_TSC: 0})
-    buffer, now = _at_once(vcpu.fd, KVM_GET_MSRS, lambda now: msrs.request(asked))
-    tsc = msrs.answer(buffer)[_IA32_TSC]
-    return tsc - _offset(vcpu) - (now - moment) * vcpu.tsc_khz() // 1_000_000 & _WORD
+    khz = vcpu.tsc_khz()
+    counter, then = _host.get(khz, (0, -_FRESH))
+    if not then <= time.monotonic_ns() < then + _FRESH:
+        asked = msrs.pack({_IA32_TSC: 0})
+        buffer, then = _at_once(vcpu.fd, KVM_GET_MSRS, lambda now: msrs.request(asked))
+        counter = msrs.answer(buffer)[_IA32_TSC] - offset.get()
+        _host[khz] = counter, then
+    return counter + (moment - then) * khz // 1_000_000 & _WORD
 
 
-def _has_offset(vcpu: KvmVcpu) -> bool:
-    """Whether this KVM can tell the offset (Documentation/virt/kvm/devices/vcpu.rst, 4)."""
-    try:
-        _attribute(vcpu, KVM_HAS_DEVICE_ATTR, 0)
-    except OSError:
-        return False
-    return True
+class _TscOffset:
+    """How far the TSC of a vCPU is ahead of the host's counter (devices/vcpu.rst, 4)."""
 
+    def __init__(self, vcpu: KvmVcpu) -> None:
+        self._vcpu = vcpu
+        self._word = ctypes.c_uint64()
+        self._request = bytes(
+            kvm_device_attr(
+                group=KVM_VCPU_TSC_CTRL,
+                attr=KVM_VCPU_TSC_OFFSET,
+                addr=ctypes.addressof(self._word),
+            )
+        )
 
-def _offset(vcpu: KvmVcpu) -> int:
-    """By how much its TSC is ahead of the host's counter, modulo 2^64."""
-    return _attribute(vcpu, KVM_GET_DEVICE_ATTR, 0)
+    def exists(self) -> bool:
+        """Whether this KVM can tell."""
+        try:
+            ioctl(self._vcpu.fd, KVM_HAS_DEVICE_ATTR, self._request)
+        except OSError:
+            return False
+        return True
 
+    def get(self) -> int:
+        """Modulo 2^64."""
+        ioctl(self._vcpu.fd, KVM_GET_DEVICE_ATTR, self._request)
+        return self._word.value
 
-def _set_offset(vcpu: KvmVcpu, value: int) -> None:
-    _attribute(vcpu, KVM_SET_DEVICE_ATTR, value)
-
-
-def _attribute(vcpu: KvmVcpu, request: int, value: int) -> int:
-    word = ctypes.c_uint64(value)
-    attribute = kvm_device_attr(
-        group=KVM_VCPU_TSC_CTRL, attr=KVM_VCPU_TSC_OFFSET, addr=ctypes.addressof(word)
-    )
-    ioctl(vcpu.fd, request, bytes(attribute))
-    return word.value
+    def set(self, value: int) -> None:
+        """The same."""
+        self._word.value = value
+        ioctl(self._vcpu.fd, KVM_SET_DEVICE_ATTR, self._request)

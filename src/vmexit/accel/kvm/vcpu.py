@@ -142,6 +142,7 @@ class KvmVcpu:
         self._observer = observer
         self.cpuid = b""
         """What `set_cpuid()` was given last."""
+        self._tsc_khz: int | None = None
         self._kicked = False
         self.on_debug: Callable[[int, int, int], Exit | None] | None = None
         """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
@@ -474,17 +475,20 @@ class KvmVcpu:
 
     def tsc_khz(self) -> int:
         """The frequency of its TSC (KVM API 4.56), 0 where KVM does not tell."""
-        from vmexit.abi.kvm_irq import KVM_GET_TSC_KHZ
+        if self._tsc_khz is None:
+            from vmexit.abi.kvm_irq import KVM_GET_TSC_KHZ
 
-        try:
-            return max(ioctl(self.fd, KVM_GET_TSC_KHZ), 0)
-        except OSError:
-            return 0
+            try:
+                self._tsc_khz = max(ioctl(self.fd, KVM_GET_TSC_KHZ), 0)
+            except OSError:
+                self._tsc_khz = 0
+        return self._tsc_khz
 
     def set_tsc_khz(self, khz: int) -> None:
         """Have it count so fast (KVM API 4.55). Raises HostError where that cannot be."""
         from vmexit.abi.kvm_irq import KVM_SET_TSC_KHZ
 
+        self._tsc_khz = None
         try:
             ioctl(self.fd, KVM_SET_TSC_KHZ, khz)
         except OSError as error:

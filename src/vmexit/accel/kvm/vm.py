@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
     KVM_CREATE_VCPU,
-    KVM_GET_DIRTY_LOG,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
     KVM_SET_IDENTITY_MAP_ADDR,
@@ -20,13 +19,14 @@ from vmexit.abi.kvm import (
 )
 from vmexit.abi.kvm_caps import (
     KVM_CAP_IRQCHIP,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     KVM_CAP_PIT2,
     KVM_CAP_READONLY_MEM,
     KVM_CAP_SET_IDENTITY_MAP_ADDR,
     KVM_CAP_SET_TSS_ADDR,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
-from vmexit.abi.kvm_structs import kvm_dirty_log, kvm_userspace_memory_region
+from vmexit.abi.kvm_structs import kvm_userspace_memory_region
 from vmexit.accel.base import ANY_CPU
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.arch.x86.cpu_model import CpuModel
@@ -39,6 +39,7 @@ from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.debug import KvmDebugger
+    from vmexit.accel.kvm.dirty_log import DirtyLog
     from vmexit.accel.kvm.irqchip import KvmIrqChip
     from vmexit.accel.kvm.state import StateAccess
     from vmexit.accel.kvm.system import System
@@ -73,6 +74,7 @@ class KvmVm:
         self._pio = pio
         self._mmio = mmio
         self._slots: dict[int, int] = {}  # GPA of a region → slot number
+        self._logs: dict[int, DirtyLog] = {}
         self._vcpus: list[KvmVcpu] = []
         try:
             # On Intel without unrestricted guest, real mode needs both (KVM API 4.36, 4.40); they
@@ -111,6 +113,7 @@ class KvmVm:
     def unmap(self, region: Region) -> None:
         """Take `region` away from the guest."""
         slot = self._slots.pop(region.gpa)
+        self._logs.pop(region.gpa, None)
         self._set_slot(slot, 0, region.gpa, 0, region.hva)
 
     def _set_slot(self, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
@@ -119,25 +122,36 @@ class KvmVm:
 
     def start_dirty_log(self) -> None:
         """Have KVM note which pages of RAM the vCPUs write to. Raises HostError."""
+        from vmexit.accel.kvm.dirty_log import DirtyLog, keep_marks
+
+        kept = bool(self._system.check_extension(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2))
+        if kept:
+            keep_marks(self.fd)
         for region in self._memory.regions:
             if not region.readonly:
                 self.map(region, log_dirty=True)
+                slot, pages = self._slots[region.gpa], region.size // PAGE_SIZE
+                self._logs[region.gpa] = DirtyLog(self.fd, slot, pages, kept=kept)
+
+    def written(self, region: Region) -> bytearray:
+        """The pages of `region` written since the last `forget_written()`: see `DirtyLog.read()`.
+
+        What was given once may be missing, unless it was written again.
+        """
+        return self._logs[region.gpa].read()
+
+    def forget_written(self, region: Region) -> None:
+        """What `written()` has given is noted when it is written again. Raises HostError."""
+        self._logs[region.gpa].forget()
 
     def dirty_log(self, region: Region) -> bytes:
         """The pages of `region` written since the last call, one bit each, lowest first.
 
-        KVM_GET_DIRTY_LOG (KVM API 4.8); `region` was mapped with `log_dirty=True`.
+        Raises HostError.
         """
-        pages = region.size // PAGE_SIZE
-        bitmap = ctypes.create_string_buffer(-(-pages // 64) * 8)
-        slot, address = self._slots[region.gpa], ctypes.addressof(bitmap)
-        try:
-            ioctl(self.fd, KVM_GET_DIRTY_LOG, kvm_dirty_log(slot=slot, dirty_bitmap=address), True)
-        except OSError as error:
-            raise HostError(
-                f"KVM does not tell what was written: {error.strerror}; make a new machine"
-            ) from error
-        return bitmap.raw
+        bitmap = bytes(self.written(region))
+        self.forget_written(region)
+        return bitmap
 
     def assign_ioeventfd(self, gpa: int, size: int, value: int, eventfd: int) -> None:
         """A write of `value`, of `size` bytes at `gpa`, signals `eventfd` in place of an exit.
