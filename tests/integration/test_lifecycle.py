@@ -64,6 +64,21 @@ def test_pause_is_complete_and_resume_goes_on(spinning):
         assert moves(vm)
 
 
+def test_within_a_pause_there_may_be_others(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        vm.start(TIMEOUT)
+        assert moves(vm)
+        with vm.paused():
+            with vm.paused(), vm.snapshot() as snapshot:
+                assert stands(vm)
+                vm.reset_to(snapshot)
+            assert stands(vm)
+        assert moves(vm)
+        assert vm.stop()
+        assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+
+
 def test_a_run_may_begin_paused(accel):
     with Machine(memory="1M", accel=accel) as vm:
         vm.load_bytes(SPIN, at=START)

@@ -172,4 +172,4 @@ def test_without_acpi_the_command_line_tells_of_the_devices():
         assert [w for w in words if w.startswith("virtio")] == [
             "virtio_mmio.device=0x1000@0xfeb00000:5", "virtio_mmio.device=0x1000@0xfeb01000:6",
         ]  # fmt: skip
-        guest.power_off()
+        guest.power_off("reboot -f")  # without ACPI it cannot switch itself off

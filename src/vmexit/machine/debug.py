@@ -55,6 +55,8 @@ class DebuggedRunner:
         self._points: dict[Point, int] = {}  # with how many want it
         self._ways: dict[Point, Way] = {}
         self._stopped_at: dict[int, int] = {}  # linear addresses of points, by vCPU
+        self.armed = False
+        """Whether the vCPUs run with points, or a step."""
 
     def add(self, point: Point) -> None:
         """Stop there in the runs to come. Each `add()` wants its `remove()`."""
@@ -162,12 +164,14 @@ class DebuggedRunner:
         """One run, armed; `end` is when it is over, on the monotonic clock."""
         timeout = None if end is None else max(0, end - time.monotonic())
         try:
+            self.armed = True
             ways = self._vm.debugger.arm(points, turn.step, turn.only, self._gpa)
             with self._lock:
                 self._ways |= ways
             stop = self._runner.run(timeout, turn.only)
         finally:
             self._vm.debugger.disarm()
+            self.armed = False
         point = stop.point
         if point is not None and point.kind is PointKind.EXECUTE and not self._is_elsewhere(stop):
             self._stopped_at[stop.vcpu] = point.gva

@@ -308,7 +308,9 @@ class Lifecycle:
             finally:
                 with self._changed:
                     self._barred -= 1
-                    brief, self._brief = self._brief and ran, False
+                    brief = ran and self._brief
+                    if ran:  # else it belongs to another one around this
+                        self._brief = False
                     self._changed.notify_all()
                 if brief and self._active and self._ending is None:
                     self.resume(self._interrupted)
@@ -329,6 +331,11 @@ class Lifecycle:
                 raise
             self._last = None
             self._become(RunState.PAUSED, EventKind.RESET)
+
+    def has_gone_back(self) -> None:
+        """The guest, which runs, is somewhere else from now on."""
+        self._last = None
+        self.subscribers.tell(EventKind.RESET)
 
     def end(self) -> None:
         """No run is under way any more, and none begins. Raises VmexitError from within one."""

@@ -511,15 +511,31 @@ class Machine(Inspection):
     def reset_to(self, snapshot: "Snapshot") -> None:
         """Put it back where `snapshot` is; it runs on from there if it ran before.
 
-        From any thread but that of `run()`. What is outside of it stays as it is: callbacks, files,
-        connections. Raises ConfigError if the snapshot is of a machine with other parts, or if a
-        disk cannot go back.
+        What is outside of it stays as it is: callbacks, files, connections. From any thread but
+        that of `run()`; or from a callback of `on_pio` or `on_mmio`, and then it happens once that
+        access is over, and the run goes on from there: the fastest way to go back again and again.
+        Raises ConfigError if the snapshot is of a machine with other parts, or if a disk cannot go
+        back; VmexitError in a callback if there are breakpoints, or other vCPUs on KVM.
         """
-        self._require_outside()
         from vmexit.machine.machine_state import require_own_disks
 
+        if self._runner.in_vcpu_thread():
+            self._require_open()
+            if self._debug.armed:
+                raise VmexitError(
+                    "with breakpoints a callback cannot go back; stop() the machine, and do it then"
+                )
+            require_own_disks(self.config)
+            snapshot.require_such(self._parts)
+            self._runner.detour(lambda: self._go_back_within(snapshot))
+            return
+        self._require_outside()
         require_own_disks(self.config)
         self._life.reset(lambda: self._take_over(snapshot))
+
+    def _go_back_within(self, snapshot: "Snapshot") -> None:
+        self._take_over(snapshot)
+        self._life.has_gone_back()
 
     def _take_over(self, snapshot: "Snapshot", ago: int = 0) -> None:
         snapshot.require_such(self._parts)

@@ -168,6 +168,7 @@ class _VcpuThread:
         self._reports = reports
         self._orders: SimpleQueue[int] = SimpleQueue()  # numbers of runs; 0: end
         self._ordered = self._done = 0
+        self._detour: Callable[[], None] | None = None
         # A daemon: a program that forgets close() must still be able to end.
         self.thread = threading.Thread(target=self._main, name=f"vmexit-vcpu{number}", daemon=True)
 
@@ -180,6 +181,11 @@ class _VcpuThread:
         """Run until it stops; it reports, with the number `run`."""
         self._ordered = run
         self._orders.put(run)
+
+    def detour(self, function: Callable[[], None]) -> None:
+        """Call `function` in this thread, which is in an access now, once that is over."""
+        self._detour = function
+        self._executor.kick()
 
     def end(self) -> None:
         """End the thread, if it has started; it does not run its vCPU now."""
@@ -197,17 +203,27 @@ class _VcpuThread:
                     if not attached:
                         executor.attach_thread()
                         attached = True
-                    exit = executor.run()
-                    while exit.reason is ExitReason.INTERRUPTED and self._request.stop is None:
-                        exit = executor.run()  # a kick that came too late for an earlier run
+                    exit = self._run()
                 except BaseException as caught:  # whatever it is, it is for the caller of run()
                     error = caught
+                    self._detour = None
                 self._done = run
                 self._reports.put(_Report(run, exit, error))
                 exit = error = None  # an error holds frames, and these what the caller may drop
         finally:
             if attached:
                 executor.detach_thread()
+
+    def _run(self) -> Exit:
+        while True:
+            exit = self._executor.run()
+            detour, self._detour = self._detour, None
+            if detour is not None:
+                detour()
+                exit = Exit(ExitReason.INTERRUPTED, vcpu=exit.vcpu)
+            # Else it is a kick that came too late for an earlier run.
+            if exit.reason is not ExitReason.INTERRUPTED or self._request.stop is not None:
+                return exit
 
 
 class Runner:
@@ -260,6 +276,25 @@ class Runner:
         """The number of the executor that the caller's thread runs."""
         current = threading.current_thread()
         return next((n for n, t in enumerate(self._threads) if t.thread is current), None)
+
+    def detour(self, function: Callable[[], None]) -> None:
+        """Call `function` while no vCPU runs, once the caller's access is over, and run on.
+
+        Raises VmexitError where other vCPUs run.
+        """
+        if len(self._threads) > 1:
+            raise VmexitError(
+                "within an access of one vCPU the others run; stop() the machine, and go back then"
+            )
+
+        def between() -> None:
+            self._running(False)
+            try:
+                function()
+            finally:
+                self._running(True)
+
+        self._threads[0].detour(between)
 
     def run(self, timeout: float | None, only: int | None = None) -> Stop:
         """Run until the first vCPU stops, a stop is requested, or `timeout` seconds have passed.
