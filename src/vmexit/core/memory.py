@@ -74,6 +74,14 @@ class Region(NamedTuple):
         return self.view[start : start + size]
 
 
+def _require_such(image: MemoryImage, ranges: Iterable[tuple[int, int]]) -> None:
+    if set(ranges) != set(image.ranges):
+        raise ConfigError(
+            f"this is an image of {image.size} bytes of memory laid out otherwise; use a machine "
+            "with as much --memory"
+        )
+
+
 class GuestMemory:
     """RAM ranges and ROMs of one guest. Slices are views, not copies.
 
@@ -84,8 +92,11 @@ class GuestMemory:
     >>> memory.close()
     """
 
-    def __init__(self, ram: Iterable[tuple[int, int]]) -> None:
-        """Map RAM for each `(gpa, size)`; both multiples of 4096. Raises ConfigError."""
+    def __init__(self, ram: Iterable[tuple[int, int]], image: MemoryImage | None = None) -> None:
+        """Map RAM for each `(gpa, size)`; both multiples of 4096.
+
+        It holds zeros, or what `image` does. Raises ConfigError, HostError.
+        """
         ranges = list(ram)
         for gpa, size in ranges:
             if size <= 0 or size % PAGE_SIZE or gpa % PAGE_SIZE:
@@ -102,23 +113,32 @@ class GuestMemory:
         self._host_writes: WrittenPages | None = None
         self.exposed = WrittenPages()
         """Pages that somebody may hold a view of, and so write to at any time."""
-        self.private = False
+        self.private = image is not None
         """Whether `fd` is an image, which what is written to RAM does not reach."""
         self.mapped = 0
         """How often an image was put in the place of what there was."""
+        if image is not None:
+            _require_such(image, ranges)
         try:
-            self.fd = os.memfd_create("vmexit-ram", MEMFD_FLAGS)
+            if image is None:
+                self.fd = os.memfd_create("vmexit-ram", MEMFD_FLAGS)
+            else:
+                self.fd = os.dup(image.fd)
         except OSError as error:
             raise HostError(f"cannot make guest memory: {error.strerror}; close files") from error
         try:
-            set_size(self.fd, sum(size for _, size in ranges))
+            if image is None:
+                set_size(self.fd, sum(size for _, size in ranges))
             offset = 0
             for gpa, size in ranges:
                 # Python's mapping would hold the file for good, and this may be another's later.
                 region = self._add(gpa, reserve(size), readonly=False)
-                map_over(region.hva, size, self.fd, offset, private=False)
-                self._offsets[gpa] = offset
+                if image is None:
+                    map_over(region.hva, size, self.fd, offset, private=False)
+                    self._offsets[gpa] = offset
                 offset += size
+            if image is not None:
+                self._map(image)
         except (OSError, OverflowError, ValueError) as error:
             self.close()
             raise ConfigError(
@@ -229,12 +249,7 @@ class GuestMemory:
 
     def restore(self, image: MemoryImage) -> None:
         """RAM holds what `image` does, whatever it held. Raises ConfigError, HostError."""
-        mine = {(region.gpa, region.size) for region, _ in self.shared()}
-        if mine != set(image.ranges):
-            raise ConfigError(
-                f"this is an image of {image.size} bytes of memory laid out otherwise; use a "
-                "machine with as much --memory"
-            )
+        _require_such(image, [(region.gpa, region.size) for region, _ in self.shared()])
         try:
             self.mapped += 1
             self._map(image)
@@ -309,7 +324,7 @@ class GuestMemory:
         """Have `listener` told of what is written to memory other than by the guest."""
         self._listeners.append(listener)
 
-    def note_host_writes(self, pages: WrittenPages) -> None:
+    def note_host_writes(self, pages: WrittenPages | None) -> None:
         """From now on `pages` gets what the host may have written, but where views are exposed."""
         self._host_writes = pages
 

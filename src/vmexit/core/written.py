@@ -31,6 +31,10 @@ class WrittenPages:
                 self.too_many = True
                 self._pages = set()
 
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return self.too_many or bool(self._pages)
+
     def take(self) -> "WrittenPages":
         """What it knows; it begins anew."""
         taken = WrittenPages()

@@ -23,6 +23,7 @@ from vmexit.core.bus import Bus, State, Stateful
 from vmexit.core.errors import ConfigError, HostError, ImageError, shown
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
+from vmexit.core.memory_image import MemoryImage
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.board import Board, StatefulIrqChip, Tell
@@ -77,6 +78,13 @@ class Parts(NamedTuple):
     standing: Callable[[int], AbstractContextManager[None]]
     """Within it the clock of the devices stands still, so many nanoseconds ago."""
     closer: ExitStack
+
+
+class Restored(NamedTuple):
+    """What is known of a machine that goes on from a snapshot, before it is made."""
+
+    devices: Collection[str]
+    memory: MemoryImage
 
 
 class _Engine(NamedTuple):
@@ -178,26 +186,27 @@ def build(
     request: StopRequest,
     observer: ExitObserver | None,
     tell: Tell,
-    restored: Collection[str] | None = None,
+    restored: Restored | None = None,
 ) -> Parts:
     """Make all parts of a machine, its first vCPU where the guest begins.
 
-    `tell` is for events of devices. With `restored`, the names of devices, it is for the state of
-    a machine that had those: only what is not in memory is read from files.
+    `tell` is for events of devices. With `restored`, the state of that machine is still to be put
+    into it; only what is not in memory is read from files.
 
     Raises ConfigError, ImageError or HostError; nothing is left open then.
     """
     entry: BootEntry | None
     with ExitStack() as stack:
         # The image before the accelerator: what is wrong with it shows on every host.
-        memory = GuestMemory(ram_ranges(config.memory))
+        image = None if restored is None else restored.memory
+        memory = GuestMemory(ram_ranges(config.memory), image)
         stack.callback(memory.close)
         if restored is None:
             entry, contents = _load(config, memory)
             if config.symbols is not None:  # they are for later, and a wrong path is told now
                 read_image(config.symbols, what="symbol file")
         else:
-            entry, contents = _reload(config, memory, restored)
+            entry, contents = _reload(config, memory, restored.devices)
         pio, mmio = Bus("port"), Bus("MMIO")
         loop = EventLoop(request.fail)
         stack.callback(loop.close)
@@ -236,7 +245,7 @@ def build(
             engine.accelerator.name,
             why,
             memory,
-            Rewind(memory, engine.log),
+            Rewind(memory, engine.log, image),
             pio,
             mmio,
             engine.vm,

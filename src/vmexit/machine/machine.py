@@ -165,7 +165,7 @@ class Machine(Inspection):
         Raises ConfigError if the two do not fit together, and what the constructor raises.
         """
         machine = cls.__new__(cls)
-        machine._build(config, observer, snapshot.devices)
+        machine._build(config, observer, snapshot.restored)
         try:
             machine._take_over(snapshot, ago)
         except BaseException:
@@ -177,7 +177,7 @@ class Machine(Inspection):
         self,
         config: MachineConfig,
         observer: ExitObserver | None,
-        restored: Sequence[str] | None = None,
+        restored: builder.Restored | None = None,
     ) -> None:
         self.config = config
         self._entry = config.entry if config.image is not None else None

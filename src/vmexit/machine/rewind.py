@@ -37,14 +37,22 @@ class Rewind:
     it, a page fault each time.
     """
 
-    def __init__(self, memory: GuestMemory, log: DirtyLog | None) -> None:
-        """`log` misses nothing that the guest does, or there is none."""
+    def __init__(
+        self, memory: GuestMemory, log: DirtyLog | None, image: MemoryImage | None = None
+    ) -> None:
+        """`log` misses nothing that the guest does, or there is none.
+
+        Memory was made from `image`, if there is one, and no vCPU has run.
+        """
         self._memory = memory
         self._log = log
         self._logging = False
         self._image: MemoryImage | None = None
         self._mapped = 0
         self._by_host = WrittenPages()
+        self._made_from = image
+        if image is not None:
+            memory.note_host_writes(self._by_host)
         self._times = self._first = 0  # since the log was empty; what was marked the first time
         self._copied: dict[int, int] = {}  # a bit for each page, by the GPA of the region
 
@@ -55,6 +63,12 @@ class Rewind:
     def to(self, image: MemoryImage) -> None:
         """Memory holds what `image` does. Raises ConfigError, HostError."""
         memory, log = self._memory, self._log
+        if self._made_from is not None:
+            made_from, self._made_from = self._made_from, None
+            memory.note_host_writes(None)
+            if image is made_from and not self._by_host and not memory.exposed:
+                self._image, self._mapped = image, memory.mapped
+                return
         again = image is self._image and memory.mapped == self._mapped
         self._image = None  # if this fails, nothing is known
         if log is not None and again and not self._logging:

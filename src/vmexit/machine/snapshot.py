@@ -10,7 +10,7 @@ from vmexit.core.disk_image import DiskImage
 from vmexit.core.errors import ConfigError, VmexitError
 from vmexit.core.memory_image import MemoryImage
 from vmexit.core.trace import ExitObserver
-from vmexit.machine.builder import Parts
+from vmexit.machine.builder import Parts, Restored
 from vmexit.machine.config import MachineConfig
 from vmexit.machine.loaded import Loaded
 from vmexit.machine.machine_state import (
@@ -152,9 +152,9 @@ class Snapshot:
         put(parts, self._contents.state, ago)
 
     @property
-    def devices(self) -> Sequence[str]:
-        """The names of those whose state it has."""
-        return list(self._contents.state.devices)
+    def restored(self) -> Restored:
+        """What is to be known of it before a machine is made."""
+        return Restored(self._contents.state.devices.keys(), self._contents.memory)
 
     def save(
         self,
