@@ -65,11 +65,11 @@ lab-control: setup ## gdb and QMP clients at Linux, there: ten minutes
 lab-snapshot: setup ## Linux goes on from snapshots, there: a quarter of an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
 	@$(BIN)/python -m pytest -q --collect-only $(SNAPSHOT) >/dev/null
-	@tools/test-lab $(BIN)/python -m pytest --timeout 850 $(SNAPSHOT)
+	@LAB_SECONDS=1800 tools/test-lab $(BIN)/python -m pytest --timeout 850 $(SNAPSHOT)
 
 lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
 	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
-	@tools/test-lab $(BIN)/python -m pytest -m "not soak" --timeout 900 $(VIRTIO)
+	@LAB_SECONDS=2400 tools/test-lab $(BIN)/python -m pytest -m "not soak" --timeout 900 $(VIRTIO)
 
 lab-full: setup  ## the longest of them at their full size, there: two hours
 	@PYTHONPATH=tests $(BIN)/python -c 'from debian_root import debian_root; debian_root()'

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from vmexit.accel.base import Executor, Exit, ExitReason
 from vmexit.core.errors import HostError, VmexitError
-from vmexit.core.threads import SIGNAL_SECONDS, start_without_signals
+from vmexit.core.threads import SIGNAL_SECONDS
+from vmexit.core.workers import Work
 from vmexit.machine.stop import Stop, StopReason, stop_from_exit
 
 # How soon a vCPU that a kick has missed is kicked again.
@@ -169,13 +170,22 @@ class _VcpuThread:
         self._orders: SimpleQueue[int] = SimpleQueue()  # numbers of runs; 0: end
         self._ordered = self._done = 0
         self._detour: Callable[[], None] | None = None
-        # A daemon: a program that forgets close() must still be able to end.
-        self.thread = threading.Thread(target=self._main, name=f"vmexit-vcpu{number}", daemon=True)
+        self._name = f"vmexit-vcpu{number}"
+        self._work: Work | None = None
 
     @property
     def running(self) -> bool:
         """Whether a run that was ordered is not over."""
         return self._done != self._ordered
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """None until it is started."""
+        return None if self._work is None else self._work.thread
+
+    def start(self) -> None:
+        """Wait for the first order. Raises RuntimeError."""
+        self._work = Work(self._main, self._name)
 
     def go(self, run: int) -> None:
         """Run until it stops; it reports, with the number `run`."""
@@ -190,8 +200,8 @@ class _VcpuThread:
     def end(self) -> None:
         """End the thread, if it has started; it does not run its vCPU now."""
         self._orders.put(0)
-        if self.thread.ident is not None:
-            self.thread.join()
+        if self._work is not None:
+            self._work.join()
 
     def _main(self) -> None:
         executor = self._executor
@@ -345,7 +355,7 @@ class Runner:
             for number, executor in enumerate(self._executors):
                 thread = _VcpuThread(number, executor, self._request, self._reports)
                 self._threads.append(thread)
-                start_without_signals(thread.thread)
+                thread.start()
         except BaseException as error:  # a signal's handler may raise anything
             for thread in self._threads:
                 thread.end()
