@@ -36,7 +36,7 @@ _CLOCK = struct.Struct(f"=Q{_CLOCK_SIZE - 8}x")  # the rest is flags, and what t
 # read is old by then: so one that does not.
 _ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
 _ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
-_SOON, _TRIES = 20_000, 50  # nanoseconds
+_SOON, _TRIES = 20_000, 10  # nanoseconds
 
 # The host's counter was so much at that moment, by its frequency in kHz. So soon afterwards it is
 # what the frequency says, to some nanoseconds.
