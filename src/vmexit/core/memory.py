@@ -282,17 +282,27 @@ class GuestMemory:
         except OSError:  # it is closed just now
             return 0
 
-    def copy_from(
-        self, image: MemoryImage, region: Region, pages: Iterable[tuple[int, int]]
-    ) -> None:
-        """Pages of `region`, first and end of each run counted from its first, as in `image`.
+    def places(self, region: Region, pages: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
+        """Where pages of `region` are: in it, and in the image of the last `restore()`.
 
-        They are those of the last `restore()`; nobody is told that they have changed.
+        `pages` are first and end of each run, counted from its first.
         """
-        to, source, base = region.view, image.view, self._offsets[region.gpa]
-        for first, end in pages:
-            start, stop = first * PAGE_SIZE, end * PAGE_SIZE
-            to[start:stop] = source[base + start : base + stop]
+        base = self._offsets[region.gpa]
+        return [
+            (
+                slice(first * PAGE_SIZE, end * PAGE_SIZE),
+                slice(base + first * PAGE_SIZE, base + end * PAGE_SIZE),
+            )
+            for first, end in pages
+        ]
+
+    def copy_from(
+        self, image: MemoryImage, region: Region, places: Iterable[tuple[slice, slice]]
+    ) -> None:
+        """What is at `places()` is as in `image`; nobody is told that it has changed."""
+        to, source = region.view, image.view
+        for here, there in places:
+            to[here] = source[there]
 
     def view(self, gpa: int, size: int) -> memoryview:
         """`size` bytes at `gpa` as a writable view of the guest's own bytes."""

@@ -1,7 +1,7 @@
 """Guest memory goes back to an image, again and again."""
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
 from vmexit.core.memory_image import MemoryImage
@@ -23,6 +23,14 @@ class DirtyLog(Protocol):
     def written(self, region: Region) -> bytearray: ...
 
     def forget_written(self, region: Region) -> None: ...
+
+
+class _Marked(NamedTuple):
+    """What was marked in a region the last time, where that is, and how many pages it is."""
+
+    bitmap: bytes
+    places: list[tuple[slice, slice]]
+    pages: int
 
 
 class Rewind:
@@ -55,6 +63,7 @@ class Rewind:
             memory.note_host_writes(self._by_host)
         self._times = self._first = 0  # since the log was empty; what was marked the first time
         self._copied: dict[int, int] = {}  # a bit for each page, by the GPA of the region
+        self._last: dict[int, _Marked] = {}  # by the same; most often it is the same again
 
     def leave_log(self) -> None:
         """Somebody else reads the log from now on, which forgets what it has told."""
@@ -81,6 +90,7 @@ class Rewind:
         if not (again and log is not None and few and self._copy(image, log, by_host)):
             memory.restore(image)
             self._copied.clear()
+            self._last.clear()
             if log is not None and self._logging:
                 for region, _ in memory.shared():
                     log.written(region)
@@ -93,22 +103,28 @@ class Rewind:
 
         The same ones again are no more.
         """
-        now = marked = 0
+        now, others = 0, False
         for region, _ in self._memory.shared():
             bitmap = log.written(region)
-            marked += int.from_bytes(bitmap, "little").bit_count()
             for pages in by_host:
                 pages.mark(bitmap, region.gpa, region.size // PAGE_SIZE)
-            self._memory.copy_from(image, region, runs(bitmap))
-            bits = int.from_bytes(bitmap, "little")
-            self._copied[region.gpa] = self._copied.get(region.gpa, 0) | bits
-            now += bits.bit_count()
-        self._keep_log(log, marked)
+            last = self._last.get(region.gpa)
+            if last is None or last.bitmap != bitmap:
+                bits, others = int.from_bytes(bitmap, "little"), True
+                places = self._memory.places(region, runs(bitmap))
+                last = _Marked(bytes(bitmap), places, bits.bit_count())
+                self._last[region.gpa] = last
+                self._copied[region.gpa] = self._copied.get(region.gpa, 0) | bits
+            self._memory.copy_from(image, region, last.places)
+            now += last.pages
+        self._keep_log(log, now)
+        if not others:
+            return True
         copied = sum(pages.bit_count() for pages in self._copied.values())
-        return copied <= _MANY + _TIMES * (now - max(marked - self._first, 0))
+        return copied <= _MANY + _TIMES * min(now, self._first)
 
     def _keep_log(self, log: DirtyLog, marked: int) -> None:
-        """Empty it if it is time to, now that so many pages were marked in it."""
+        """Empty it if it is time to, now that so many pages were marked."""
         if not self._times:
             self._first = marked
         self._times += 1
