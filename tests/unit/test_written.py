@@ -13,6 +13,7 @@ from virtio_driver import Driver
 
 from vmexit.abi import virtio as v
 from vmexit.backends.disk import Disk
+from vmexit.core.errors import ConfigError
 from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
 from vmexit.core.written import WrittenPages, runs
 from vmexit.devices.virtio.blk import Blk
@@ -294,3 +295,54 @@ def test_what_a_device_wrote_goes_back_too(memory, rewind, tmp_path):
     finally:
         image.close()
         disk.close()
+
+
+class TestMemoryMadeFromAnImage:
+    """What a clone has."""
+
+    @pytest.fixture
+    def image(self, memory):
+        memory.write(0x3000, b"image")
+        image = memory.capture()
+        yield image
+        image.close()
+
+    @pytest.fixture
+    def made(self, image):
+        made = GuestMemory([(0, SIZE)], image)
+        yield made
+        made.close()
+
+    def test_it_holds_that_and_is_its_own(self, memory, image, made):
+        assert made.read(0, SIZE) == memory.read(0, SIZE)
+        made.write(0x3000, b"other")
+        assert memory.read(0x3000, 5) == image.view[0x3000:0x3005] == b"image"
+
+    def test_it_is_not_mapped_once_more(self, image, made):
+        rewind = Rewind(made, Guest(made), image)
+        rewind.to(image)
+        assert made.mapped == 0
+        made.write(0x3000, b"other")
+        rewind.to(image)
+        assert made.mapped == 1
+        assert made.read(0x3000, 5) == b"image"
+
+    @pytest.mark.parametrize("how", ["write", "view"])
+    def test_unless_somebody_has_written_to_it(self, image, made, how):
+        rewind = Rewind(made, Guest(made), image)
+        if how == "write":
+            made.write(0x3000, b"other")
+        else:
+            made.view(0x3000, 5)[:] = b"other"
+        rewind.to(image)
+        assert made.read(0x3000, 5) == b"image"
+
+    def test_another_image_is(self, memory, image, made):
+        memory.write(0x3000, b"later")
+        with closing(memory.capture()) as other:
+            Rewind(made, Guest(made), image).to(other)
+            assert made.read(0x3000, 5) == b"later"
+
+    def test_one_of_another_layout_is_refused(self, image):
+        with pytest.raises(ConfigError, match="laid out otherwise"):
+            GuestMemory([(0, 2 * SIZE)], image)
