@@ -13,6 +13,7 @@ _ENTRY = struct.Struct("=IIQ")  # struct kvm_msr_entry: index, reserved, value
 
 ENTRY_SIZE = _ENTRY.size
 _MOST = 200  # at once; KVM takes 255
+_SOME = 8 * ENTRY_SIZE  # bytes that are compared at once: most are alike
 
 
 def pack(values: Mapping[int, int]) -> bytes:
@@ -67,12 +68,12 @@ def unlike(vcpu: int, entries: bytes) -> dict[int, int]:
         wanted = unpack(entries)
         now = get(vcpu, wanted)
         return {index: value for index, value in wanted.items() if now.get(index) != value}
-    now_words, words = memoryview(found).cast("Q"), memoryview(entries).cast("Q")
-    return {
-        words[at - 1] & 0xFFFF_FFFF: words[at]
-        for at in range(1, len(words), 2)
-        if words[at] != now_words[at]
-    }
+    values = dict[int, int]()
+    for at in range(0, len(entries), _SOME):
+        if entries[at : at + _SOME] != found[at : at + _SOME]:
+            wanted, now = unpack(entries[at : at + _SOME]), unpack(found[at : at + _SOME])
+            values |= {index: value for index, value in wanted.items() if now[index] != value}
+    return values
 
 
 def _ask(vcpu: int, entries: bytes) -> tuple[bytes, int]:
