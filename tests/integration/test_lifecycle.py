@@ -79,6 +79,20 @@ def test_within_a_pause_there_may_be_others(accel):
         assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
 
 
+def test_who_follows_it_is_told_of_a_stop_within_a_pause(accel):
+    with Machine(memory="1M", accel=accel) as vm:
+        vm.load_bytes(SPIN, at=START)
+        events = []
+        vm.subscribe(lambda event: events.append(event.kind))
+        for _ in range(2):
+            vm.start(TIMEOUT)
+            assert moves(vm)
+            with vm.paused():
+                vm.stop()
+            assert vm.wait(TIMEOUT).reason is StopReason.STOPPED
+        assert events == [EventKind.RESUMED, EventKind.PAUSED] * 2
+
+
 def test_a_run_may_begin_paused(accel):
     with Machine(memory="1M", accel=accel) as vm:
         vm.load_bytes(SPIN, at=START)

@@ -73,6 +73,22 @@ def test_a_clone_goes_on_by_itself(accel):
             assert other.memory.read_u16(COUNT) == 200
 
 
+def test_a_clone_has_what_the_guest_wrote_over_its_firmware(accel, tmp_path):
+    """The firmware's copy below 1 MiB is RAM, which programs write to."""
+    rom = bytearray(b"\xf4" * 0x2_0000)
+    # mov ax, 0xf000; mov ds, ax; mov word [0x100], 0x1234; out 0x10, al
+    code = bytes.fromhex("b800f0 8ed8 c70600013412 e610")
+    rom[0x1_0000 : 0x1_0000 + len(code)] = code
+    rom[0x1_FFF0:0x1_FFF5] = bytes.fromhex("ea000000f0")  # jmp 0xf000:0
+    (tmp_path / "rom").write_bytes(rom)
+    with Machine("2M", accel, firmware=tmp_path / "rom") as vm:
+        vm.on_pio(0x10, write=lambda access: vm.stop())
+        assert vm.run(TIMEOUT).reason is StopReason.STOPPED
+        assert vm.memory.read_u16(0xF_0100) == 0x1234
+        with vm.snapshot() as snap, snap.clone() as twin:
+            assert twin.memory.read(0, 2 << 20) == vm.memory.read(0, 2 << 20)
+
+
 def test_clones_outlive_the_snapshot_and_the_machine(accel):
     with stopped_at(accel, 100) as vm:
         snap = vm.snapshot()

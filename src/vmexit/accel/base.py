@@ -247,7 +247,7 @@ class Vm(Protocol):
     def dirty_log(self, region: Region) -> bytes:
         """The pages of `region` written since the last call, one bit each, lowest first.
 
-        From any thread. What the host itself writes need not be among them.
+        From any thread, but one at a time. What the host itself writes need not be among them.
         """
         ...
 

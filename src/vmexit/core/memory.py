@@ -110,7 +110,7 @@ class GuestMemory:
         self._offsets: dict[int, int] = {}  # in the memfd, by the GPA of a RAM region
         self._listeners: list[HostWrite] = []
         self._closed = False
-        self._host_writes: WrittenPages | None = None
+        self._host_writes = None if image is None else WrittenPages()
         self.exposed = WrittenPages()
         """Pages that somebody may hold a view of, and so write to at any time."""
         self.private = image is not None
@@ -249,7 +249,7 @@ class GuestMemory:
 
     def restore(self, image: MemoryImage) -> None:
         """RAM holds what `image` does, whatever it held. Raises ConfigError, HostError."""
-        _require_such(image, [(region.gpa, region.size) for region, _ in self.shared()])
+        self.require_layout(image)
         try:
             self.mapped += 1
             self._map(image)
@@ -329,6 +329,16 @@ class GuestMemory:
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes do not fill the slice of {size}")
         self.write(gpa, data)
+
+    @property
+    def as_made(self) -> bool:
+        """Whether it was made from an image, and nobody but a guest can have written to it."""
+        made = self._host_writes is not None and self.private and not self.mapped
+        return made and not self._host_writes and not self.exposed
+
+    def require_layout(self, image: MemoryImage) -> None:
+        """Raises ConfigError unless `restore(image)` is possible."""
+        _require_such(image, [(region.gpa, region.size) for region, _ in self.shared()])
 
     def on_host_write(self, listener: HostWrite) -> None:
         """Have `listener` told of what is written to memory other than by the guest."""

@@ -67,6 +67,8 @@ class Board:
         self.balloon: MemoryBalloon | None = None
         self.require_fit: Callable[[Mapping[str, State]], None] = lambda states: None
         """Raises ConfigError if these are states of devices with something else behind them."""
+        self.hold: Callable[[bool], None] = lambda held: None
+        """Has virtio devices leave the guest alone, and then do what they had to put off."""
         self.undriven: Callable[[], list[str]] = list
         """The names of the virtio devices that no driver has ever made ready."""
         self.virtio_counters: Callable[[], tuple[DeviceCounters, ...]] = tuple
@@ -200,8 +202,9 @@ class Board:
         for name, device in parts.devices():
             self.devices[name] = slots.attach(name, device)
         self.overlays = parts.overlays
-        self._when_running.append(slots.running)
+        self._when_running.append(lambda runs: slots.hold(not runs))
         self.require_fit = slots.require_fit
+        self.hold = slots.hold
         self.undriven = slots.undriven
         self.virtio_counters = slots.counters
         if parts.balloon is not None:

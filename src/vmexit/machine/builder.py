@@ -65,6 +65,8 @@ class Parts(NamedTuple):
     linked: Sequence[Linked]
     running: Callable[[bool], None]
     """To be called when a run begins, and when it has ended."""
+    hold: Callable[[bool], None]
+    """Has devices leave the guest alone, or lets them do again what they had to put off."""
     undriven: Callable[[], list[str]]
     virtio_counters: Callable[[], tuple[DeviceCounters, ...]]
     balloon: MemoryBalloon | None
@@ -257,6 +259,7 @@ def build(
             board.renew_generation,
             entry.linked if entry is not None else (),
             board.running,
+            board.hold,
             board.undriven,
             board.virtio_counters,
             board.balloon,

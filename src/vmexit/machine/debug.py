@@ -77,6 +77,10 @@ class DebuggedRunner:
         with self._lock:
             return {point: self._ways.get(point) for point in self._points}
 
+    def settle(self) -> None:
+        """See `Runner.settle()`."""
+        self._runner.settle()
+
     def forget(self) -> None:
         """The vCPUs are elsewhere now: none has been stopped at a breakpoint."""
         self._stopped_at.clear()
@@ -170,8 +174,8 @@ class DebuggedRunner:
                 self._ways |= ways
             stop = self._runner.run(timeout, turn.only)
         finally:
-            self._vm.debugger.disarm()
             self.armed = False
+            self._vm.debugger.disarm()
         point = stop.point
         if point is not None and point.kind is PointKind.EXECUTE and not self._is_elsewhere(stop):
             self._stopped_at[stop.vcpu] = point.gva

@@ -122,7 +122,12 @@ class Lifecycle:
         try:
             while True:
                 left = None if end is None else max(0.0, end - time.monotonic())
-                stop = self._wait(left) or self._run(end)
+                stop = self._wait(left)
+                if stop is None:
+                    stop = self._run(end)
+                elif self._told:  # it was asked for within paused()
+                    quit = stop.reason is StopReason.QUIT
+                    self._become(RunState.PAUSED, None if quit else EventKind.PAUSED)
                 if stop is not None:
                     self._request.raise_failure()
                     return self._describe(stop)
@@ -304,6 +309,7 @@ class Lifecycle:
                 if ran:
                     self._brief = True
                     self._hold()
+                self._runner.settle()
                 yield
             finally:
                 with self._changed:
@@ -333,9 +339,8 @@ class Lifecycle:
             self._become(RunState.PAUSED, EventKind.RESET)
 
     def has_gone_back(self) -> None:
-        """The guest, which runs, is somewhere else from now on."""
+        """The guest, which runs, is somewhere else now. It sets the pace: nobody is told."""
         self._last = None
-        self.subscribers.tell(EventKind.RESET)
 
     def end(self) -> None:
         """No run is under way any more, and none begins. Raises VmexitError from within one."""

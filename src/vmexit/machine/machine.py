@@ -523,7 +523,8 @@ class Machine(Inspection):
             self._require_open()
             if self._debug.armed:
                 raise VmexitError(
-                    "with breakpoints a callback cannot go back; stop() the machine, and do it then"
+                    "with breakpoints, and in steps, a callback cannot go back; stop() the "
+                    "machine, and do it then"
                 )
             require_own_disks(self.config)
             snapshot.require_such(self._parts)
@@ -534,7 +535,11 @@ class Machine(Inspection):
         self._life.reset(lambda: self._take_over(snapshot))
 
     def _go_back_within(self, snapshot: "Snapshot") -> None:
-        self._take_over(snapshot)
+        self._parts.hold(True)
+        try:
+            self._take_over(snapshot)
+        finally:
+            self._parts.hold(False)
         self._life.has_gone_back()
 
     def _take_over(self, snapshot: "Snapshot", ago: int = 0) -> None:

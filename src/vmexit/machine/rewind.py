@@ -9,10 +9,10 @@ from vmexit.core.written import WrittenPages, runs
 
 # So many pages may have been copied since the image was mapped, and so many times as many as now:
 # each is one that the machine has for itself, though it is as in the image.
-_MANY, _TIMES = 4096, 4
+_MANY, _FACTOR = 4096, 4
 # So many times going back leaves what is marked in the log marked, unless it gets to be so many
 # times as many pages, and so many more, as when nothing was.
-_KEEP, _GROWTH, _MORE = 64, 2, 64
+_MOST_ROUNDS, _GROWTH, _AND_PAGES = 64, 2, 64
 
 
 class DirtyLog(Protocol):
@@ -50,7 +50,7 @@ class Rewind:
     ) -> None:
         """`log` misses nothing that the guest does, or there is none.
 
-        Memory was made from `image`, if there is one, and no vCPU has run.
+        `image` is what memory was made from, if it was; no vCPU has run since.
         """
         self._memory = memory
         self._log = log
@@ -59,9 +59,8 @@ class Rewind:
         self._mapped = 0
         self._by_host = WrittenPages()
         self._made_from = image
-        if image is not None:
-            memory.note_host_writes(self._by_host)
-        self._times = self._first = 0  # since the log was empty; what was marked the first time
+        self._rounds = 0  # since the log was empty
+        self._marked_at_first = 0
         self._copied: dict[int, int] = {}  # a bit for each page, by the GPA of the region
         self._last: dict[int, _Marked] = {}  # by the same; most often it is the same again
 
@@ -73,9 +72,9 @@ class Rewind:
         """Memory holds what `image` does. Raises ConfigError, HostError."""
         memory, log = self._memory, self._log
         if self._made_from is not None:
-            made_from, self._made_from = self._made_from, None
+            same, self._made_from = image is self._made_from and memory.as_made, None
             memory.note_host_writes(None)
-            if image is made_from and not self._by_host and not memory.exposed:
+            if same:
                 self._image, self._mapped = image, memory.mapped
                 return
         again = image is self._image and memory.mapped == self._mapped
@@ -95,7 +94,7 @@ class Rewind:
                 for region, _ in memory.shared():
                     log.written(region)
                     log.forget_written(region)
-                self._times = 0
+                self._rounds = 0
         self._image, self._mapped = image, memory.mapped
 
     def _copy(self, image: MemoryImage, log: DirtyLog, by_host: Iterable[WrittenPages]) -> bool:
@@ -121,14 +120,15 @@ class Rewind:
         if not others:
             return True
         copied = sum(pages.bit_count() for pages in self._copied.values())
-        return copied <= _MANY + _TIMES * min(now, self._first)
+        return copied <= _MANY + _FACTOR * min(now, self._marked_at_first)
 
     def _keep_log(self, log: DirtyLog, marked: int) -> None:
         """Empty it if it is time to, now that so many pages were marked."""
-        if not self._times:
-            self._first = marked
-        self._times += 1
-        if self._times >= _KEEP or marked > _GROWTH * self._first + _MORE:
+        if not self._rounds:
+            self._marked_at_first = marked
+        self._rounds += 1
+        most = _GROWTH * self._marked_at_first + _AND_PAGES
+        if self._rounds >= _MOST_ROUNDS or marked > most:
             for region, _ in self._memory.shared():
                 log.forget_written(region)
-            self._times = 0
+            self._rounds = 0

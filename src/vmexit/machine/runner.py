@@ -253,6 +253,8 @@ class Runner:
         self._threads: list[_VcpuThread] = []
         self._busy = threading.Lock()
         self._number = 0  # of the run
+        self._live = 0  # the same, until run() is left
+        self._between = threading.Lock()  # held in a detour
         self._closed = False
         self._process = os.getpid()
         self._caller = 0  # the thread in run()
@@ -297,12 +299,12 @@ class Runner:
                 "within an access of one vCPU the others run; stop() the machine, and go back then"
             )
 
+        number = self._number
+
         def between() -> None:
-            self._running(False)
-            try:
-                function()
-            finally:
-                self._running(True)
+            with self._between:
+                if self._live == number:  # else whoever ran it has left, and may change it now
+                    function()
 
         self._threads[0].detour(between)
 
@@ -326,6 +328,8 @@ class Runner:
                 self._running(True)
                 return self._run(timeout, only)
             finally:
+                with self._between:
+                    self._live = 0
                 self._running(False)
         finally:
             self._caller = 0
@@ -341,6 +345,7 @@ class Runner:
         self._settle()  # in case a run was left twice by exceptions
         self._request.begin()
         self._number += 1
+        self._live = self._number
         self._request.raise_failure()
         try:
             for thread in threads:
@@ -388,6 +393,15 @@ class Runner:
                 raise report.error
         self._request.raise_failure()
         return self._verdict(reports)
+
+    def settle(self) -> None:
+        """Wait until no vCPU runs: the last run may have been left by two exceptions."""
+        if any(thread.running for thread in self._threads) and self._busy.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._request.end()
+                self._busy.release()
 
     def _settle(self) -> None:
         """Stop all vCPUs, whatever state an exception has left them in.

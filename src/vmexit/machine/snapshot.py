@@ -132,6 +132,7 @@ class Snapshot:
         """Raises ConfigError unless a machine of these parts could go on from here."""
         self._require_open()
         check(parts, self._contents.state)
+        parts.memory.require_layout(self._contents.memory)
         for name, disk in self._contents.disks.items():
             if name not in parts.overlays and any(disk.blocks):
                 raise ConfigError(

@@ -120,10 +120,10 @@ class VirtioSlots:
             for name, transport in self._transports.items()
         )
 
-    def running(self, runs: bool) -> None:
-        """A run begins, or has ended: in between, no device does anything to the guest."""
+    def hold(self, held: bool) -> None:
+        """While `held`, between runs for example, no device does anything to the guest."""
         for transport in self._transports.values():
-            transport.hold(not runs)
+            transport.hold(held)
 
 
 class _Kick:

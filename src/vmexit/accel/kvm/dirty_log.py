@@ -15,13 +15,18 @@ from vmexit.core.errors import HostError
 
 
 def keep_marks(vm: int) -> None:
-    """Have reading the logs of this VM leave them as they are. Raises OSError."""
+    """Have reading the logs of this VM leave them as they are. Raises HostError."""
     request = kvm_enable_cap(cap=KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
     request.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-    ioctl(vm, KVM_ENABLE_CAP, bytes(request))
+    try:
+        ioctl(vm, KVM_ENABLE_CAP, bytes(request))
+    except OSError as error:
+        raise HostError(
+            f"KVM refused to log what is written: {error.strerror}; use --accel soft"
+        ) from error
 
 
-class DirtyLog:
+class SlotLog:
     """That of one slot, which was mapped with KVM_MEM_LOG_DIRTY_PAGES."""
 
     def __init__(self, vm: int, slot: int, pages: int, *, kept: bool) -> None:

@@ -39,7 +39,7 @@ _ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 _SOON, _TRIES = 20_000, 10  # nanoseconds
 
 # The host's counter was so much at that moment, by its frequency in kHz. So soon afterwards it is
-# what the frequency says, to some nanoseconds.
+# what the frequency says, to some microseconds: the host's clock is slewed by 500 ppm at most.
 _host: dict[int, tuple[int, int]] = {}
 _FRESH = 10_000_000  # nanoseconds
 
@@ -121,7 +121,8 @@ def _host_tsc(vcpu: KvmVcpu, offset: "_TscOffset", moment: int) -> int:
         asked = msrs.pack({_IA32_TSC: 0})
         buffer, then = _at_once(vcpu.fd, KVM_GET_MSRS, lambda now: msrs.request(asked))
         counter = msrs.answer(buffer)[_IA32_TSC] - offset.get()
-        _host[khz] = counter, then
+        if khz:
+            _host[khz] = counter, then
     return counter + (moment - then) * khz // 1_000_000 & _WORD
 
 

@@ -39,7 +39,7 @@ from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.debug import KvmDebugger
-    from vmexit.accel.kvm.dirty_log import DirtyLog
+    from vmexit.accel.kvm.dirty_log import SlotLog
     from vmexit.accel.kvm.irqchip import KvmIrqChip
     from vmexit.accel.kvm.state import StateAccess
     from vmexit.accel.kvm.system import System
@@ -74,7 +74,7 @@ class KvmVm:
         self._pio = pio
         self._mmio = mmio
         self._slots: dict[int, int] = {}  # GPA of a region → slot number
-        self._logs: dict[int, DirtyLog] = {}
+        self._logs: dict[int, SlotLog] = {}
         self._vcpus: list[KvmVcpu] = []
         try:
             # On Intel without unrestricted guest, real mode needs both (KVM API 4.36, 4.40); they
@@ -122,7 +122,7 @@ class KvmVm:
 
     def start_dirty_log(self) -> None:
         """Have KVM note which pages of RAM the vCPUs write to. Raises HostError."""
-        from vmexit.accel.kvm.dirty_log import DirtyLog, keep_marks
+        from vmexit.accel.kvm.dirty_log import SlotLog, keep_marks
 
         kept = bool(self._system.check_extension(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2))
         if kept:
@@ -131,10 +131,10 @@ class KvmVm:
             if not region.readonly:
                 self.map(region, log_dirty=True)
                 slot, pages = self._slots[region.gpa], region.size // PAGE_SIZE
-                self._logs[region.gpa] = DirtyLog(self.fd, slot, pages, kept=kept)
+                self._logs[region.gpa] = SlotLog(self.fd, slot, pages, kept=kept)
 
     def written(self, region: Region) -> bytearray:
-        """The pages of `region` written since the last `forget_written()`: see `DirtyLog.read()`.
+        """The pages of `region` written since the last `forget_written()`: see `SlotLog.read()`.
 
         What was given once may be missing, unless it was written again.
         """
