@@ -88,7 +88,7 @@ def test_the_access_is_the_last_thing_that_happens(accesses, where):
 def test_a_run_that_was_left_in_a_hurry_is_over_before_anything_else(accesses):
     """Two interrupts end `run()` while a callback takes its time, and goes back in the end."""
     vm, first, on = accesses
-    entered, release = threading.Event(), threading.Event()
+    entered, release, interrupted = (threading.Event() for _ in range(3))
 
     def back(access):
         entered.set()
@@ -96,13 +96,15 @@ def test_a_run_that_was_left_in_a_hurry_is_over_before_anything_else(accesses):
         vm.reset_to(first)
 
     def interrupt(number, frame):
+        interrupted.set()
         raise KeyboardInterrupt
 
     def interrupt_twice():
         assert entered.wait(TIMEOUT)
         for _ in range(2):
+            interrupted.clear()
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-            time.sleep(0.3)
+            assert interrupted.wait(TIMEOUT)
 
     vm.memory.write(0x5000, b"second")
     before = signal.signal(signal.SIGUSR1, interrupt)
