@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from vmexit.core.workers import IDLE_NAME
-
 ROOT = Path(__file__).resolve().parent.parent
 
 _covered: Counter[str] = Counter()
@@ -71,8 +69,7 @@ def resources() -> tuple[set[str], set[str], int]:
             descriptors.add(f"{entry}: {os.readlink(f'/proc/self/fd/{entry}')}")
         except OSError:
             continue
-    names = {thread.name for thread in threading.enumerate()} - {IDLE_NAME}
-    threads = {name for name in names if name.startswith("vmexit")}
+    threads = {t.name for t in threading.enumerate() if t.name.startswith("vmexit")}
     maps = Path("/proc/self/maps").read_text()
     return descriptors, threads, maps.count("vmexit-ram") + maps.count("anon_inode:kvm")
 

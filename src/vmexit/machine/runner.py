@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from vmexit.accel.base import Executor, Exit, ExitReason
 from vmexit.core.errors import HostError, VmexitError
-from vmexit.core.threads import SIGNAL_SECONDS
-from vmexit.core.workers import Work
+from vmexit.core.threads import SIGNAL_SECONDS, start_without_signals
 from vmexit.machine.stop import Stop, StopReason, stop_from_exit
 
 # How soon a vCPU that a kick has missed is kicked again.
@@ -170,22 +169,13 @@ class _VcpuThread:
         self._orders: SimpleQueue[int] = SimpleQueue()  # numbers of runs; 0: end
         self._ordered = self._done = 0
         self._detour: Callable[[], None] | None = None
-        self._name = f"vmexit-vcpu{number}"
-        self._work: Work | None = None
+        # A daemon: a program that forgets close() must still be able to end.
+        self.thread = threading.Thread(target=self._main, name=f"vmexit-vcpu{number}", daemon=True)
 
     @property
     def running(self) -> bool:
         """Whether a run that was ordered is not over."""
         return self._done != self._ordered
-
-    @property
-    def thread(self) -> threading.Thread | None:
-        """None until it is started."""
-        return None if self._work is None else self._work.thread
-
-    def start(self) -> None:
-        """Wait for the first order. Raises RuntimeError."""
-        self._work = Work(self._main, self._name)
 
     def go(self, run: int) -> None:
         """Run until it stops; it reports, with the number `run`."""
@@ -200,8 +190,8 @@ class _VcpuThread:
     def end(self) -> None:
         """End the thread, if it has started; it does not run its vCPU now."""
         self._orders.put(0)
-        if self._work is not None:
-            self._work.join()
+        if self.thread.ident is not None:
+            self.thread.join()
 
     def _main(self) -> None:
         executor = self._executor
@@ -360,7 +350,7 @@ class Runner:
             for number, executor in enumerate(self._executors):
                 thread = _VcpuThread(number, executor, self._request, self._reports)
                 self._threads.append(thread)
-                thread.start()
+                start_without_signals(thread.thread)
         except BaseException as error:  # a signal's handler may raise anything
             for thread in self._threads:
                 thread.end()
