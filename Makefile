@@ -14,7 +14,7 @@ CONTROL := tests/integration/test_gdb_linux.py::test_from_start_kernel_to_the_sh
   the_power_button_is_a_key_of_the_guest)
 
 FULL := tests/integration/test_linux_share.py::test_a_folder_with_10_000_files \
-  tests/integration/test_debian_root.py tests/integration/test_linux_net.py
+  $(addprefix tests/integration/test_,debian_root.py linux_net.py linux_virtio.py linux_vhost.py)
 
 SNAPSHOT := $(addprefix tests/integration/test_,snapshot_linux.py linux_shell.py)
 
@@ -72,6 +72,7 @@ lab-virtio: setup ## the tests of virtio devices with Linux, there: half an hour
 	@LAB_SECONDS=2400 tools/test-lab $(BIN)/python -m pytest -m "not soak" --timeout 900 $(VIRTIO)
 
 lab-full: setup  ## the longest of them at their full size, there: two hours
+	@PYTHONPATH=tests $(BIN)/python tests/kernels.py >/dev/null  # which the lab cannot fetch
 	@PYTHONPATH=tests $(BIN)/python -c 'from debian_root import debian_root; debian_root()'
 	@$(BIN)/python -m pytest -q --collect-only $(FULL) >/dev/null
 	@VMEXIT_FULL=1 tools/kvm-lab --memory 6144 --timeout 18000 -- $(BIN)/python -m pytest -v -m soak $(FULL) </dev/null

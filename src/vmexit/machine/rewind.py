@@ -93,8 +93,7 @@ class Rewind:
             if log is not None and self._logging:
                 for region, _ in memory.shared():
                     log.written(region)
-                    log.forget_written(region)
-                self._rounds = 0
+                self._empty(log)
         self._image, self._mapped = image, memory.mapped
 
     def _copy(self, image: MemoryImage, log: DirtyLog, by_host: Iterable[WrittenPages]) -> bool:
@@ -129,6 +128,10 @@ class Rewind:
         self._rounds += 1
         most = _GROWTH * self._marked_at_first + _AND_PAGES
         if self._rounds >= _MOST_ROUNDS or marked > most:
-            for region, _ in self._memory.shared():
-                log.forget_written(region)
-            self._rounds = 0
+            self._empty(log)
+
+    def _empty(self, log: DirtyLog) -> None:
+        """What it has told is noted when it is written again."""
+        for region, _ in self._memory.shared():
+            log.forget_written(region)
+        self._rounds = 0
