@@ -58,16 +58,31 @@ def put(vcpu: int, values: Mapping[int, int]) -> list[int]:
     return refused
 
 
-def unlike(vcpu: int, entries: bytes) -> dict[int, int]:
-    """Those in `entries` that have another value now, or none: as they are there."""
-    most = _MOST * ENTRY_SIZE
-    if len(entries) > most:
-        return unlike(vcpu, entries[:most]) | unlike(vcpu, entries[most:])
-    found, done = _ask(vcpu, entries)
-    if done * ENTRY_SIZE < len(entries):
-        wanted = unpack(entries)
-        now = get(vcpu, wanted)
-        return {index: value for index, value in wanted.items() if now.get(index) != value}
+class Wanted:
+    """Values that MSRs are to have, again and again."""
+
+    def __init__(self, entries: bytes) -> None:
+        """A `struct kvm_msr_entry` for each."""
+        most = _MOST * ENTRY_SIZE
+        parts = [entries[at : at + most] for at in range(0, len(entries), most)]
+        self._parts = [(part, request(part), bytes(request(part))) for part in parts]
+
+    def unlike(self, vcpu: int) -> dict[int, int]:
+        """Those that have another value now, or none: as they are here."""
+        values = dict[int, int]()
+        for entries, buffer, wanted in self._parts:
+            done = ioctl(vcpu, KVM_GET_MSRS, buffer, True)  # which leaves the indices in it
+            if done * ENTRY_SIZE < len(entries):
+                buffer[:] = wanted
+                as_here = unpack(entries)
+                now = get(vcpu, as_here)
+                values |= {i: value for i, value in as_here.items() if now.get(i) != value}
+            elif buffer != wanted:
+                values |= _differing(entries, buffer[_HEAD.size :])
+        return values
+
+
+def _differing(entries: bytes, found: bytes | bytearray) -> dict[int, int]:
     values = dict[int, int]()
     for at in range(0, len(entries), _SOME):
         if entries[at : at + _SOME] != found[at : at + _SOME]:

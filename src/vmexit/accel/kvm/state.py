@@ -13,10 +13,14 @@ from vmexit.abi.kvm import (
     KVM_SET_REGS,
     KVM_SET_SREGS,
     KVM_SET_VCPU_EVENTS,
+    KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS,
 )
 from vmexit.abi.kvm_caps import (
     KVM_CAP_DEBUGREGS,
     KVM_CAP_MP_STATE,
+    KVM_CAP_SYNC_REGS,
     KVM_CAP_USER_MEMORY,
     KVM_CAP_VCPU_EVENTS,
     KVM_CAP_XCRS,
@@ -96,15 +100,50 @@ class VcpuState(NamedTuple):
         return {**head, "parts": self.parts.copy(), "msrs": self.msrs, "cpuid": self.cpuid}
 
 
+class _Loadable:
+    """A state as KVM takes it: buffers for its requests, filled in once."""
+
+    def __init__(self, state: VcpuState, access: "StateAccess") -> None:
+        self.tsc_khz = state.tsc_khz
+        self.cpuid = state.cpuid
+        self.msrs = msrs.Wanted(state.msrs)
+        self.sregs = state.parts["sregs"]
+        self.first = self._requests(access.first, state)
+        self.last = self._requests(access.last, state)
+        # The same for one that is loaded again: less what KVM_RUN takes with it.
+        by_run = access.by_run
+        self.registers, self.which = b"", 0
+        if by_run:
+            self.registers = b"".join(state.parts[name] for name in ("regs", "sregs", "events"))
+            self.which = sum(by_run.values())
+        self.first_again = [r for r in self.first if r[0] not in by_run]
+        self.last_again = [r for r in self.last if r[0] not in by_run]
+
+    @staticmethod
+    def _requests(parts: list[_Part], state: VcpuState) -> list[tuple[str, int, bytearray]]:
+        # fcntl takes more than 1 KiB only if it may be written to.
+        return [(part.name, part.set, bytearray(state.parts[part.name])) for part in parts]
+
+
 class StateAccess:
     """Saves and loads the state of vCPUs; which parts there are depends on this KVM."""
 
     def __init__(self, system: "System", *, lapic: bool) -> None:
         """`lapic`: the local APICs are the kernel's."""
         self._system = system
-        self._first = self._there(_FIRST) + ([_LAPIC] if lapic else [])
-        self._last = self._there(_LAST)
-        self._parsed: dict[int, tuple[State, VcpuState]] = {}  # the last one of each vCPU
+        first, last = self._there(_FIRST), self._there(_LAST)
+        self._parts = [*first, *([_LAPIC] if lapic else []), *last]
+        # A vCPU without a LAPIC in the kernel is always runnable (KVM API 4.38).
+        self.first = first + ([_LAPIC] if lapic else [])
+        self.last = last if lapic else [part for part in last if part.name != "mp_state"]
+        synced = system.check_extension(KVM_CAP_SYNC_REGS)
+        wanted = {"regs": KVM_SYNC_X86_REGS, "events": KVM_SYNC_X86_EVENTS}
+        if not lapic:  # which needs the APIC base that is among them
+            wanted["sregs"] = KVM_SYNC_X86_SREGS
+        there = all(synced & flag for flag in wanted.values()) and len(last) == len(_LAST)
+        self.by_run = wanted if there else {}
+        """The parts that KVM_RUN can take with it, with the flag for each."""
+        self._known: dict[int, tuple[State, _Loadable]] = {}  # the last one of each vCPU
 
     def _there(self, parts: tuple[_Part, ...]) -> list[_Part]:
         return [part for part in parts if self._system.check_extension(part.capability)]
@@ -114,7 +153,7 @@ class StateAccess:
         parts = {}
         # The MP state first: to tell it, KVM does what an INIT or a SIPI asks for, and that changes
         # CS and RIP.
-        for part in sorted(self._first + self._last, key=lambda part: part.name != "mp_state"):
+        for part in sorted(self._parts, key=lambda part: part.name != "mp_state"):
             buffer = bytearray(sizeof(part.layout))
             vcpu.get(part.name, part.get, buffer)
             parts[part.name] = bytes(buffer)
@@ -138,7 +177,7 @@ class StateAccess:
         """What `VcpuState.plain()` gave. Raises ConfigError for anything else."""
         saved = Saved(state, "a vCPU of this KVM", _VERSION)
         parts = state.get("parts")
-        layouts = {part.name: sizeof(part.layout) for part in self._first + self._last}
+        layouts = {part.name: sizeof(part.layout) for part in self._parts}
         entries = saved.data("msrs", _MOST_MSRS * msrs.ENTRY_SIZE)
         cpuid = saved.data("cpuid", _MOST_CPUID)
         if (
@@ -159,31 +198,50 @@ class StateAccess:
 
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
-        known, parsed = self._parsed.get(vcpu.index, (None, None))
-        if parsed is None or known is not state:
-            parsed = self.parse(state)
-            self._parsed[vcpu.index] = state, parsed
-        if parsed.cpuid != vcpu.cpuid:
-            _show(vcpu, parsed.cpuid)
-        refused = self.load(vcpu, parsed)
+        known, loadable = self._known.get(vcpu.index, (None, None))
+        again = known is state
+        if loadable is None or not again:
+            loadable = _Loadable(self.parse(state), self)
+        if loadable.cpuid != vcpu.cpuid:
+            _show(vcpu, loadable.cpuid)
+        refused = self._load_again(vcpu, loadable) if again else self._load(vcpu, loadable)
         if refused:
             raise ConfigError(
                 f"this KVM refuses MSR {refused[0]:#x} as it was saved; restore it on a host with "
                 "the processor and the kernel that it was saved on"
             )
+        self._known[vcpu.index] = state, loadable
 
     def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
         """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
-        for part in self._first:
-            vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
-        vcpu.load_cr8(state.parts["sregs"])
+        return self._load(vcpu, _Loadable(state, self))
+
+    def _load(self, vcpu: "KvmVcpu", state: _Loadable) -> list[int]:
+        for name, request, data in state.first:
+            vcpu.set(name, request, data)
+        refused = self._load_counters(vcpu, state)
+        for name, request, data in state.last:
+            vcpu.set(name, request, data)
+        return refused
+
+    def _load_again(self, vcpu: "KvmVcpu", state: _Loadable) -> list[int]:
+        """Nobody looks at the registers most often, before it runs."""
+        for name, request, data in state.first_again:
+            vcpu.set(name, request, data)
+        refused = self._load_counters(vcpu, state)
+        for name, request, data in state.last_again:
+            vcpu.set(name, request, data)
+        if state.which:
+            vcpu.enter_with(state.registers, state.which)
+        return refused
+
+    def _load_counters(self, vcpu: "KvmVcpu", state: _Loadable) -> list[int]:
+        vcpu.load_cr8(state.sregs)
         if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
             vcpu.set_tsc_khz(state.tsc_khz)
         # Not each KVM lets every MSR be written, even with what is in it.
-        refused = vcpu.set_msrs(vcpu.msrs_unlike(state.msrs))
-        for part in self._last:
-            vcpu.set(part.name, part.set, bytearray(state.parts[part.name]))
-        return refused
+        unlike = state.msrs.unlike(vcpu.fd)
+        return vcpu.set_msrs(unlike) if unlike else []
 
 
 def _show(vcpu: "KvmVcpu", cpuid: bytes) -> None:

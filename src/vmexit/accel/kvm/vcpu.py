@@ -31,8 +31,12 @@ from vmexit.abi.kvm import (
     KVM_SET_REGS,
     KVM_SET_SIGNAL_MASK,
     KVM_SET_SREGS,
+    KVM_SET_VCPU_EVENTS,
+    KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS,
 )
-from vmexit.abi.kvm_run import kvm_run
+from vmexit.abi.kvm_run import kvm_run, kvm_sync_regs
 from vmexit.abi.kvm_state import (
     KVM_GET_DEBUGREGS,
     KVM_GET_XSAVE,
@@ -82,6 +86,9 @@ _MMIO_GPA = 4  # u64 at 32
 _MMIO_DATA = 40  # bytes
 _MMIO_LEN = 12  # u32 at 48
 _MMIO_IS_WRITE = 52  # byte
+_DIRTY_REGS: int = kvm_run.kvm_dirty_regs.offset // 8  # u64
+_SYNCED: int = kvm_run.s.offset
+_SYNCED_END = _SYNCED + sizeof(kvm_sync_regs)
 
 TRAP_PORT = 0xEF
 """What the debugger's OUT goes to, where it has to use one."""
@@ -110,6 +117,12 @@ _APIC_BASE_FORMAT = _CR8_FORMAT = struct.Struct("=Q")
 _MP_STATE = struct.Struct("=I")  # struct kvm_mp_state
 _GUEST_DEBUG = struct.Struct("=I4x8Q")  # struct kvm_guest_debug
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
+
+_SYNCED_PARTS = (
+    (KVM_SYNC_X86_SREGS, "system registers", KVM_SET_SREGS, kvm_sync_regs.sregs),
+    (KVM_SYNC_X86_EVENTS, "events", KVM_SET_VCPU_EVENTS, kvm_sync_regs.events),
+    (KVM_SYNC_X86_REGS, "general registers", KVM_SET_REGS, kvm_sync_regs.regs),
+)
 
 _PLAIN_EXITS = {
     KVM_EXIT_HLT: ExitReason.HALT,
@@ -519,10 +532,6 @@ class KvmVcpu:
         """As `msrs()`, without those that KVM cannot read."""
         return msrs.get(self.fd, indices)
 
-    def msrs_unlike(self, entries: bytes) -> dict[int, int]:
-        """See `vmexit.accel.kvm.msrs.unlike()`."""
-        return msrs.unlike(self.fd, entries)
-
     def fpu(self) -> bytes:
         """See `vmexit.accel.base.Vcpu`; the first part of KVM_GET_XSAVE."""
         buffer = bytearray(sizeof(kvm_xsave))
@@ -556,8 +565,27 @@ class KvmVcpu:
         registers.dr6 |= bits
         self.set("debug registers", KVM_SET_DEBUGREGS, bytes(buffer))
 
+    def enter_with(self, registers: bytes, which: int) -> None:
+        """KVM_RUN takes these when it is entered next (KVM API 5, kvm_dirty_regs): an ioctl less
+        for each. Whoever asks for registers before that has them loaded.
+
+        A `struct kvm_sync_regs`, which KVM has taken before, and KVM_SYNC_X86_… flags.
+        """
+        self._u8[_SYNCED:_SYNCED_END] = registers
+        self._u64[_DIRTY_REGS] = which
+
+    def _load_synced(self) -> None:
+        """What KVM_RUN was to take, in the order of `vmexit.accel.kvm.state`."""
+        which, self._u64[_DIRTY_REGS] = self._u64[_DIRTY_REGS], 0
+        for flag, what, request, field in _SYNCED_PARTS:
+            if which & flag:
+                start = _SYNCED + field.offset
+                self.set(what, request, bytes(self._u8[start : start + field.size]))
+
     def set(self, what: str, request: int, data: bytes | bytearray) -> None:
         """One of KVM's requests that load state. Raises HostError."""
+        if self._u64[_DIRTY_REGS]:
+            self._load_synced()
         try:
             ioctl(self.fd, request, data)
         except OSError as error:
@@ -565,6 +593,8 @@ class KvmVcpu:
 
     def get(self, what: str, request: int, buffer: bytearray) -> None:
         """One that fills in `buffer`. Raises HostError."""
+        if self._u64[_DIRTY_REGS]:
+            self._load_synced()
         try:
             ioctl(self.fd, request, buffer, True)
         except OSError as error:
