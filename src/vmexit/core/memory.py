@@ -50,6 +50,10 @@ def set_size(memfd: int, size: int) -> None:
 HostWrite = Callable[[int, int], None]
 
 
+# A part of a region, and what is to be there.
+Source = tuple[slice, memoryview]
+
+
 class Region(NamedTuple):
     """A range of GPAs with memory behind it.
 
@@ -282,27 +286,29 @@ class GuestMemory:
         except OSError:  # it is closed just now
             return 0
 
-    def places(self, region: Region, pages: Iterable[tuple[int, int]]) -> list[tuple[slice, slice]]:
-        """Where pages of `region` are: in it, and in the image of the last `restore()`.
+    def sources(
+        self, image: MemoryImage, region: Region, pages: Iterable[tuple[int, int]]
+    ) -> list[Source]:
+        """What pages of `region` are in `image`, which was in the last `restore()`.
 
         `pages` are first and end of each run, counted from its first.
         """
         base = self._offsets[region.gpa]
+        whole = image.view
         return [
             (
                 slice(first * PAGE_SIZE, end * PAGE_SIZE),
-                slice(base + first * PAGE_SIZE, base + end * PAGE_SIZE),
+                whole[base + first * PAGE_SIZE : base + end * PAGE_SIZE],
             )
             for first, end in pages
         ]
 
-    def copy_from(
-        self, image: MemoryImage, region: Region, places: Iterable[tuple[slice, slice]]
-    ) -> None:
-        """What is at `places()` is as in `image`; nobody is told that it has changed."""
-        to, source = region.view, image.view
-        for here, there in places:
-            to[here] = source[there]
+    @staticmethod
+    def copy(region: Region, sources: Iterable[Source]) -> None:
+        """Make these the contents of `region`; nobody is told that it has changed."""
+        to = region.view
+        for here, source in sources:
+            to[here] = source
 
     def view(self, gpa: int, size: int) -> memoryview:
         """`size` bytes at `gpa` as a writable view of the guest's own bytes."""

@@ -37,6 +37,8 @@ class WrittenPages:
 
     def take(self) -> "WrittenPages":
         """What it knows; it begins anew."""
+        if not self._pages and not self.too_many:
+            return _NONE
         taken = WrittenPages()
         with self._lock:
             taken._pages, taken.too_many = self._pages, self.too_many
@@ -45,12 +47,17 @@ class WrittenPages:
 
     def mark(self, bitmap: bytearray, gpa: int, count: int) -> None:
         """Set the bits of those among the `count` pages from `gpa` on; `bitmap` is theirs."""
+        if not self._pages:
+            return
         first = gpa >> _PAGE_BITS
         with self._lock:
             pages = tuple(self._pages)
         for page in pages:
             if first <= page < first + count:
                 bitmap[page - first >> 3] |= 1 << (page - first & 7)
+
+
+_NONE = WrittenPages()  # nobody adds to what take() gave
 
 
 def runs(bitmap: bytes | bytearray) -> Iterator[tuple[int, int]]:

@@ -167,6 +167,7 @@ class Machine(Inspection):
         machine = cls.__new__(cls)
         machine._build(config, observer, snapshot.restored)
         try:
+            snapshot.require_such(machine._parts)
             machine._take_over(snapshot, ago)
         except BaseException:
             machine.close()
@@ -183,6 +184,7 @@ class Machine(Inspection):
         self._entry = config.entry if config.image is not None else None
         self._closed = False
         self._half = False  # a reset has failed after it began
+        self._fits: Snapshot | None = None  # one that it can go back to
         self.within = Within()
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
@@ -517,8 +519,6 @@ class Machine(Inspection):
         Raises ConfigError if the snapshot is of a machine with other parts, or if a disk cannot go
         back; VmexitError in a callback if there are breakpoints, or other vCPUs on KVM.
         """
-        from vmexit.machine.machine_state import require_own_disks
-
         if self._runner.in_vcpu_thread():
             self._require_open()
             if self._debug.armed:
@@ -526,13 +526,23 @@ class Machine(Inspection):
                     "with breakpoints, and in steps, a callback cannot go back; stop() the "
                     "machine, and do it then"
                 )
-            require_own_disks(self.config)
-            snapshot.require_such(self._parts)
+            self._require_such(snapshot)
             self._runner.detour(lambda: self._go_back_within(snapshot))
             return
         self._require_outside()
-        require_own_disks(self.config)
+        self._require_such(snapshot)
         self._life.reset(lambda: self._take_over(snapshot))
+
+    def _require_such(self, snapshot: "Snapshot") -> None:
+        """Raises ConfigError unless it can go back there."""
+        if snapshot is self._fits:
+            snapshot.require_same_roms(self._parts)
+            return
+        from vmexit.machine.machine_state import require_own_disks
+
+        require_own_disks(self.config)
+        snapshot.require_such(self._parts)
+        self._fits = snapshot
 
     def _go_back_within(self, snapshot: "Snapshot") -> None:
         self._parts.hold(True)
@@ -543,7 +553,6 @@ class Machine(Inspection):
         self._life.has_gone_back()
 
     def _take_over(self, snapshot: "Snapshot", ago: int = 0) -> None:
-        snapshot.require_such(self._parts)
         self._go_back(lambda: snapshot.put_into(self._parts, ago))
         loads, self._start = snapshot.loaded
         self._loads, self._loaded = loads.copy(), True

@@ -4,7 +4,6 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmexit.core.bus import State
@@ -34,8 +33,7 @@ def take(parts: Parts) -> MachineState:
     Raises ConfigError that names a device which cannot be saved.
     """
     devices = {}
-    with ExitStack() as stack:
-        moment = _stand(parts, stack)
+    with _Standing(parts) as moment:
         # What goes on though our clocks stand comes first: timers in the kernel.
         vm = parts.vm.state(moment)
         vcpus = [vcpu.state() for vcpu in parts.vcpus]
@@ -63,6 +61,11 @@ def check(parts: Parts, state: MachineState) -> None:
         where = "the snapshot" if other[0] in state.devices else "this machine"
         raise ConfigError(f"only {where} has {quoted(other[0])}; use a machine with the same parts")
     parts.require_fit(state.devices)
+    check_roms(parts, state)
+
+
+def check_roms(parts: Parts, state: MachineState) -> None:
+    """The part of `check()` whose answer may change while there is the machine."""
     if _roms(parts.memory) != state.roms:
         raise ConfigError("the firmware has changed since the snapshot; use the file as it was")
 
@@ -75,30 +78,43 @@ def put(parts: Parts, state: MachineState, ago: int = 0) -> None:
     """
     # The interrupt controllers first: what devices do to them next, they have done before. The
     # local APICs of KVM are the vCPUs', and get what the I/O APIC has for them once more.
-    names = sorted(parts.devices, key=lambda name: name != _IRQCHIP)
     # Clocks that a guest can compare have to go on from one moment, or it trusts none of them.
-    with ExitStack() as stack:
-        moment = _stand(parts, stack, ago)
+    with _Standing(parts, ago) as moment:
         if _IRQCHIP in parts.devices:
-            _restore(parts, state, names.pop(0))
+            _restore(parts, state, _IRQCHIP)
         for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
             vcpu.restore(saved)
         parts.vm.restore(state.vm, moment)
-        for name in names:
-            _restore(parts, state, name)
+        for name in parts.devices:
+            if name != _IRQCHIP:
+                _restore(parts, state, name)
 
 
-def _stand(parts: Parts, stack: ExitStack, ago: int = 0) -> int:
-    """Have the clocks stand, so many ns ago, until `stack` is closed; when, as the VM tells it."""
-    tries = 0
-    while True:
-        begin = time.monotonic_ns()
-        stack.enter_context(parts.standing(ago))
-        moment = parts.vm.moment(ago)
-        tries += 1
-        if time.monotonic_ns() - begin < _SOON or tries > _TRIES:
-            return moment
-        stack.close()  # another thread came between: once more
+class _Standing:
+    """The clocks stand within, so many ns ago; when that is, as the VM tells it."""
+
+    def __init__(self, parts: Parts, ago: int = 0) -> None:
+        self._parts = parts
+        self._ago = ago
+        self._standing = parts.standing(ago)
+
+    def __enter__(self) -> int:
+        tries = 0
+        while True:
+            begin = time.monotonic_ns()
+            self._standing.__enter__()
+            try:
+                moment = self._parts.vm.moment(self._ago)
+            except BaseException:
+                self._standing.__exit__(None, None, None)
+                raise
+            tries += 1
+            if time.monotonic_ns() - begin < _SOON or tries > _TRIES:
+                return moment
+            self._standing.__exit__(None, None, None)  # another thread came between: once more
+
+    def __exit__(self, *exc: object) -> None:
+        self._standing.__exit__(None, None, None)
 
 
 def _restore(parts: Parts, state: MachineState, name: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region
+from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region, Source
 from vmexit.core.memory_image import MemoryImage
 from vmexit.core.written import WrittenPages, runs
 
@@ -26,10 +26,10 @@ class DirtyLog(Protocol):
 
 
 class _Marked(NamedTuple):
-    """What was marked in a region the last time, where that is, and how many pages it is."""
+    """What was marked in a region the last time, what to copy there, and how many pages it is."""
 
     bitmap: bytes
-    places: list[tuple[slice, slice]]
+    sources: list[Source]
     pages: int
 
 
@@ -85,7 +85,7 @@ class Rewind:
             self._logging, again = True, False
         # Before the log is read: what others write from now on is for the next time.
         by_host = self._by_host.take(), memory.exposed
-        few = not any(pages.too_many for pages in by_host)
+        few = not (by_host[0].too_many or by_host[1].too_many)
         if not (again and log is not None and few and self._copy(image, log, by_host)):
             memory.restore(image)
             self._copied.clear()
@@ -109,11 +109,11 @@ class Rewind:
             last = self._last.get(region.gpa)
             if last is None or last.bitmap != bitmap:
                 bits, others = int.from_bytes(bitmap, "little"), True
-                places = self._memory.places(region, runs(bitmap))
-                last = _Marked(bytes(bitmap), places, bits.bit_count())
+                sources = self._memory.sources(image, region, runs(bitmap))
+                last = _Marked(bytes(bitmap), sources, bits.bit_count())
                 self._last[region.gpa] = last
                 self._copied[region.gpa] = self._copied.get(region.gpa, 0) | bits
-            self._memory.copy_from(image, region, last.places)
+            self._memory.copy(region, last.sources)
             now += last.pages
         self._keep_log(log, now)
         if not others:

@@ -220,6 +220,8 @@ class _VcpuThread:
             detour, self._detour = self._detour, None
             if detour is not None:
                 detour()
+                if self._request.stop is None:
+                    continue
                 exit = Exit(ExitReason.INTERRUPTED, vcpu=exit.vcpu)
             # Else it is a kick that came too late for an earlier run.
             if exit.reason is not ExitReason.INTERRUPTED or self._request.stop is not None:
@@ -276,8 +278,11 @@ class Runner:
 
     def _executor(self) -> int | None:
         """The number of the executor that the caller's thread runs."""
-        current = threading.current_thread()
-        return next((n for n, t in enumerate(self._threads) if t.thread is current), None)
+        current = threading.get_ident()
+        for number, thread in enumerate(self._threads):
+            if thread.thread.ident == current:
+                return number
+        return None
 
     def detour(self, function: Callable[[], None]) -> None:
         """Call `function` while no vCPU runs, once the caller's access is over, and run on.

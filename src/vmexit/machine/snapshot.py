@@ -16,6 +16,7 @@ from vmexit.machine.loaded import Loaded
 from vmexit.machine.machine_state import (
     MachineState,
     check,
+    check_roms,
     for_a_clone,
     put,
     require_own_disks,
@@ -139,11 +140,17 @@ class Snapshot:
                     f"the snapshot has what the guest had written to {name}; use snapshot=on for it"
                 )
 
+    def require_same_roms(self, parts: Parts) -> None:
+        """As `require_such()`, for a machine of which it did not raise before."""
+        self._require_open()
+        check_roms(parts, self._contents.state)
+
     def put_into(self, parts: Parts, ago: int = 0) -> None:
         """Have a machine of such parts, which does not run, go on from here, or so many ns later.
 
         Raises ConfigError, HostError; the machine is half of another one then.
         """
+        self._require_open()
         parts.rewind.to(self._contents.memory)
         for name, overlay in parts.overlays.items():
             if name in self._contents.disks:

@@ -26,7 +26,8 @@ class KickTarget:
         self._lock = threading.RLock()  # a signal's handler may kick while we are in here
         self._before = 0
         self._mask: int | None = None
-        self._sent = False
+        self.sent = False
+        """Whether a signal may be pending that somebody has sent here."""
         self.thread: int | None = None
 
     def attach(self) -> None:
@@ -49,17 +50,17 @@ class KickTarget:
 
     def take(self) -> None:
         """Take the kick signals that are pending in this thread, or KVM_RUN ends at once again."""
-        with self._lock:  # or one is taken that was sent after _sent was cleared, and no more come
+        with self._lock:  # or one is taken that was sent after `sent` was cleared, and no more come
             while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
                 continue
-            self._sent = False
+            self.sent = False
 
     def kick(self) -> None:
         """Send the signal, unless it is the attached thread itself that kicks."""
         with self._lock:
             # One that is pending is enough; of real-time signals each one would be queued.
-            if self.thread not in (None, threading.get_ident()) and not self._sent:
-                self._sent = True
+            if self.thread not in (None, threading.get_ident()) and not self.sent:
+                self.sent = True
                 # Blocked in that thread from attach() to detach(), so that its default action,
                 # to end the process, cannot happen.
                 signal.pthread_kill(self.thread, KICK_SIGNAL)

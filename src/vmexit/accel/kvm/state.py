@@ -41,6 +41,7 @@ from vmexit.abi.kvm_state import (
 from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmexit.accel.kvm import msrs
 from vmexit.accel.kvm.cpuid import lacking, sound
+from vmexit.accel.kvm.time import IA32_TSC, has_tsc_offset
 from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError, HostError
@@ -171,6 +172,8 @@ class StateAccess:
                 "the guest is a hypervisor itself, whose guests are not saved; end them, and "
                 "unload its kvm module"
             )
+        if has_tsc_offset(vcpu):  # what the VM saves has it, more exactly
+            state = state._replace(msrs=msrs.without(state.msrs, IA32_TSC))
         return state.plain()
 
     def parse(self, state: State) -> VcpuState:

@@ -4,8 +4,9 @@ import ctypes
 import os
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fcntl import ioctl
+from typing import NamedTuple
 
 from vmexit.abi.kvm import KVM_GET_MSRS
 from vmexit.abi.kvm_caps import KVM_CAP_ADJUST_CLOCK
@@ -26,7 +27,7 @@ from vmexit.core.errors import HostError
 from vmexit.core.saved import Saved
 
 _WORD = (1 << 64) - 1
-_IA32_TSC, _IA32_TSC_DEADLINE = 0x10, 0x6E0
+IA32_TSC, _IA32_TSC_DEADLINE = 0x10, 0x6E0
 _VERSION = 2
 _CLOCK_SIZE = ctypes.sizeof(kvm_clock_data)
 _CLOCK = struct.Struct(f"=Q{_CLOCK_SIZE - 8}x")  # the rest is flags, and what they say is there
@@ -44,23 +45,37 @@ _host: dict[int, tuple[int, int]] = {}
 _FRESH = 10_000_000  # nanoseconds
 
 
-def _at_once(fd: int, request: int, prepare: Callable[[int], bytearray]) -> tuple[bytearray, int]:
-    """Make a request with what `prepare(now)` gives; the answer, and when that was.
+class _Prompt:
+    """A request that is made at once, with the buffer that it reads and fills in."""
 
-    Again, if something came between. Raises HostError.
-    """
-    for _ in range(_TRIES):
-        before = time.monotonic_ns()
-        buffer = prepare(before)
-        place = (ctypes.c_char * len(buffer)).from_buffer(buffer)
-        failed = _ioctl(fd, request, ctypes.addressof(place)) < 0
-        after = time.monotonic_ns()
-        if failed:
+    def __init__(self, fd: int, request: int, size: int) -> None:
+        self._fd = fd
+        self._request = request
+        self.buffer = bytearray(size)
+        self._place = (ctypes.c_char * size).from_buffer(self.buffer)
+        self._address = ctypes.addressof(self._place)
+
+    def make(self) -> None:
+        """Raises HostError."""
+        if _ioctl(self._fd, self._request, self._address) < 0:
             why = os.strerror(ctypes.get_errno())
             raise HostError(f"KVM refused to tell or set a clock: {why}; use --accel soft")
-        if after - before < _SOON:
-            break
-    return buffer, (before + after) // 2
+
+    def moment(self) -> int:
+        """Make it, and again if something came between; when that was. Raises HostError."""
+        for _ in range(_TRIES):
+            before = time.monotonic_ns()
+            self.make()
+            after = time.monotonic_ns()
+            if after - before < _SOON:
+                break
+        return (before + after) // 2
+
+
+class _Saved(NamedTuple):
+    clock: int | None
+    tsc: list[int] | None
+    deadlines: list[int]
 
 
 class VmTime:
@@ -70,16 +85,21 @@ class VmTime:
         """`vm` is the descriptor; `vcpus` are all that there will be."""
         self._vm = vm
         self._vcpus = vcpus
-        self._has_clock = bool(system.check_extension(KVM_CAP_ADJUST_CLOCK))
+        self._set_clock: _Prompt | None = None
+        if system.check_extension(KVM_CAP_ADJUST_CLOCK):
+            self._set_clock = _Prompt(vm, KVM_SET_CLOCK, _CLOCK_SIZE)
         offsets = [_TscOffset(vcpu) for vcpu in vcpus]
         self._offsets = offsets if offsets[0].exists() else None
+        self._parsed: tuple[State, _Saved] | None = None  # what was loaded last
+        self._taken: bool | None = None  # whether KVM keeps the offsets that it is given
 
     def save(self, moment: int) -> State:
         """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
         clock: int | None = None
-        if self._has_clock:
-            buffer, now = _at_once(self._vm, KVM_GET_CLOCK, lambda now: bytearray(_CLOCK_SIZE))
-            clock = max(kvm_clock_data.from_buffer(buffer).clock - (now - moment), 0)
+        if self._set_clock is not None:
+            get = _Prompt(self._vm, KVM_GET_CLOCK, _CLOCK_SIZE)
+            now = get.moment()
+            clock = max(kvm_clock_data.from_buffer(get.buffer).clock - (now - moment), 0)
         tsc: list[int] | None = None
         if self._offsets is not None:
             then = _host_tsc(self._vcpus[0], self._offsets[0], moment)
@@ -93,24 +113,45 @@ class VmTime:
 
         The TSCs of vCPUs stay as far apart as they were. Raises ConfigError.
         """
-        vcpus = self._vcpus
+        again = self._parsed is not None and self._parsed[0] is state
+        if self._parsed is None or not again:
+            self._parsed = state, self._parse(state)
+        clock, tsc, deadlines = self._parsed[1]
+        if tsc is not None and self._taken is not False:
+            self._load_tscs(tsc, deadlines, moment)
+            if again and self._taken is None and self._offsets is not None:
+                # A KVM whose guests see the host's counter need not be told each time.
+                self._taken = any(offset.taken() for offset in self._offsets)
+        if clock is not None and self._set_clock is not None:
+            self._load_clock(self._set_clock, clock - moment)
+
+    def _parse(self, state: State) -> _Saved:
         saved = Saved(state, "a VM of KVM", _VERSION)
-        clock = saved.optional("clock", _WORD >> 1)
-        tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, len(vcpus))
-        deadlines = saved.numbers("deadlines", _WORD, len(vcpus))
-        if tsc is not None and self._offsets is not None:
-            then = _host_tsc(vcpus[0], self._offsets[0], moment)
-            for number, deadline in enumerate(deadlines):
-                self._offsets[number].set(tsc[number] - then & _WORD)
-                if deadline:  # it was armed by another counter
-                    vcpus[number].set_msrs({_IA32_TSC_DEADLINE: deadline})
-        if clock is not None and self._has_clock:
-            begin = clock - moment
-            _at_once(
-                self._vm,
-                KVM_SET_CLOCK,
-                lambda now: bytearray(_CLOCK.pack(begin + now)),
-            )
+        count = len(self._vcpus)
+        tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, count)
+        return _Saved(
+            saved.optional("clock", _WORD >> 1), tsc, saved.numbers("deadlines", _WORD, count)
+        )
+
+    def _load_tscs(self, tsc: list[int], deadlines: list[int], moment: int) -> None:
+        offsets = self._offsets
+        then = 0 if offsets is None else _host_tsc(self._vcpus[0], offsets[0], moment)
+        for number, deadline in enumerate(deadlines):
+            if offsets is None:
+                self._vcpus[number].set_msrs({IA32_TSC: tsc[number]})
+            else:
+                offsets[number].set(tsc[number] - then & _WORD)
+            if deadline:  # it was armed by another counter
+                self._vcpus[number].set_msrs({_IA32_TSC_DEADLINE: deadline})
+
+    def _load_clock(self, clock: _Prompt, begin: int) -> None:
+        """It shows `begin` nanoseconds more than the host's."""
+        for _ in range(_TRIES):
+            before = time.monotonic_ns()
+            _CLOCK.pack_into(clock.buffer, 0, begin + before)
+            clock.make()
+            if time.monotonic_ns() - before < _SOON:
+                break
 
 
 def _host_tsc(vcpu: KvmVcpu, offset: "_TscOffset", moment: int) -> int:
@@ -118,12 +159,19 @@ def _host_tsc(vcpu: KvmVcpu, offset: "_TscOffset", moment: int) -> int:
     khz = vcpu.tsc_khz()
     counter, then = _host.get(khz, (0, -_FRESH))
     if not then <= time.monotonic_ns() < then + _FRESH:
-        asked = msrs.pack({_IA32_TSC: 0})
-        buffer, then = _at_once(vcpu.fd, KVM_GET_MSRS, lambda now: msrs.request(asked))
-        counter = msrs.answer(buffer)[_IA32_TSC] - offset.get()
+        asked = msrs.request(msrs.pack({IA32_TSC: 0}))
+        get = _Prompt(vcpu.fd, KVM_GET_MSRS, len(asked))
+        get.buffer[:] = asked
+        then = get.moment()
+        counter = msrs.answer(get.buffer)[IA32_TSC] - offset.get()
         if khz:
             _host[khz] = counter, then
     return counter + (moment - then) * khz // 1_000_000 & _WORD
+
+
+def has_tsc_offset(vcpu: KvmVcpu) -> bool:
+    """Whether `VmTime` saves and loads its TSC."""
+    return _TscOffset(vcpu).exists()
 
 
 class _TscOffset:
@@ -152,6 +200,11 @@ class _TscOffset:
         """Modulo 2^64."""
         ioctl(self._vcpu.fd, KVM_GET_DEVICE_ATTR, self._request)
         return self._word.value
+
+    def taken(self) -> bool:
+        """Whether it is as it was set last."""
+        value = self._word.value
+        return self.get() == value
 
     def set(self, value: int) -> None:
         """The same."""

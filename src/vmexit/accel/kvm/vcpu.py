@@ -341,7 +341,9 @@ class KvmVcpu:
         return self._u8[start : start + (self._u32[_IO_KEY] >> 8 & 0xFF) * self._u32[_IO_COUNT]]
 
     def _take_kick(self) -> bool:
-        self._kick_target.take()
+        # Without a signal it was this thread that kicked, or a signal of others that is pending.
+        if self._kick_target.sent or not self._kicked:
+            self._kick_target.take()
         # In this order: a kick that comes in between is seen now, or ends the next KVM_RUN.
         self._u8[_IMMEDIATE_EXIT] = 0
         kicked, self._kicked = self._kicked, False
