@@ -536,7 +536,7 @@ class Machine(Inspection):
     def _require_such(self, snapshot: "Snapshot") -> None:
         """Raises ConfigError unless it can go back there."""
         if snapshot is self._fits:
-            snapshot.require_same_roms(self._parts)
+            snapshot.require_still_such(self._parts)
             return
         from vmexit.machine.machine_state import require_own_disks
 

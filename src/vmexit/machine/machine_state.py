@@ -60,12 +60,12 @@ def check(parts: Parts, state: MachineState) -> None:
     if other := sorted(parts.devices.keys() ^ state.devices.keys()):
         where = "the snapshot" if other[0] in state.devices else "this machine"
         raise ConfigError(f"only {where} has {quoted(other[0])}; use a machine with the same parts")
-    parts.require_fit(state.devices)
-    check_roms(parts, state)
+    check_again(parts, state)
 
 
-def check_roms(parts: Parts, state: MachineState) -> None:
+def check_again(parts: Parts, state: MachineState) -> None:
     """The part of `check()` whose answer may change while there is the machine."""
+    parts.require_fit(state.devices)
     if _roms(parts.memory) != state.roms:
         raise ConfigError("the firmware has changed since the snapshot; use the file as it was")
 

@@ -16,7 +16,7 @@ from vmexit.machine.loaded import Loaded
 from vmexit.machine.machine_state import (
     MachineState,
     check,
-    check_roms,
+    check_again,
     for_a_clone,
     put,
     require_own_disks,
@@ -55,6 +55,7 @@ class Snapshot:
     def __init__(self, contents: Contents) -> None:
         """It owns the descriptors in `contents`."""
         self._contents = contents
+        self._usual: MachineConfig | None = None  # of a clone with which nothing was asked for
         self._closed = False
 
     @classmethod
@@ -114,18 +115,25 @@ class Snapshot:
         from vmexit.machine.machine import Machine
 
         self._require_open()
-        if drives is None:
-            require_own_disks(self.config)
-        config = for_a_clone(
-            self.config,
-            self.accel,
-            serial=serial,
-            consoles=consoles,
-            drives=drives,
-            nets=nets,
-            shares=shares,
-            vsock=vsock,
+        usual = serial == "null" and not any(
+            end is not None for end in (consoles, drives, nets, shares, vsock)
         )
+        config = self._usual if usual else None
+        if config is None:
+            if drives is None:
+                require_own_disks(self.config)
+            config = for_a_clone(
+                self.config,
+                self.accel,
+                serial=serial,
+                consoles=consoles,
+                drives=drives,
+                nets=nets,
+                shares=shares,
+                vsock=vsock,
+            )
+            if usual:
+                self._usual = config
         ago = max(0, int((time.time() - self.taken) * 1e9)) if catch_up else 0
         return Machine.from_snapshot(self, config, observer, ago)
 
@@ -140,10 +148,10 @@ class Snapshot:
                     f"the snapshot has what the guest had written to {name}; use snapshot=on for it"
                 )
 
-    def require_same_roms(self, parts: Parts) -> None:
+    def require_still_such(self, parts: Parts) -> None:
         """As `require_such()`, for a machine of which it did not raise before."""
         self._require_open()
-        check_roms(parts, self._contents.state)
+        check_again(parts, self._contents.state)
 
     def put_into(self, parts: Parts, ago: int = 0) -> None:
         """Have a machine of such parts, which does not run, go on from here, or so many ns later.

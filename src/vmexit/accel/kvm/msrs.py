@@ -78,7 +78,6 @@ class Wanted:
         for entries, buffer, wanted in self._parts:
             done = ioctl(vcpu, KVM_GET_MSRS, buffer, True)  # which leaves the indices in it
             if done * ENTRY_SIZE < len(entries):
-                buffer[:] = wanted
                 as_here = unpack(entries)
                 now = get(vcpu, as_here)
                 values |= {i: value for i, value in as_here.items() if now.get(i) != value}

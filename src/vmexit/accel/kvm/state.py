@@ -1,6 +1,7 @@
 """All that KVM knows of a vCPU, as plain data."""
 
 import struct
+from collections import deque
 from ctypes import Structure, sizeof
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -102,16 +103,16 @@ class VcpuState(NamedTuple):
 
 
 class _Loadable:
-    """A state as KVM takes it: buffers for its requests, filled in once."""
+    """A state as KVM takes it: buffers for its requests, filled in once. Any thread may use it."""
 
     def __init__(self, state: VcpuState, access: "StateAccess") -> None:
         self.tsc_khz = state.tsc_khz
         self.cpuid = state.cpuid
-        self.msrs = msrs.Wanted(state.msrs)
+        self.msrs = state.msrs
         self.sregs = state.parts["sregs"]
         self.first = self._requests(access.first, state)
         self.last = self._requests(access.last, state)
-        # The same for one that is loaded again: less what KVM_RUN takes with it.
+        # The same without what KVM_RUN takes with it.
         by_run = access.by_run
         self.registers, self.which = b"", 0
         if by_run:
@@ -124,6 +125,18 @@ class _Loadable:
     def _requests(parts: list[_Part], state: VcpuState) -> list[tuple[str, int, bytearray]]:
         # fcntl takes more than 1 KiB only if it may be written to.
         return [(part.name, part.set, bytearray(state.parts[part.name])) for part in parts]
+
+
+class _Known(NamedTuple):
+    """A state that KVM has taken, for VMs of a kind."""
+
+    state: State
+    kind: tuple[str, bool]
+    loadable: _Loadable
+
+
+# The last ones of the process: who makes clones of a snapshot makes many.
+_known: "deque[_Known]" = deque(maxlen=8)
 
 
 class StateAccess:
@@ -144,7 +157,8 @@ class StateAccess:
         there = all(synced & flag for flag in wanted.values()) and len(last) == len(_LAST)
         self.by_run = wanted if there else {}
         """The parts that KVM_RUN can take with it, with the flag for each."""
-        self._known: dict[int, tuple[State, _Loadable]] = {}  # the last one of each vCPU
+        self._kind = system.path, lapic
+        self._last: dict[int, tuple[_Known, msrs.Wanted]] = {}  # by the number of the vCPU
 
     def _there(self, parts: tuple[_Part, ...]) -> list[_Part]:
         return [part for part in parts if self._system.check_extension(part.capability)]
@@ -201,49 +215,63 @@ class StateAccess:
 
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
-        known, loadable = self._known.get(vcpu.index, (None, None))
-        again = known is state
-        if loadable is None or not again:
-            loadable = _Loadable(self.parse(state), self)
+        known, wanted = self._last.get(vcpu.index, (None, None))
+        if known is None or wanted is None or known.state is not state:
+            known = self._find(state)
+            loadable = _Loadable(self.parse(state), self) if known is None else known.loadable
+            wanted = msrs.Wanted(loadable.msrs)
+        else:
+            loadable = known.loadable
         if loadable.cpuid != vcpu.cpuid:
             _show(vcpu, loadable.cpuid)
-        refused = self._load_again(vcpu, loadable) if again else self._load(vcpu, loadable)
-        if refused:
+        load = self._load if known is None else self._load_again
+        if refused := load(vcpu, loadable, wanted):
             raise ConfigError(
                 f"this KVM refuses MSR {refused[0]:#x} as it was saved; restore it on a host with "
                 "the processor and the kernel that it was saved on"
             )
-        self._known[vcpu.index] = state, loadable
+        if known is None:
+            known = _Known(state, self._kind, loadable)
+            _known.append(known)
+        self._last[vcpu.index] = known, wanted
+
+    def _find(self, state: State) -> _Known | None:
+        for known in tuple(_known):
+            if known.state is state and known.kind == self._kind:
+                return known
+        return None
 
     def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
         """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
-        return self._load(vcpu, _Loadable(state, self))
+        return self._load(vcpu, _Loadable(state, self), msrs.Wanted(state.msrs))
 
-    def _load(self, vcpu: "KvmVcpu", state: _Loadable) -> list[int]:
+    def _load(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
         for name, request, data in state.first:
             vcpu.set(name, request, data)
-        refused = self._load_counters(vcpu, state)
+        refused = self._load_counters(vcpu, state, wanted)
         for name, request, data in state.last:
             vcpu.set(name, request, data)
         return refused
 
-    def _load_again(self, vcpu: "KvmVcpu", state: _Loadable) -> list[int]:
-        """Nobody looks at the registers most often, before it runs."""
+    def _load_again(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
+        """What KVM has taken before. Nobody looks at the registers most often, before it runs."""
+        if state.which:
+            vcpu.enter_with(state.registers, 0)  # what may still wait is of no use
         for name, request, data in state.first_again:
             vcpu.set(name, request, data)
-        refused = self._load_counters(vcpu, state)
+        refused = self._load_counters(vcpu, state, wanted)
         for name, request, data in state.last_again:
             vcpu.set(name, request, data)
         if state.which:
             vcpu.enter_with(state.registers, state.which)
         return refused
 
-    def _load_counters(self, vcpu: "KvmVcpu", state: _Loadable) -> list[int]:
+    def _load_counters(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
         vcpu.load_cr8(state.sregs)
         if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
             vcpu.set_tsc_khz(state.tsc_khz)
         # Not each KVM lets every MSR be written, even with what is in it.
-        unlike = state.msrs.unlike(vcpu.fd)
+        unlike = wanted.unlike(vcpu.fd)
         return vcpu.set_msrs(unlike) if unlike else []
 
 

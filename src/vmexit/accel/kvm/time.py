@@ -45,6 +45,9 @@ _host: dict[int, tuple[int, int]] = {}
 _FRESH = 10_000_000  # nanoseconds
 
 
+_has_offsets: dict[str, bool] = {}  # by the path of the KVM
+
+
 class _Prompt:
     """A request that is made at once, with the buffer that it reads and fills in."""
 
@@ -89,7 +92,9 @@ class VmTime:
         if system.check_extension(KVM_CAP_ADJUST_CLOCK):
             self._set_clock = _Prompt(vm, KVM_SET_CLOCK, _CLOCK_SIZE)
         offsets = [_TscOffset(vcpu) for vcpu in vcpus]
-        self._offsets = offsets if offsets[0].exists() else None
+        if system.path not in _has_offsets:
+            _has_offsets[system.path] = offsets[0].exists()
+        self._offsets = offsets if _has_offsets[system.path] else None
         self._parsed: tuple[State, _Saved] | None = None  # what was loaded last
         self._taken: bool | None = None  # whether KVM keeps the offsets that it is given
 

@@ -437,11 +437,18 @@ class KvmVcpu:
         """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
         self.get("CPUID", KVM_GET_CPUID2, buffer)
 
-    def switch_off_lapic(self) -> None:
-        """There is none but in the kernel, and KVM shows one as long as the APIC base says so."""
+    def switch_off_lapic(self) -> bytes:
+        """There is none but in the kernel, and KVM shows one as long as the APIC base says so.
+
+        Returns what its system registers are then: a `struct kvm_sync_regs`.
+        """
         buffer = self._sregs()
         _APIC_BASE_FORMAT.pack_into(buffer, kvm_sregs.apic_base.offset, 0)
         self.set("APIC base", KVM_SET_SREGS, buffer)
+        registers = bytearray(sizeof(kvm_sync_regs))
+        start = kvm_sync_regs.sregs.offset
+        registers[start : start + len(buffer)] = buffer
+        return bytes(registers)
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))

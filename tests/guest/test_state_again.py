@@ -1,0 +1,219 @@
+"""A state that KVM has taken before takes fewer requests, and is whole all the same."""
+
+from ctypes import sizeof
+
+import pytest
+
+from vmexit import Machine, StopReason
+from vmexit.abi.kvm import KVM_GET_SREGS
+from vmexit.abi.kvm_structs import kvm_regs, kvm_sregs, kvm_vcpu_events
+from vmexit.accel.base import ExitReason
+from vmexit.accel.kvm import msrs, state, time
+from vmexit.accel.kvm.system import System
+from vmexit.core.bus import Bus
+from vmexit.core.errors import HostError
+from vmexit.core.memory import GuestMemory
+
+pytestmark = [pytest.mark.engine, pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
+
+RAX, CR2, FS_BASE = 0x1122334455667788, 0xFEEDF000, 0x12345000
+
+
+def changed(vcpu):
+    """A state of `vcpu` with something of its own in each part that KVM_RUN takes."""
+    plain = vcpu.state()
+    parts = plain["parts"]
+    regs = kvm_regs.from_buffer_copy(parts["regs"])
+    regs.rax, regs.rip = RAX, 0x1000
+    sregs = kvm_sregs.from_buffer_copy(parts["sregs"])
+    sregs.cr2, sregs.fs.base, sregs.cs.base, sregs.cs.selector = CR2, FS_BASE, 0, 0
+    events = kvm_vcpu_events.from_buffer_copy(parts["events"])
+    events.nmi.masked = 1
+    parts |= {"regs": bytes(regs), "sregs": bytes(sregs), "events": bytes(events)}
+    return plain
+
+
+def parts_of(vcpu):
+    return vcpu.state()["parts"]
+
+
+@pytest.fixture
+def twice():
+    """A vCPU that was given a state, then other registers, and the state again; what it was."""
+    with Machine("1M", "kvm") as vm:
+        (vcpu,) = vm._vcpus()
+        plain = changed(vcpu)
+        vcpu.restore(plain)
+        expected = parts_of(vcpu)
+        vcpu.set_registers(vcpu.registers() | {"rax": 1, "rip": 0x2000})
+        vcpu.set_system_registers(vcpu.system_registers()._replace(cr2=0))
+        vcpu.restore(plain)
+        yield vcpu, expected
+
+
+def test_who_asks_for_registers_sees_them(twice):
+    vcpu, expected = twice
+    assert vcpu.registers()["rax"] == RAX
+    assert (vcpu.system_registers().cr2, vcpu.system_registers().fs.base) == (CR2, FS_BASE)
+    assert parts_of(vcpu) == expected
+    assert kvm_vcpu_events.from_buffer_copy(expected["events"]).nmi.masked == 1
+
+
+def test_kvm_run_takes_them(twice):
+    """Nobody has asked for one before: the run ends before the first instruction."""
+    vcpu, expected = twice
+    assert vcpu.kvm_run().kvm_dirty_regs == 7
+    vcpu.kick()
+    assert vcpu.run().reason is ExitReason.INTERRUPTED
+    assert vcpu.kvm_run().kvm_dirty_regs == 0
+    assert parts_of(vcpu) == expected
+
+
+def test_who_changes_one_changes_that_one(twice):
+    vcpu, _ = twice
+    vcpu.set_registers(vcpu.registers() | {"rbx": 7})
+    vcpu.kick()
+    vcpu.run()
+    registers = vcpu.registers()
+    assert (registers["rax"], registers["rbx"]) == (RAX, 7)
+    assert vcpu.system_registers().cr2 == CR2
+
+
+def test_the_last_of_several_counts(twice):
+    vcpu, expected = twice
+    vcpu.set_registers(vcpu.registers() | {"rax": 3})
+    other = vcpu.state()
+    known = next(known.state for known in state._known if known.state["parts"] == expected)
+    for plain in (other, known, other, known):
+        vcpu.restore(plain)
+    assert parts_of(vcpu) == expected
+    vcpu.restore(other)
+    vcpu.kick()
+    vcpu.run()
+    assert vcpu.registers()["rax"] == 3
+
+
+def test_another_machine_gets_it_whole(twice):
+    """Its vCPU has never run, and has no LAPIC switched on that it could show."""
+    _, expected = twice
+    known = next(known.state for known in state._known if known.state["parts"] == expected)
+    with Machine("1M", "kvm") as vm:
+        (vcpu,) = vm._vcpus()
+        vcpu.restore(known)
+        assert parts_of(vcpu) == expected
+        assert kvm_sregs.from_buffer_copy(expected["sregs"]).apic_base == 0
+
+
+@pytest.mark.parametrize("machine", ["bare", "microvm"])
+def test_no_kvm_without_them(machine, monkeypatch):
+    """Where KVM_RUN takes no registers they are loaded at once."""
+    monkeypatch.setattr(state, "KVM_CAP_SYNC_REGS", 0x7FFF_0000)  # which no KVM has
+    with Machine("1M", "kvm", machine=machine) as vm:
+        (vcpu,) = vm._vcpus()
+        plain = changed(vcpu)
+        for _ in range(2):
+            vcpu.restore(plain)
+            assert vcpu.kvm_run().kvm_dirty_regs == 0
+            assert vcpu.registers()["rax"] == RAX
+
+
+def test_what_kvm_refuses_is_no_state_that_it_has_taken():
+    """The second time as the first: at once, and not when it is to run."""
+    with Machine("1M", "kvm") as vm:
+        (vcpu,) = vm._vcpus()
+        plain = vcpu.state()
+        sregs = kvm_sregs.from_buffer_copy(plain["parts"]["sregs"])
+        sregs.cr4 |= 1 << 63
+        plain["parts"]["sregs"] = bytes(sregs)
+        before = parts_of(vcpu)
+        for _ in range(2):
+            with pytest.raises(HostError, match="KVM refused the sregs of vCPU 0"):
+                vcpu.restore(plain)
+        vcpu.restore(plain | {"parts": before})
+        assert parts_of(vcpu) == before
+
+
+def test_msrs_are_compared_by_value():
+    entries = msrs.pack({0x174: 0x10, 0x175: 0x2000, 0x176: 0x3000})
+    with Machine("1M", "kvm") as vm:
+        (vcpu,) = vm._vcpus()
+        wanted = msrs.Wanted(entries)
+        assert vcpu.set_msrs({0x174: 0x10, 0x175: 1, 0x176: 0x3000}) == []
+        assert wanted.unlike(vcpu.fd) == {0x175: 0x2000}
+        vcpu.set_msrs({0x175: 0x2000})
+        assert wanted.unlike(vcpu.fd) == {}
+        vcpu.set_msrs({0x176: 5})
+        assert wanted.unlike(vcpu.fd) == {0x176: 0x3000}
+        # One that does not exist is unlike, each time, and the others are still looked at.
+        broken = msrs.Wanted(msrs.pack({0x174: 1, 0x4B564DFF: 2, 0x175: 0x2000}))
+        for _ in range(2):
+            assert broken.unlike(vcpu.fd) == {0x174: 1, 0x4B564DFF: 2}
+
+
+def test_the_counter_of_a_vcpu_is_saved_once():
+    """By the VM, which is exact; where it cannot, by the vCPU."""
+    with Machine("1M", "kvm") as vm:
+        (vcpu,) = vm._vcpus()
+        by_vm = vm._parts.vm.state(vm._parts.vm.moment())["tsc"] is not None
+        assert (time.IA32_TSC in msrs.unpack(vcpu.state()["msrs"])) is not by_vm
+
+
+def test_a_counter_that_was_saved_by_offset_goes_where_there_are_none(monkeypatch):
+    with Machine("1M", "kvm") as vm, Machine("1M", "kvm") as twin:
+        saved = vm._parts.vm.state(vm._parts.vm.moment())
+        if saved["tsc"] is None:
+            pytest.skip("this KVM tells no offsets")
+        saved["tsc"] = [1 << 50]
+        new = time.VmTime(twin._parts.vm._system, twin._parts.vm.fd, twin._vcpus())
+        monkeypatch.setattr(new, "_offsets", None)
+        written = []
+        (vcpu,) = twin._vcpus()
+        monkeypatch.setattr(vcpu, "set_msrs", lambda values: written.append(values) or [])
+        new.load(saved, twin._parts.vm.moment())
+        assert written == [{time.IA32_TSC: 1 << 50}]
+
+
+def test_a_kvm_that_keeps_no_offset_is_not_told_again():
+    with Machine("1M", "kvm") as vm:
+        vm_time = vm._parts.vm._vm_time()
+        saved = vm._parts.vm.state(vm._parts.vm.moment())
+        if saved["tsc"] is None:
+            pytest.skip("this KVM tells no offsets")
+        offset = vm_time._offsets[0]
+        for _ in range(3):
+            vm._parts.vm.restore(saved, vm._parts.vm.moment())
+            told = offset._word.value
+        before = offset.get()
+        offset.set(before + (1 << 40))
+        keeps = offset.get() == before + (1 << 40)
+        assert vm_time._taken is keeps
+        if keeps:
+            vm._parts.vm.restore(saved, vm._parts.vm.moment())
+            assert abs(offset.get() - told) < 1 << 36
+
+
+# 16-bit: mov eax, 1; cpuid; hlt
+CPUID = bytes.fromhex("66b801000000 0fa2 f4")
+
+
+def test_a_machine_without_lapic_shows_none_before_anything_is_asked():
+    """Its base is set with the first KVM_RUN, and CPUID as the guest sees it goes with it."""
+    for _ in range(2):  # the first machine of a process finds out what a new vCPU has
+        with Machine("1M", "kvm") as vm:
+            vm.load_bytes(CPUID, at=0x1000)
+            assert vm.run(timeout=30).reason is StopReason.HALT
+            assert not vm.vcpus[0].regs.rdx >> 9 & 1
+
+
+def test_a_vcpu_of_which_nothing_is_asked_has_no_lapic_either():
+    for _ in range(2):
+        with System() as system:
+            memory = GuestMemory([(0, 0x10000)])
+            memory.write(0xFFF0, b"\xf4")
+            with system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
+                vcpu = vm.create_vcpu(0)
+                assert vcpu.run().reason is not ExitReason.INTERRUPTED
+                buffer = bytearray(sizeof(kvm_sregs))
+                vcpu.get("sregs", KVM_GET_SREGS, buffer)
+                assert kvm_sregs.from_buffer(buffer).apic_base == 0
+            memory.close()
