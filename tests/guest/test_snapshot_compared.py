@@ -57,7 +57,7 @@ def timeless(state: State) -> State:
             del vcpu["cpu"]["tsc"]  # the software CPU's: the host's, but for an offset
         else:
             vcpu["msrs"] = msrs.unpack(vcpu["msrs"])
-            del vcpu["msrs"][TSC]  # the processor's
+            vcpu["msrs"].pop(TSC, None)  # the processor's, where the VM does not save it
     for name in ("clock", "tsc", "deadlines"):  # KVM's paravirtual clock (KVM_GET_CLOCK); as above
         state["vm"].pop(name, None)
     devices = state["devices"]
