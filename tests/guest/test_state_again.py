@@ -4,6 +4,7 @@ from ctypes import sizeof
 
 import pytest
 
+from guests import FOLDER
 from vmexit import Machine, StopReason
 from vmexit.abi.kvm import KVM_GET_SREGS
 from vmexit.abi.kvm_structs import kvm_regs, kvm_sregs, kvm_vcpu_events
@@ -16,6 +17,8 @@ from vmexit.core.memory import GuestMemory
 
 pytestmark = [pytest.mark.engine, pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
 
+# What guests/smp.S says.
+STARTED, COUNT, ROUNDS = 0x6000, 0x6008, 2000
 RAX, CR2, FS_BASE = 0x1122334455667788, 0xFEEDF000, 0x12345000
 
 
@@ -102,6 +105,27 @@ def test_another_machine_gets_it_whole(twice):
         vcpu.restore(known)
         assert parts_of(vcpu) == expected
         assert kvm_sregs.from_buffer_copy(expected["sregs"]).apic_base == 0
+
+
+def test_a_vcpu_that_waits_for_its_start_begins_where_it_is_told():
+    """KVM_RUN would take its registers when it has begun already, and put it back."""
+    options = {"machine": "microvm", "smp": 3, "image": FOLDER / "smp.bin", "mode": "protected"}
+    with Machine("1M", "kvm", **options) as vm:
+        vm.memory.write_u32(STARTED, 2)
+        with vm.snapshot() as snap:
+
+            def finish(one):
+                stop = one.run(timeout=60)
+                assert (stop.reason, stop.value) == (StopReason.DEBUG_EXIT, 0x21), stop
+                return one.memory.read_u32(COUNT)
+
+            counts = [finish(vm)]
+            for _ in range(3):
+                vm.reset_to(snap)
+                counts.append(finish(vm))
+                with snap.clone() as twin:
+                    counts.append(finish(twin))
+            assert counts == [3 * ROUNDS] * 7
 
 
 @pytest.mark.parametrize("machine", ["bare", "microvm"])

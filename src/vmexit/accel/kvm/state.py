@@ -10,6 +10,7 @@ from vmexit.abi.kvm import (
     KVM_GET_REGS,
     KVM_GET_SREGS,
     KVM_GET_VCPU_EVENTS,
+    KVM_MP_STATE_RUNNABLE,
     KVM_SET_MP_STATE,
     KVM_SET_REGS,
     KVM_SET_SREGS,
@@ -112,8 +113,10 @@ class _Loadable:
         self.sregs = state.parts["sregs"]
         self.first = self._requests(access.first, state)
         self.last = self._requests(access.last, state)
-        # The same without what KVM_RUN takes with it.
-        by_run = access.by_run
+        # The same without what KVM_RUN takes with it. A vCPU that waits for its SIPI has got that
+        # before KVM_RUN looks, and would be put back.
+        (mp_state,) = _MP_STATE.unpack_from(state.parts.get("mp_state", bytes(_MP_STATE.size)))
+        by_run = access.by_run if mp_state == KVM_MP_STATE_RUNNABLE else {}
         self.registers, self.which = b"", 0
         if by_run:
             self.registers = b"".join(state.parts[name] for name in ("regs", "sregs", "events"))
@@ -151,9 +154,11 @@ class StateAccess:
         self.first = first + ([_LAPIC] if lapic else [])
         self.last = last if lapic else [part for part in last if part.name != "mp_state"]
         synced = system.check_extension(KVM_CAP_SYNC_REGS)
-        wanted = {"regs": KVM_SYNC_X86_REGS, "events": KVM_SYNC_X86_EVENTS}
-        if not lapic:  # which needs the APIC base that is among them
-            wanted["sregs"] = KVM_SYNC_X86_SREGS
+        wanted = {"regs": KVM_SYNC_X86_REGS}
+        # A LAPIC needs the APIC base that is among the one, and an NMI that another vCPU has sent
+        # meanwhile is among the other.
+        if not lapic:
+            wanted |= {"sregs": KVM_SYNC_X86_SREGS, "events": KVM_SYNC_X86_EVENTS}
         there = all(synced & flag for flag in wanted.values()) and len(last) == len(_LAST)
         self.by_run = wanted if there else {}
         """The parts that KVM_RUN can take with it, with the flag for each."""
@@ -290,7 +295,7 @@ def _show(vcpu: "KvmVcpu", cpuid: bytes) -> None:
         ) from error
 
 
-_INDICES = struct.Struct("=I")
+_INDICES = _MP_STATE = struct.Struct("=I")
 
 
 def unpack_indices(data: bytes | bytearray) -> list[int]:
