@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from test_delivery import TCG
 
 from guests import COUNT_AT, FOLDER, GUESTS
 from vmexit import Machine, StopReason
@@ -53,6 +54,8 @@ def end_of(snapshot: Snapshot) -> tuple[object, ...]:
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.soak)])
 @pytest.mark.timeout(600)
 def test_all_clones_end_alike(accel, name, count):
+    if accel == "kvm" and TCG and name == "ring3-out":
+        pytest.skip("QEMU's TCG, below this KVM, takes a busy TSS for none: it has no I/O bitmap")
     with Machine("2M", accel, image=FOLDER / f"{name}.bin", mode=GUESTS[name], serial="null") as vm:
         vm.memory.write_u32(COUNT_AT, 50)
         assert vm.run_until(pio=PLACES[name], timeout=TIMEOUT).reason is StopReason.UNTIL

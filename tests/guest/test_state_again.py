@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.kvm, pytest.mark.usefixtures("noth
 
 # What guests/smp.S says.
 STARTED, COUNT, ROUNDS = 0x6000, 0x6008, 2000
+WORD = (1 << 64) - 1
 RAX, CR2, FS_BASE = 0x1122334455667788, 0xFEEDF000, 0x12345000
 
 
@@ -69,7 +70,9 @@ def test_kvm_run_takes_them(twice):
     vcpu.kick()
     assert vcpu.run().reason is ExitReason.INTERRUPTED
     assert vcpu.kvm_run().kvm_dirty_regs == 0
-    assert parts_of(vcpu) == expected
+    found = parts_of(vcpu)
+    del found["xsave"], expected["xsave"]  # to enter the guest may change which parts are in use
+    assert found == expected
 
 
 def test_who_changes_one_changes_that_one(twice):
@@ -208,12 +211,12 @@ def test_a_kvm_that_keeps_no_offset_is_not_told_again():
             vm._parts.vm.restore(saved, vm._parts.vm.moment())
             told = offset._word.value
         before = offset.get()
-        offset.set(before + (1 << 40))
-        keeps = offset.get() == before + (1 << 40)
+        offset.set(before + (1 << 40) & WORD)
+        keeps = offset.get() == before + (1 << 40) & WORD
         assert vm_time._taken is keeps
         if keeps:
             vm._parts.vm.restore(saved, vm._parts.vm.moment())
-            assert abs(offset.get() - told) < 1 << 36
+            assert min(offset.get() - told & WORD, told - offset.get() & WORD) < 1 << 36
 
 
 # 16-bit: mov eax, 1; cpuid; hlt

@@ -243,11 +243,13 @@ def build(
                 memory.discard(region.gpa, region.size)
             start_at(engine.vcpus[0], _load(config, memory)[0])
 
+        rewind = Rewind(memory, engine.log, image)
+        stack.callback(rewind.close)
         return Parts(
             engine.accelerator.name,
             why,
             memory,
-            Rewind(memory, engine.log, image),
+            rewind,
             pio,
             mmio,
             engine.vm,

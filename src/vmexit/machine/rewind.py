@@ -68,6 +68,11 @@ class Rewind:
         """Somebody else reads the log from now on, which forgets what it has told."""
         self._log = None
 
+    def close(self) -> None:
+        """Memory does not go back any more: what it was is let go."""
+        self._image = self._made_from = None
+        self._last.clear()
+
     def to(self, image: MemoryImage) -> None:
         """Memory holds what `image` does. Raises ConfigError, HostError."""
         memory, log = self._memory, self._log
