@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,10 @@ def have_kvm() -> bool:
 
 
 # A file with the tests that need not run any more: what tools/test-lab starts a lab again for.
+# Each example has as much time as its test: how fast this machine is, is nobody's error.
+hypothesis.settings.register_profile("vmexit", deadline=None)
+hypothesis.settings.load_profile("vmexit")
+
 PASSED = os.environ.get("VMEXIT_LAB_PASSED", "")
 
 
