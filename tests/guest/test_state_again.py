@@ -1,25 +1,22 @@
 """A state that KVM has taken before takes fewer requests, and is whole all the same."""
 
-from ctypes import sizeof
+import os
 
 import pytest
 
 from guests import FOLDER
 from vmexit import Machine, StopReason
-from vmexit.abi.kvm import KVM_GET_SREGS
 from vmexit.abi.kvm_structs import kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmexit.accel.base import ExitReason
 from vmexit.accel.kvm import msrs, state, time
-from vmexit.accel.kvm.system import System
-from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
-from vmexit.core.memory import GuestMemory
 
 pytestmark = [pytest.mark.engine, pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
 
 # What guests/smp.S says.
 STARTED, COUNT, ROUNDS = 0x6000, 0x6008, 2000
 WORD = (1 << 64) - 1
+FS_BASE_MSR = 0xC0000100
 RAX, CR2, FS_BASE = 0x1122334455667788, 0xFEEDF000, 0x12345000
 
 
@@ -219,28 +216,69 @@ def test_a_kvm_that_keeps_no_offset_is_not_told_again():
             assert min(offset.get() - told & WORD, told - offset.get() & WORD) < 1 << 36
 
 
+def test_msrs_are_those_that_wait(twice):
+    """EFER, FS and GS bases are among the system registers, which have not been loaded yet."""
+    vcpu, _ = twice
+    assert vcpu.msrs([FS_BASE_MSR]) == {FS_BASE_MSR: FS_BASE}
+
+
+def test_msrs_that_are_set_stay(twice):
+    vcpu, _ = twice
+    assert vcpu.set_msrs({FS_BASE_MSR: 0x7000}) == []
+    vcpu.kick()
+    vcpu.run()
+    assert vcpu.system_registers().fs.base == 0x7000
+
+
+def test_a_fork_loads_nothing(twice):
+    """It shares the page that they wait in, and no vCPU of its parent listens to it."""
+    vcpu, expected = twice
+    child = os.fork()
+    if not child:
+        try:
+            vcpu.registers()
+        except HostError as error:
+            os._exit(7 if "make one after the fork" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert vcpu.kvm_run().kvm_dirty_regs == 7
+    assert parts_of(vcpu) == expected
+
+
+def test_what_kvm_run_refuses_is_told(twice):
+    vcpu, _ = twice
+    sregs = vcpu.kvm_run().s.regs.sregs
+    sregs.cr4 |= 1 << 63
+    for _ in range(2):  # and is not taken for loaded then
+        with pytest.raises(HostError, match="KVM refused the system registers of vCPU 0"):
+            vcpu.run()
+    sregs.cr4 &= ~(1 << 63)
+    assert vcpu.registers()["rax"] == RAX
+
+
+def test_a_timer_that_was_armed_is_armed_by_the_vms_counter(monkeypatch):
+    """The vCPU is loaded while another one shows, by which it would have been due long ago."""
+    deadline = 1 << 60
+    with Machine("1M", "kvm", machine="microvm") as vm:
+        (vcpu,) = vm._vcpus()
+        found = vcpu.msrs_that_exist([time.IA32_TSC_DEADLINE])
+        armed = {time.IA32_TSC_DEADLINE: deadline, 0x174: 8}
+        access = vm._parts.vm._state_access()
+        saved = access.save(vcpu)._replace(msrs=msrs.pack(armed))
+        monkeypatch.setattr(access, "save", lambda vcpu: saved)
+        by_vm = vm._parts.vm.state(vm._parts.vm.moment())["tsc"] is not None
+        kept = msrs.unpack(access.plain(vcpu)["msrs"])
+        assert kept == ({0x174: 8} if by_vm else armed), found
+        saved = saved._replace(msrs=msrs.pack({time.IA32_TSC_DEADLINE: 0}))
+        assert msrs.unpack(access.plain(vcpu)["msrs"]) == {time.IA32_TSC_DEADLINE: 0}
+
+
 # 16-bit: mov eax, 1; cpuid; hlt
 CPUID = bytes.fromhex("66b801000000 0fa2 f4")
 
 
-def test_a_machine_without_lapic_shows_none_before_anything_is_asked():
-    """Its base is set with the first KVM_RUN, and CPUID as the guest sees it goes with it."""
-    for _ in range(2):  # the first machine of a process finds out what a new vCPU has
-        with Machine("1M", "kvm") as vm:
-            vm.load_bytes(CPUID, at=0x1000)
-            assert vm.run(timeout=30).reason is StopReason.HALT
-            assert not vm.vcpus[0].regs.rdx >> 9 & 1
-
-
-def test_a_vcpu_of_which_nothing_is_asked_has_no_lapic_either():
-    for _ in range(2):
-        with System() as system:
-            memory = GuestMemory([(0, 0x10000)])
-            memory.write(0xFFF0, b"\xf4")
-            with system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
-                vcpu = vm.create_vcpu(0)
-                assert vcpu.run().reason is not ExitReason.INTERRUPTED
-                buffer = bytearray(sizeof(kvm_sregs))
-                vcpu.get("sregs", KVM_GET_SREGS, buffer)
-                assert kvm_sregs.from_buffer(buffer).apic_base == 0
-            memory.close()
+def test_a_machine_without_lapic_shows_none():
+    with Machine("1M", "kvm") as vm:
+        vm.load_bytes(CPUID, at=0x1000)
+        assert vm.run(timeout=30).reason is StopReason.HALT
+        assert not vm.vcpus[0].regs.rdx >> 9 & 1

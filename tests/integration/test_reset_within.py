@@ -217,6 +217,21 @@ def test_a_snapshot_of_other_memory_is_refused_where_it_is_asked_for(accesses):
         assert vm.run(TIMEOUT).reason is StopReason.STOPPED  # nothing has changed
 
 
+def test_a_snapshot_that_is_closed_first_changes_nothing(accel):
+    with stopped_at(accel, 100) as first, first.snapshot() as snap, snap.clone() as vm:
+
+        def back(access):
+            if vm.memory.read_u16(COUNT) == 110:
+                vm.reset_to(snap)
+                snap.close()
+
+        vm.on_pio(0x10, write=back)
+        with pytest.raises(VmexitError, match="this snapshot is closed"):
+            vm.run(TIMEOUT)
+        assert vm.run(TIMEOUT).reason is StopReason.HALT
+        assert vm.memory.read_u16(COUNT) == 1000
+
+
 def test_several_vcpus(accel):
     """On the software CPU they take turns; on KVM the others run meanwhile."""
     parts = {"machine": "microvm", "smp": 2, "debug_exit": None}

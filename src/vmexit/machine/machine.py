@@ -553,6 +553,7 @@ class Machine(Inspection):
         self._life.has_gone_back()
 
     def _take_over(self, snapshot: "Snapshot", ago: int = 0) -> None:
+        snapshot.require_open()
         self._go_back(lambda: snapshot.put_into(self._parts, ago))
         loads, self._start = snapshot.loaded
         self._loads, self._loaded = loads.copy(), True

@@ -178,21 +178,9 @@ class _VcpuThread:
         return self._done != self._ordered
 
     def go(self, run: int) -> None:
-        """Run until it stops; it reports, with the number `run`.
-
-        The first time it starts the thread, which finds its order there: to wake it up once more
-        takes longer than to start it. Raises RuntimeError if that cannot be.
-        """
+        """Run until it stops; it reports, with the number `run`."""
         self._ordered = run
         self._orders.put(run)
-        if self.thread.ident is None:
-            try:
-                start_without_signals(self.thread)
-            except BaseException:  # a signal's handler may raise anything
-                with suppress(Empty):  # it has begun: it is to be stopped
-                    self._orders.get_nowait()
-                    self._ordered = self._done
-                raise
 
     def detour(self, function: Callable[[], None]) -> None:
         """Call `function` in this thread, which is in an access now, once that is over."""
@@ -345,11 +333,7 @@ class Runner:
 
     def _run(self, timeout: float | None, only: int | None) -> Stop:
         if not self._threads:
-            _close_at_exit(self)
-            self._threads = [
-                _VcpuThread(number, executor, self._request, self._reports)
-                for number, executor in enumerate(self._executors)
-            ]
+            self._start_threads()
         threads = self._threads
         if only is not None and len(threads) > 1:
             threads = [threads[only]]
@@ -359,19 +343,20 @@ class Runner:
         self._live = self._number
         self._request.raise_failure()
         try:
-            self._go(threads)
+            for thread in threads:
+                thread.go(self._number)
             return self._wait(timeout, len(threads))
         finally:
             self._settle()
 
-    def _go(self, threads: Sequence[_VcpuThread]) -> None:
+    def _start_threads(self) -> None:
+        _close_at_exit(self)
         try:
-            for thread in threads:
-                thread.go(self._number)
-        except BaseException as error:
-            if all(thread.thread.ident is not None for thread in threads):
-                raise
-            self._settle()
+            for number, executor in enumerate(self._executors):
+                thread = _VcpuThread(number, executor, self._request, self._reports)
+                self._threads.append(thread)
+                start_without_signals(thread.thread)
+        except BaseException as error:  # a signal's handler may raise anything
             for thread in self._threads:
                 thread.end()
             self._threads.clear()

@@ -114,7 +114,7 @@ class Snapshot:
         """
         from vmexit.machine.machine import Machine
 
-        self._require_open()
+        self.require_open()
         usual = serial == "null" and not any(
             end is not None for end in (consoles, drives, nets, shares, vsock)
         )
@@ -139,7 +139,7 @@ class Snapshot:
 
     def require_such(self, parts: Parts) -> None:
         """Raises ConfigError unless a machine of these parts could go on from here."""
-        self._require_open()
+        self.require_open()
         check(parts, self._contents.state)
         parts.memory.require_layout(self._contents.memory)
         for name, disk in self._contents.disks.items():
@@ -150,7 +150,7 @@ class Snapshot:
 
     def require_still_such(self, parts: Parts) -> None:
         """As `require_such()`, for a machine of which it did not raise before."""
-        self._require_open()
+        self.require_open()
         check_again(parts, self._contents.state)
 
     def put_into(self, parts: Parts, ago: int = 0) -> None:
@@ -158,7 +158,6 @@ class Snapshot:
 
         Raises ConfigError, HostError; the machine is half of another one then.
         """
-        self._require_open()
         parts.rewind.to(self._contents.memory)
         for name, overlay in parts.overlays.items():
             if name in self._contents.disks:
@@ -188,7 +187,7 @@ class Snapshot:
         """
         from vmexit.machine.snapshot_file import write
 
-        self._require_open()
+        self.require_open()
         below = None if parent is None else os.fspath(parent)
         write(os.fspath(path), self._contents, progress, below)
 
@@ -199,7 +198,8 @@ class Snapshot:
 
         return cls(read(os.fspath(path)))
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raises VmexitError once it is closed."""
         if self._closed:
             raise VmexitError("this snapshot is closed; make a new one")
 

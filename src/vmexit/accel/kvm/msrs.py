@@ -26,11 +26,6 @@ def unpack(entries: bytes | bytearray) -> dict[int, int]:
     return {index: value for index, _, value in _ENTRY.iter_unpack(entries)}
 
 
-def without(entries: bytes, index: int) -> bytes:
-    """All of them but that one."""
-    return pack({other: value for other, value in unpack(entries).items() if other != index})
-
-
 def request(entries: bytes) -> bytearray:
     """A `struct kvm_msrs` with these, for either ioctl."""
     return bytearray(_HEAD.pack(len(entries) // ENTRY_SIZE, 0) + entries)

@@ -43,7 +43,7 @@ from vmexit.abi.kvm_state import (
 from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmexit.accel.kvm import msrs
 from vmexit.accel.kvm.cpuid import lacking, sound
-from vmexit.accel.kvm.time import IA32_TSC, has_tsc_offset
+from vmexit.accel.kvm.time import IA32_TSC, IA32_TSC_DEADLINE, has_tsc_offset
 from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError, HostError
@@ -192,7 +192,11 @@ class StateAccess:
                 "unload its kvm module"
             )
         if has_tsc_offset(vcpu):  # what the VM saves has it, more exactly
-            state = state._replace(msrs=msrs.without(state.msrs, IA32_TSC))
+            values = msrs.unpack(state.msrs)
+            values.pop(IA32_TSC, None)
+            if values.get(IA32_TSC_DEADLINE):  # armed: by that counter, and not by what is there
+                del values[IA32_TSC_DEADLINE]
+            state = state._replace(msrs=msrs.pack(values))
         return state.plain()
 
     def parse(self, state: State) -> VcpuState:
@@ -221,15 +225,15 @@ class StateAccess:
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
         known, wanted = self._last.get(vcpu.index, (None, None))
+        load = self._load_again
         if known is None or wanted is None or known.state is not state:
             known = self._find(state)
             loadable = _Loadable(self.parse(state), self) if known is None else known.loadable
-            wanted = msrs.Wanted(loadable.msrs)
+            wanted, load = msrs.Wanted(loadable.msrs), self._load
         else:
             loadable = known.loadable
         if loadable.cpuid != vcpu.cpuid:
             _show(vcpu, loadable.cpuid)
-        load = self._load if known is None else self._load_again
         if refused := load(vcpu, loadable, wanted):
             raise ConfigError(
                 f"this KVM refuses MSR {refused[0]:#x} as it was saved; restore it on a host with "
@@ -241,7 +245,7 @@ class StateAccess:
         self._last[vcpu.index] = known, wanted
 
     def _find(self, state: State) -> _Known | None:
-        for known in tuple(_known):
+        for known in _known.copy():
             if known.state is state and known.kind == self._kind:
                 return known
         return None
@@ -259,9 +263,9 @@ class StateAccess:
         return refused
 
     def _load_again(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
-        """What KVM has taken before. Nobody looks at the registers most often, before it runs."""
+        """What `vcpu` has taken before. Nobody looks at registers most often, before it runs."""
         if state.which:
-            vcpu.enter_with(state.registers, 0)  # what may still wait is of no use
+            vcpu.forget_synced()
         for name, request, data in state.first_again:
             vcpu.set(name, request, data)
         refused = self._load_counters(vcpu, state, wanted)

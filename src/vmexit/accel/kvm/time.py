@@ -27,7 +27,7 @@ from vmexit.core.errors import HostError
 from vmexit.core.saved import Saved
 
 _WORD = (1 << 64) - 1
-IA32_TSC, _IA32_TSC_DEADLINE = 0x10, 0x6E0
+IA32_TSC, IA32_TSC_DEADLINE = 0x10, 0x6E0
 _VERSION = 2
 _CLOCK_SIZE = ctypes.sizeof(kvm_clock_data)
 _CLOCK = struct.Struct(f"=Q{_CLOCK_SIZE - 8}x")  # the rest is flags, and what they say is there
@@ -109,8 +109,8 @@ class VmTime:
         if self._offsets is not None:
             then = _host_tsc(self._vcpus[0], self._offsets[0], moment)
             tsc = [offset.get() + then & _WORD for offset in self._offsets]
-        wanted = [vcpu.msrs_that_exist((_IA32_TSC_DEADLINE,)) for vcpu in self._vcpus]
-        deadlines = [found.get(_IA32_TSC_DEADLINE, 0) for found in wanted]
+        wanted = [vcpu.msrs_that_exist((IA32_TSC_DEADLINE,)) for vcpu in self._vcpus]
+        deadlines = [found.get(IA32_TSC_DEADLINE, 0) for found in wanted]
         return {"version": _VERSION, "clock": clock, "tsc": tsc, "deadlines": deadlines}
 
     def load(self, state: State, moment: int) -> None:
@@ -122,7 +122,7 @@ class VmTime:
         if self._parsed is None or not again:
             self._parsed = state, self._parse(state)
         clock, tsc, deadlines = self._parsed[1]
-        if tsc is not None and self._taken is not False:
+        if tsc is not None:
             self._load_tscs(tsc, deadlines, moment)
             if again and self._taken is None and self._offsets is not None:
                 # A KVM whose guests see the host's counter need not be told each time.
@@ -140,14 +140,16 @@ class VmTime:
 
     def _load_tscs(self, tsc: list[int], deadlines: list[int], moment: int) -> None:
         offsets = self._offsets
-        then = 0 if offsets is None else _host_tsc(self._vcpus[0], offsets[0], moment)
+        then = 0
+        if offsets is not None and self._taken is not False:
+            then = _host_tsc(self._vcpus[0], offsets[0], moment)
         for number, deadline in enumerate(deadlines):
             if offsets is None:
                 self._vcpus[number].set_msrs({IA32_TSC: tsc[number]})
-            else:
+            elif self._taken is not False:
                 offsets[number].set(tsc[number] - then & _WORD)
             if deadline:  # it was armed by another counter
-                self._vcpus[number].set_msrs({_IA32_TSC_DEADLINE: deadline})
+                self._vcpus[number].set_msrs({IA32_TSC_DEADLINE: deadline})
 
     def _load_clock(self, clock: _Prompt, begin: int) -> None:
         """It shows `begin` nanoseconds more than the host's."""

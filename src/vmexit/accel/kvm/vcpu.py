@@ -227,6 +227,8 @@ class KvmVcpu:
                     raise
                 # EAGAIN: a vCPU that waits for its SIPI was woken.
                 if error.errno not in (errno.EINTR, errno.EAGAIN):
+                    if self._u64[_DIRTY_REGS]:
+                        self._load_synced()  # which tells what it is that KVM refuses
                     raise HostError(
                         f"KVM_RUN failed on vCPU {self.index}: {error.strerror}"
                     ) from error
@@ -437,18 +439,11 @@ class KvmVcpu:
         """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
         self.get("CPUID", KVM_GET_CPUID2, buffer)
 
-    def switch_off_lapic(self) -> bytes:
-        """There is none but in the kernel, and KVM shows one as long as the APIC base says so.
-
-        Returns what its system registers are then: a `struct kvm_sync_regs`.
-        """
+    def switch_off_lapic(self) -> None:
+        """There is none but in the kernel, and KVM shows one as long as the APIC base says so."""
         buffer = self._sregs()
         _APIC_BASE_FORMAT.pack_into(buffer, kvm_sregs.apic_base.offset, 0)
         self.set("APIC base", KVM_SET_SREGS, buffer)
-        registers = bytearray(sizeof(kvm_sync_regs))
-        start = kvm_sync_regs.sregs.offset
-        registers[start : start + len(buffer)] = buffer
-        return bytes(registers)
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))
@@ -539,6 +534,8 @@ class KvmVcpu:
 
     def msrs_that_exist(self, indices: Iterable[int]) -> dict[int, int]:
         """As `msrs()`, without those that KVM cannot read."""
+        if self._u64[_DIRTY_REGS]:
+            self._load_synced()  # some are among the system registers
         return msrs.get(self.fd, indices)
 
     def fpu(self) -> bytes:
@@ -557,6 +554,8 @@ class KvmVcpu:
         self.set("FPU", KVM_SET_XSAVE, buffer)
 
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
+        if self._u64[_DIRTY_REGS]:
+            self._load_synced()
         return msrs.put(self.fd, values)
 
     def set_guest_debug(self, control: int, registers: Sequence[int]) -> None:
@@ -574,6 +573,10 @@ class KvmVcpu:
         registers.dr6 |= bits
         self.set("debug registers", KVM_SET_DEBUGREGS, bytes(buffer))
 
+    def forget_synced(self) -> None:
+        """What KVM_RUN was to take is of no use: other registers come in its place."""
+        self._u64[_DIRTY_REGS] = 0
+
     def enter_with(self, registers: bytes, which: int) -> None:
         """KVM_RUN takes these when it is entered next (KVM API 5, kvm_dirty_regs): an ioctl less
         for each. Whoever asks for registers before that has them loaded.
@@ -584,12 +587,18 @@ class KvmVcpu:
         self._u64[_DIRTY_REGS] = which
 
     def _load_synced(self) -> None:
-        """What KVM_RUN was to take, in the order of `vmexit.accel.kvm.state`."""
-        which, self._u64[_DIRTY_REGS] = self._u64[_DIRTY_REGS], 0
+        """What KVM_RUN was to take, in the order of `vmexit.accel.kvm.state`. Raises HostError.
+
+        What is refused goes on to wait: a fork has this page, too, and can load nothing.
+        """
         for flag, what, request, field in _SYNCED_PARTS:
-            if which & flag:
+            if self._u64[_DIRTY_REGS] & flag:
                 start = _SYNCED + field.offset
-                self.set(what, request, bytes(self._u8[start : start + field.size]))
+                try:
+                    ioctl(self.fd, request, bytes(self._u8[start : start + field.size]))
+                except OSError as error:
+                    raise self._refusal(what, error) from error
+                self._u64[_DIRTY_REGS] &= ~flag
 
     def set(self, what: str, request: int, data: bytes | bytearray) -> None:
         """One of KVM's requests that load state. Raises HostError."""

@@ -16,7 +16,6 @@ from vmexit.abi.kvm import (
     KVM_SET_IDENTITY_MAP_ADDR,
     KVM_SET_TSS_ADDR,
     KVM_SET_USER_MEMORY_REGION,
-    KVM_SYNC_X86_SREGS,
 )
 from vmexit.abi.kvm_caps import (
     KVM_CAP_IRQCHIP,
@@ -25,7 +24,6 @@ from vmexit.abi.kvm_caps import (
     KVM_CAP_READONLY_MEM,
     KVM_CAP_SET_IDENTITY_MAP_ADDR,
     KVM_CAP_SET_TSS_ADDR,
-    KVM_CAP_SYNC_REGS,
     KVM_CAP_TSC_DEADLINE_TIMER,
 )
 from vmexit.abi.kvm_structs import kvm_userspace_memory_region
@@ -49,10 +47,6 @@ if TYPE_CHECKING:
     from vmexit.arch.x86.cpuid import Table
 
 _CPUID_ENTRIES = 256
-
-
-# What `KvmVcpu.switch_off_lapic()` gave for a vCPU that was just made: all are alike.
-_without_lapic: dict[str, bytes] = {}
 
 
 class KvmVm:
@@ -232,22 +226,12 @@ class KvmVm:
                 f"cannot map vCPU {index}: {error.strerror}; raise the limits (ulimit -n, -v)"
             ) from error
         self._vcpus.append(vcpu)
-        vcpu.set_cpuid(self._cpuid(index))
         if self._irqchip is None:
-            self._switch_off_lapic(vcpu)
+            vcpu.switch_off_lapic()
+        vcpu.set_cpuid(self._cpuid(index))
         if self._model.left_out:
             self._check_left_out(vcpu)
         return vcpu
-
-    def _switch_off_lapic(self, vcpu: KvmVcpu) -> None:
-        """Most often it gets other registers before it runs, and this was for nothing."""
-        known = _without_lapic.get(self._system.path)
-        if known is None:
-            _without_lapic[self._system.path] = vcpu.switch_off_lapic()
-        elif self._system.check_extension(KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_SREGS:
-            vcpu.enter_with(known, KVM_SYNC_X86_SREGS)
-        else:
-            vcpu.switch_off_lapic()
 
     def _cpuid(self, index: int) -> bytes:
         from vmexit.accel.kvm.cpuid import pack, packed_of_vcpu
