@@ -66,12 +66,14 @@ def main() -> int:
 def _host() -> str:
     module = next((m for m in ("kvm_intel", "kvm_amd", "kvm_pvm") if _loaded(m)), "none")
     optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+    built = f"built with{'' if optimized else 'out'} optimizations (PGO)"
+    if sys.base_prefix == "/usr":  # whoever packaged it has optimized it, and left no trace of that
+        built = "of the distribution"
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     busy = "; BUSY: others used the processors, too, so take it all with care"
     return (
-        f"Python {platform.python_version()} built {'with' if optimized else 'without'} "
-        f"optimizations (PGO), Linux {platform.release()}, {cpus} CPUs, load "
-        f"{load:.1f}, KVM module {module}{busy * (load > cpus)}"
+        f"Python {platform.python_version()} {built}, Linux {platform.release()}, {cpus} CPUs, "
+        f"load {load:.1f}, KVM module {module}{busy * (load > cpus)}"
     )
 
 
