@@ -37,7 +37,7 @@ class WrittenPages:
 
     def take(self) -> "WrittenPages":
         """What it knows; it begins anew."""
-        if not self._pages and not self.too_many:
+        if not self:
             return _NONE
         taken = WrittenPages()
         with self._lock:

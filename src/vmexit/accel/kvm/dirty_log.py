@@ -45,20 +45,18 @@ class SlotLog:
 
         It may be changed, and is good until the next call. Raises HostError.
         """
-        try:
-            ioctl(self._vm, KVM_GET_DIRTY_LOG, self._get)
-        except OSError as error:
-            raise _untold(error) from error
+        self._ask(KVM_GET_DIRTY_LOG, self._get)
         return self._bitmap
 
     def forget(self) -> None:
         """The pages that `read()` has given are logged when they are written again."""
         if self._clear is not None:
-            try:
-                ioctl(self._vm, KVM_CLEAR_DIRTY_LOG, self._clear)
-            except OSError as error:
-                raise _untold(error) from error
+            self._ask(KVM_CLEAR_DIRTY_LOG, self._clear)
 
-
-def _untold(error: OSError) -> HostError:
-    return HostError(f"KVM does not tell what was written: {error.strerror}; make a new machine")
+    def _ask(self, request: int, data: bytes) -> None:
+        try:
+            ioctl(self._vm, request, data)
+        except OSError as error:
+            raise HostError(
+                f"KVM does not tell what was written: {error.strerror}; make a new machine"
+            ) from error

@@ -103,6 +103,10 @@ class VcpuState(NamedTuple):
         return {**head, "parts": self.parts.copy(), "msrs": self.msrs, "cpuid": self.cpuid}
 
 
+# The order in `struct kvm_sync_regs`.
+_SYNCED = "regs", "sregs", "events"
+
+
 class _Loadable:
     """A state as KVM takes it: buffers for its requests, filled in once. Any thread may use it."""
 
@@ -113,16 +117,13 @@ class _Loadable:
         self.sregs = state.parts["sregs"]
         self.first = self._requests(access.first, state)
         self.last = self._requests(access.last, state)
-        # The same without what KVM_RUN takes with it. A vCPU that waits for its SIPI has got that
-        # before KVM_RUN looks, and would be put back.
-        (mp_state,) = _MP_STATE.unpack_from(state.parts.get("mp_state", bytes(_MP_STATE.size)))
-        by_run = access.by_run if mp_state == KVM_MP_STATE_RUNNABLE else {}
-        self.registers, self.which = b"", 0
-        if by_run:
-            self.registers = b"".join(state.parts[name] for name in ("regs", "sregs", "events"))
-            self.which = sum(by_run.values())
-        self.first_again = [r for r in self.first if r[0] not in by_run]
-        self.last_again = [r for r in self.last if r[0] not in by_run]
+        # A vCPU that waits for its SIPI has got that before KVM_RUN looks at registers, which would
+        # put it back.
+        mp_state = state.parts.get("mp_state", bytes(sizeof(kvm_mp_state)))
+        runs = kvm_mp_state.from_buffer_copy(mp_state).mp_state == KVM_MP_STATE_RUNNABLE
+        self.by_run = access.by_run if runs else {}
+        self.registers = b"".join(state.parts[name] for name in _SYNCED) if self.by_run else b""
+        self.which = sum(self.by_run.values())
 
     @staticmethod
     def _requests(parts: list[_Part], state: VcpuState) -> list[tuple[str, int, bytearray]]:
@@ -191,7 +192,7 @@ class StateAccess:
                 "the guest is a hypervisor itself, whose guests are not saved; end them, and "
                 "unload its kvm module"
             )
-        if has_tsc_offset(vcpu):  # what the VM saves has it, more exactly
+        if has_tsc_offset(self._system, vcpu):  # what the VM saves has it, more exactly
             values = msrs.unpack(state.msrs)
             values.pop(IA32_TSC, None)
             if values.get(IA32_TSC_DEADLINE):  # armed: by that counter, and not by what is there
@@ -225,16 +226,16 @@ class StateAccess:
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
         known, wanted = self._last.get(vcpu.index, (None, None))
-        load = self._load_again
+        again = True
         if known is None or wanted is None or known.state is not state:
             known = self._find(state)
             loadable = _Loadable(self.parse(state), self) if known is None else known.loadable
-            wanted, load = msrs.Wanted(loadable.msrs), self._load
+            wanted, again = msrs.Wanted(loadable.msrs), False
         else:
             loadable = known.loadable
         if loadable.cpuid != vcpu.cpuid:
             _show(vcpu, loadable.cpuid)
-        if refused := load(vcpu, loadable, wanted):
+        if refused := self._load(vcpu, loadable, wanted, again=again):
             raise ConfigError(
                 f"this KVM refuses MSR {refused[0]:#x} as it was saved; restore it on a host with "
                 "the processor and the kernel that it was saved on"
@@ -252,36 +253,29 @@ class StateAccess:
 
     def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
         """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
-        return self._load(vcpu, _Loadable(state, self), msrs.Wanted(state.msrs))
+        return self._load(vcpu, _Loadable(state, self), msrs.Wanted(state.msrs), again=False)
 
-    def _load(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
-        for name, request, data in state.first:
-            vcpu.set(name, request, data)
-        refused = self._load_counters(vcpu, state, wanted)
-        for name, request, data in state.last:
-            vcpu.set(name, request, data)
-        return refused
-
-    def _load_again(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
-        """What `vcpu` has taken before. Nobody looks at registers most often, before it runs."""
-        if state.which:
+    def _load(
+        self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted, *, again: bool
+    ) -> list[int]:
+        """What it has taken before goes with KVM_RUN: most often nobody looks before it runs."""
+        by_run = state.by_run if again else {}
+        if by_run:
             vcpu.forget_synced()
-        for name, request, data in state.first_again:
-            vcpu.set(name, request, data)
-        refused = self._load_counters(vcpu, state, wanted)
-        for name, request, data in state.last_again:
-            vcpu.set(name, request, data)
-        if state.which:
-            vcpu.enter_with(state.registers, state.which)
-        return refused
-
-    def _load_counters(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
+        for name, request, data in state.first:
+            if name not in by_run:
+                vcpu.set(name, request, data)
         vcpu.load_cr8(state.sregs)
         if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
             vcpu.set_tsc_khz(state.tsc_khz)
         # Not each KVM lets every MSR be written, even with what is in it.
-        unlike = wanted.unlike(vcpu.fd)
-        return vcpu.set_msrs(unlike) if unlike else []
+        refused = vcpu.set_msrs(wanted.unlike(vcpu.fd))
+        for name, request, data in state.last:
+            if name not in by_run:
+                vcpu.set(name, request, data)
+        if by_run:
+            vcpu.enter_with(state.registers, state.which)
+        return refused
 
 
 def _show(vcpu: "KvmVcpu", cpuid: bytes) -> None:
@@ -299,7 +293,7 @@ def _show(vcpu: "KvmVcpu", cpuid: bytes) -> None:
         ) from error
 
 
-_INDICES = _MP_STATE = struct.Struct("=I")
+_INDICES = struct.Struct("=I")
 
 
 def unpack_indices(data: bytes | bytearray) -> list[int]:

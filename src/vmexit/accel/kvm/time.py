@@ -4,7 +4,7 @@ import ctypes
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fcntl import ioctl
 from typing import NamedTuple
 
@@ -48,6 +48,10 @@ _FRESH = 10_000_000  # nanoseconds
 _has_offsets: dict[str, bool] = {}  # by the path of the KVM
 
 
+def _nothing(_now: int) -> None:
+    pass
+
+
 class _Prompt:
     """A request that is made at once, with the buffer that it reads and fills in."""
 
@@ -58,17 +62,17 @@ class _Prompt:
         self._place = (ctypes.c_char * size).from_buffer(self.buffer)
         self._address = ctypes.addressof(self._place)
 
-    def make(self) -> None:
-        """Raises HostError."""
-        if _ioctl(self._fd, self._request, self._address) < 0:
-            why = os.strerror(ctypes.get_errno())
-            raise HostError(f"KVM refused to tell or set a clock: {why}; use --accel soft")
+    def make(self, fill: Callable[[int], None] = _nothing) -> int:
+        """Make it, after `fill(now)`, and again if something came between; when that was.
 
-    def moment(self) -> int:
-        """Make it, and again if something came between; when that was. Raises HostError."""
+        Raises HostError.
+        """
         for _ in range(_TRIES):
             before = time.monotonic_ns()
-            self.make()
+            fill(before)
+            if _ioctl(self._fd, self._request, self._address) < 0:
+                why = os.strerror(ctypes.get_errno())
+                raise HostError(f"KVM refused to tell or set a clock: {why}; use --accel soft")
             after = time.monotonic_ns()
             if after - before < _SOON:
                 break
@@ -92,9 +96,7 @@ class VmTime:
         if system.check_extension(KVM_CAP_ADJUST_CLOCK):
             self._set_clock = _Prompt(vm, KVM_SET_CLOCK, _CLOCK_SIZE)
         offsets = [_TscOffset(vcpu) for vcpu in vcpus]
-        if system.path not in _has_offsets:
-            _has_offsets[system.path] = offsets[0].exists()
-        self._offsets = offsets if _has_offsets[system.path] else None
+        self._offsets = offsets if has_tsc_offset(system, vcpus[0]) else None
         self._parsed: tuple[State, _Saved] | None = None  # what was loaded last
         self._taken: bool | None = None  # whether KVM keeps the offsets that it is given
 
@@ -103,7 +105,7 @@ class VmTime:
         clock: int | None = None
         if self._set_clock is not None:
             get = _Prompt(self._vm, KVM_GET_CLOCK, _CLOCK_SIZE)
-            now = get.moment()
+            now = get.make()
             clock = max(kvm_clock_data.from_buffer(get.buffer).clock - (now - moment), 0)
         tsc: list[int] | None = None
         if self._offsets is not None:
@@ -140,25 +142,21 @@ class VmTime:
 
     def _load_tscs(self, tsc: list[int], deadlines: list[int], moment: int) -> None:
         offsets = self._offsets
-        then = 0
-        if offsets is not None and self._taken is not False:
+        if offsets is None:
+            for vcpu, value in zip(self._vcpus, tsc, strict=True):
+                vcpu.set_msrs({IA32_TSC: value})
+        elif self._taken is not False:
             then = _host_tsc(self._vcpus[0], offsets[0], moment)
-        for number, deadline in enumerate(deadlines):
-            if offsets is None:
-                self._vcpus[number].set_msrs({IA32_TSC: tsc[number]})
-            elif self._taken is not False:
-                offsets[number].set(tsc[number] - then & _WORD)
+            for offset, value in zip(offsets, tsc, strict=True):
+                offset.set(value - then & _WORD)
+        for vcpu, deadline in zip(self._vcpus, deadlines, strict=True):
             if deadline:  # it was armed by another counter
-                self._vcpus[number].set_msrs({IA32_TSC_DEADLINE: deadline})
+                vcpu.set_msrs({IA32_TSC_DEADLINE: deadline})
 
-    def _load_clock(self, clock: _Prompt, begin: int) -> None:
+    @staticmethod
+    def _load_clock(clock: _Prompt, begin: int) -> None:
         """It shows `begin` nanoseconds more than the host's."""
-        for _ in range(_TRIES):
-            before = time.monotonic_ns()
-            _CLOCK.pack_into(clock.buffer, 0, begin + before)
-            clock.make()
-            if time.monotonic_ns() - before < _SOON:
-                break
+        clock.make(lambda now: _CLOCK.pack_into(clock.buffer, 0, begin + now))
 
 
 def _host_tsc(vcpu: KvmVcpu, offset: "_TscOffset", moment: int) -> int:
@@ -169,16 +167,19 @@ def _host_tsc(vcpu: KvmVcpu, offset: "_TscOffset", moment: int) -> int:
         asked = msrs.request(msrs.pack({IA32_TSC: 0}))
         get = _Prompt(vcpu.fd, KVM_GET_MSRS, len(asked))
         get.buffer[:] = asked
-        then = get.moment()
+        then = get.make()
         counter = msrs.answer(get.buffer)[IA32_TSC] - offset.get()
         if khz:
             _host[khz] = counter, then
     return counter + (moment - then) * khz // 1_000_000 & _WORD
 
 
-def has_tsc_offset(vcpu: KvmVcpu) -> bool:
-    """Whether `VmTime` saves and loads its TSC."""
-    return _TscOffset(vcpu).exists()
+def has_tsc_offset(system: System, vcpu: KvmVcpu) -> bool:
+    """Whether `VmTime` saves and loads the TSC of `vcpu`: all of this KVM are alike."""
+    known = _has_offsets.get(system.path)
+    if known is None:
+        known = _has_offsets[system.path] = _TscOffset(vcpu).exists()
+    return known
 
 
 class _TscOffset:
