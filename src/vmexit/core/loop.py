@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from itertools import count
 
 from vmexit.core.errors import HostError
@@ -36,22 +36,6 @@ class LoopTimer:
 
     def set(self, deadline: int | None) -> None:
         self._loop._set(self, deadline)
-
-
-class _Standing:
-    """See `EventLoop.standing()`. A generator would take four times as long."""
-
-    __slots__ = ("_ago", "_loop")
-
-    def __init__(self, loop: "EventLoop", ago: int) -> None:
-        self._loop = loop
-        self._ago = ago
-
-    def __enter__(self) -> None:
-        self._loop._stand(self._ago)
-
-    def __exit__(self, *exc: object) -> None:
-        self._loop._go_on()
 
 
 class EventLoop:
@@ -83,22 +67,23 @@ class EventLoop:
         stands_at = self._stands_at
         return time.monotonic_ns() if stands_at is None else stands_at
 
-    def standing(self, ago: int = 0) -> AbstractContextManager[None]:
-        """The clock stands still within, and no timer is due; it jumps to the time that it is then.
+    def stand(self, ago: int = 0) -> None:
+        """The clock stands still and no timer is due, until `go_on()`.
 
         So all that is read from it, and all that is set by it, is of one moment: that so many
         nanoseconds `ago`.
         """
-        return _Standing(self, ago)
-
-    def _stand(self, ago: int) -> None:
+        if self._thread is None:
+            self._stands_at = time.monotonic_ns() - ago
+            return
         with self._lock:
             self._stands_at = time.monotonic_ns() - ago
 
-    def _go_on(self) -> None:
-        with self._lock:
-            self._stands_at = None
-            if self._thread is not None:
+    def go_on(self) -> None:
+        """After `stand()`: the clock jumps to the time that it is now."""
+        self._stands_at = None
+        if self._thread is not None:
+            with self._lock:
                 self._armed = None  # some may have been due
                 self._arm()
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Accelerator, Notifier, Vcpu, Vm
@@ -77,8 +77,10 @@ class Parts(NamedTuple):
     """What is written to disks with snapshot=on, by the name of the disk."""
     require_fit: Callable[[Mapping[str, State]], None]
     """Raises ConfigError if these are states of devices with something else behind them."""
-    standing: Callable[[int], AbstractContextManager[None]]
-    """Within it the clock of the devices stands still, so many nanoseconds ago."""
+    stand: Callable[[int], None]
+    """The clock of the devices stands still from now on, so many nanoseconds ago."""
+    go_on: Callable[[], None]
+    """It goes again."""
     closer: ExitStack
 
 
@@ -270,7 +272,8 @@ def build(
             board.console_where,
             board.overlays,
             board.require_fit,
-            loop.standing,
+            loop.stand,
+            loop.go_on,
             stack.pop_all(),
         )
 

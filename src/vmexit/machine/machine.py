@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmexit.accel.base import Point, Vcpu, Way
@@ -527,11 +528,11 @@ class Machine(Inspection):
                     "machine, and do it then"
                 )
             self._require_such(snapshot)
-            self._runner.detour(lambda: self._go_back_within(snapshot))
+            self._runner.detour(partial(self._go_back_within, snapshot))
             return
         self._require_outside()
         self._require_such(snapshot)
-        self._life.reset(lambda: self._take_over(snapshot))
+        self._life.reset(partial(self._take_over, snapshot))
 
     def _require_such(self, snapshot: "Snapshot") -> None:
         """Raises ConfigError unless it can go back there."""
@@ -554,7 +555,7 @@ class Machine(Inspection):
 
     def _take_over(self, snapshot: "Snapshot", ago: int = 0) -> None:
         snapshot.require_open()
-        self._go_back(lambda: snapshot.put_into(self._parts, ago))
+        self._go_back(partial(snapshot.put_into, self._parts, ago))
         loads, self._start = snapshot.loaded
         self._loads, self._loaded = loads.copy(), True
 

@@ -33,7 +33,8 @@ def take(parts: Parts) -> MachineState:
     Raises ConfigError that names a device which cannot be saved.
     """
     devices = {}
-    with _Standing(parts) as moment:
+    moment = _stand(parts)
+    try:
         # What goes on though our clocks stand comes first: timers in the kernel.
         vm = parts.vm.state(moment)
         vcpus = [vcpu.state() for vcpu in parts.vcpus]
@@ -42,6 +43,8 @@ def take(parts: Parts) -> MachineState:
                 devices[name] = parts.devices[name].state()
             except ConfigError as error:
                 raise ConfigError(f"no snapshot is possible with {name}: {error}") from error
+    finally:
+        parts.go_on()
     return MachineState(parts.accel, vm, vcpus, devices, _roms(parts.memory))
 
 
@@ -60,12 +63,18 @@ def check(parts: Parts, state: MachineState) -> None:
     if other := sorted(parts.devices.keys() ^ state.devices.keys()):
         where = "the snapshot" if other[0] in state.devices else "this machine"
         raise ConfigError(f"only {where} has {quoted(other[0])}; use a machine with the same parts")
-    check_again(parts, state)
+    parts.require_fit(state.devices)
+    _check_roms(parts, state)
 
 
 def check_again(parts: Parts, state: MachineState) -> None:
     """The part of `check()` whose answer may change while there is the machine."""
     parts.require_fit(state.devices)
+    if state.roms:  # a ROM is never new
+        _check_roms(parts, state)
+
+
+def _check_roms(parts: Parts, state: MachineState) -> None:
     if _roms(parts.memory) != state.roms:
         raise ConfigError("the firmware has changed since the snapshot; use the file as it was")
 
@@ -79,7 +88,8 @@ def put(parts: Parts, state: MachineState, ago: int = 0) -> None:
     # The interrupt controllers first: what devices do to them next, they have done before. The
     # local APICs of KVM are the vCPUs', and get what the I/O APIC has for them once more.
     # Clocks that a guest can compare have to go on from one moment, or it trusts none of them.
-    with _Standing(parts, ago) as moment:
+    moment = _stand(parts, ago)
+    try:
         if _IRQCHIP in parts.devices:
             _restore(parts, state, _IRQCHIP)
         for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
@@ -88,33 +98,24 @@ def put(parts: Parts, state: MachineState, ago: int = 0) -> None:
         for name in parts.devices:
             if name != _IRQCHIP:
                 _restore(parts, state, name)
+    finally:
+        parts.go_on()
 
 
-class _Standing:
-    """The clocks stand within, so many ns ago; when that is, as the VM tells it."""
-
-    def __init__(self, parts: Parts, ago: int = 0) -> None:
-        self._parts = parts
-        self._ago = ago
-        self._standing = parts.standing(ago)
-
-    def __enter__(self) -> int:
-        tries = 0
-        while True:
-            begin = time.monotonic_ns()
-            self._standing.__enter__()
-            try:
-                moment = self._parts.vm.moment(self._ago)
-            except BaseException:
-                self._standing.__exit__(None, None, None)
-                raise
-            tries += 1
-            if time.monotonic_ns() - begin < _SOON or tries > _TRIES:
-                return moment
-            self._standing.__exit__(None, None, None)  # another thread came between: once more
-
-    def __exit__(self, *exc: object) -> None:
-        self._standing.__exit__(None, None, None)
+def _stand(parts: Parts, ago: int = 0) -> int:
+    """The clocks stand until `go_on()`, so many ns ago; when that is, as the VM tells it."""
+    for _ in range(_TRIES):
+        begin = time.monotonic_ns()
+        parts.stand(ago)
+        try:
+            moment = parts.vm.moment(ago)
+        except BaseException:
+            parts.go_on()
+            raise
+        if time.monotonic_ns() - begin < _SOON:
+            break
+        # Another thread came between: once more.
+    return moment
 
 
 def _restore(parts: Parts, state: MachineState, name: str) -> None:

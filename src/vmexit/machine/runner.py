@@ -169,6 +169,8 @@ class _VcpuThread:
         self._orders: SimpleQueue[int] = SimpleQueue()  # numbers of runs; 0: end
         self._ordered = self._done = 0
         self._detour: Callable[[], None] | None = None
+        self.ident = 0
+        """The interpreter's number of it, 0 before it has started."""
         # A daemon: a program that forgets close() must still be able to end.
         self.thread = threading.Thread(target=self._main, name=f"vmexit-vcpu{number}", daemon=True)
 
@@ -194,6 +196,7 @@ class _VcpuThread:
             self.thread.join()
 
     def _main(self) -> None:
+        self.ident = threading.get_ident()
         executor = self._executor
         attached = False
         try:
@@ -280,7 +283,7 @@ class Runner:
         """The number of the executor that the caller's thread runs."""
         current = threading.get_ident()
         for number, thread in enumerate(self._threads):
-            if thread.thread.ident == current:
+            if thread.ident == current:
                 return number
         return None
 

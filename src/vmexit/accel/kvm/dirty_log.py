@@ -45,18 +45,21 @@ class SlotLog:
 
         It may be changed, and is good until the next call. Raises HostError.
         """
-        self._ask(KVM_GET_DIRTY_LOG, self._get)
+        try:
+            ioctl(self._vm, KVM_GET_DIRTY_LOG, self._get)
+        except OSError as error:
+            raise _refusal(error) from error
         return self._bitmap
 
     def forget(self) -> None:
         """The pages that `read()` has given are logged when they are written again."""
-        if self._clear is not None:
-            self._ask(KVM_CLEAR_DIRTY_LOG, self._clear)
-
-    def _ask(self, request: int, data: bytes) -> None:
+        if self._clear is None:
+            return
         try:
-            ioctl(self._vm, request, data)
+            ioctl(self._vm, KVM_CLEAR_DIRTY_LOG, self._clear)
         except OSError as error:
-            raise HostError(
-                f"KVM does not tell what was written: {error.strerror}; make a new machine"
-            ) from error
+            raise _refusal(error) from error
+
+
+def _refusal(error: OSError) -> HostError:
+    return HostError(f"KVM does not tell what was written: {error.strerror}; make a new machine")

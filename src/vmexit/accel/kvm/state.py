@@ -44,6 +44,7 @@ from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_e
 from vmexit.accel.kvm import msrs
 from vmexit.accel.kvm.cpuid import lacking, sound
 from vmexit.accel.kvm.time import IA32_TSC, IA32_TSC_DEADLINE, has_tsc_offset
+from vmexit.accel.kvm.vcpu import Request
 from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError, HostError
@@ -114,7 +115,7 @@ class _Loadable:
         self.tsc_khz = state.tsc_khz
         self.cpuid = state.cpuid
         self.msrs = state.msrs
-        self.sregs = state.parts["sregs"]
+        self.cr8 = kvm_sregs.from_buffer_copy(state.parts["sregs"]).cr8
         self.first = self._requests(access.first, state)
         self.last = self._requests(access.last, state)
         # A vCPU that waits for its SIPI has got that before KVM_RUN looks at registers, which would
@@ -124,11 +125,12 @@ class _Loadable:
         self.by_run = access.by_run if runs else {}
         self.registers = b"".join(state.parts[name] for name in _SYNCED) if self.by_run else b""
         self.which = sum(self.by_run.values())
+        self.beside = [one for one in self.first + self.last if one.what not in self.by_run]
 
     @staticmethod
-    def _requests(parts: list[_Part], state: VcpuState) -> list[tuple[str, int, bytearray]]:
+    def _requests(parts: list[_Part], state: VcpuState) -> list[Request]:
         # fcntl takes more than 1 KiB only if it may be written to.
-        return [(part.name, part.set, bytearray(state.parts[part.name])) for part in parts]
+        return [Request(part.name, part.set, bytearray(state.parts[part.name])) for part in parts]
 
 
 class _Known(NamedTuple):
@@ -225,21 +227,17 @@ class StateAccess:
 
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
-        known, wanted = self._last.get(vcpu.index, (None, None))
-        again = True
-        if known is None or wanted is None or known.state is not state:
-            known = self._find(state)
-            loadable = _Loadable(self.parse(state), self) if known is None else known.loadable
-            wanted, again = msrs.Wanted(loadable.msrs), False
-        else:
-            loadable = known.loadable
+        last = self._last.get(vcpu.index)
+        if last is not None and last[0].state is state and last[0].loadable.which:
+            self._load_again(vcpu, last[0].loadable, last[1])
+            return
+        known = self._find(state)
+        loadable = _Loadable(self.parse(state), self) if known is None else known.loadable
         if loadable.cpuid != vcpu.cpuid:
             _show(vcpu, loadable.cpuid)
-        if refused := self._load(vcpu, loadable, wanted, again=again):
-            raise ConfigError(
-                f"this KVM refuses MSR {refused[0]:#x} as it was saved; restore it on a host with "
-                "the processor and the kernel that it was saved on"
-            )
+        wanted = msrs.Wanted(loadable.msrs)
+        if refused := self._load(vcpu, loadable, wanted):
+            raise _refused(refused)
         if known is None:
             known = _Known(state, self._kind, loadable)
             _known.append(known)
@@ -253,29 +251,35 @@ class StateAccess:
 
     def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
         """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
-        return self._load(vcpu, _Loadable(state, self), msrs.Wanted(state.msrs), again=False)
+        return self._load(vcpu, _Loadable(state, self), msrs.Wanted(state.msrs))
 
-    def _load(
-        self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted, *, again: bool
-    ) -> list[int]:
-        """What it has taken before goes with KVM_RUN: most often nobody looks before it runs."""
-        by_run = state.by_run if again else {}
-        if by_run:
-            vcpu.forget_synced()
-        for name, request, data in state.first:
-            if name not in by_run:
-                vcpu.set(name, request, data)
-        vcpu.load_cr8(state.sregs)
+    def _load(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
+        self._last.pop(vcpu.index, None)
+        vcpu.set_all(state.first)
+        vcpu.set_cr8(state.cr8)
         if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
             vcpu.set_tsc_khz(state.tsc_khz)
         # Not each KVM lets every MSR be written, even with what is in it.
         refused = vcpu.set_msrs(wanted.unlike(vcpu.fd))
-        for name, request, data in state.last:
-            if name not in by_run:
-                vcpu.set(name, request, data)
-        if by_run:
-            vcpu.enter_with(state.registers, state.which)
+        vcpu.set_all(state.last)
         return refused
+
+    @staticmethod
+    def _load_again(vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> None:
+        """What it was put into last. The registers go with KVM_RUN: most often nobody looks
+        before it runs.
+        """
+        vcpu.enter_with(state.registers, state.which, state.cr8)
+        vcpu.set_beside(state.beside)
+        if (values := wanted.unlike(vcpu.fd)) and (refused := vcpu.set_msrs(values)):
+            raise _refused(refused)
+
+
+def _refused(indices: list[int]) -> ConfigError:
+    return ConfigError(
+        f"this KVM refuses MSR {indices[0]:#x} as it was saved; restore it on a host with "
+        "the processor and the kernel that it was saved on"
+    )
 
 
 def _show(vcpu: "KvmVcpu", cpuid: bytes) -> None:

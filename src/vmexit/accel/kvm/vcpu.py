@@ -9,7 +9,8 @@ from contextlib import suppress
 from ctypes import sizeof
 from fcntl import ioctl
 from itertools import islice
-from typing import TYPE_CHECKING
+from threading import get_ident
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.abi.kvm import (
     KVM_EXIT_DEBUG,
@@ -113,7 +114,7 @@ _SEGMENT_FIELDS = 12
 _SYSTEM_FORMAT = struct.Struct(
     "=" + "QIH9Bx" * len(SEGMENTS) + "QH6x" * len(TABLES) + f"{len(CONTROL)}Q"
 )
-_APIC_BASE_FORMAT = _CR8_FORMAT = struct.Struct("=Q")
+_APIC_BASE_FORMAT = struct.Struct("=Q")
 _MP_STATE = struct.Struct("=I")  # struct kvm_mp_state
 _GUEST_DEBUG = struct.Struct("=I4x8Q")  # struct kvm_guest_debug
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
@@ -129,6 +130,14 @@ _PLAIN_EXITS = {
     KVM_EXIT_DEBUG: ExitReason.DEBUG,
     KVM_EXIT_IRQ_WINDOW_OPEN: ExitReason.IRQ_WINDOW,
 }
+
+
+class Request(NamedTuple):
+    """One that loads a part of the state: what it is called, KVM's number of it, its structure."""
+
+    what: str
+    number: int
+    data: bytes | bytearray
 
 
 class KvmVcpu:
@@ -157,6 +166,7 @@ class KvmVcpu:
         """What `set_cpuid()` was given last."""
         self._tsc_khz: int | None = None
         self._kicked = False
+        self._interrupted = Exit(ExitReason.INTERRUPTED, vcpu=index)
         self.on_debug: Callable[[int, int, int], Exit | None] | None = None
         """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
         self.is_trap: Callable[[], bool] | None = None
@@ -186,7 +196,8 @@ class KvmVcpu:
     def kick(self) -> None:
         self._kicked = True
         self._u8[_IMMEDIATE_EXIT] = 1
-        self._kick_target.kick()
+        if self._kick_target.thread != get_ident():
+            self._kick_target.kick()
 
     def run(self) -> Exit:
         if self._kick_target.thread is not None:
@@ -238,7 +249,7 @@ class KvmVcpu:
                 if stopped is not None:
                     return stopped
                 if kicked:
-                    return Exit(ExitReason.INTERRUPTED, vcpu=self.index)
+                    return self._interrupted
                 continue
             except BaseException:
                 self._complete()
@@ -487,7 +498,7 @@ class KvmVcpu:
             values += getattr(system, name)
         values += [getattr(system, name) for name in CONTROL]
         _SYSTEM_FORMAT.pack_into(buffer, 0, *values)
-        self.load_cr8(buffer)
+        self.set_cr8(system.cr8)
         self.set("system registers", KVM_SET_SREGS, buffer)
 
     def tsc_khz(self) -> int:
@@ -514,9 +525,9 @@ class KvmVcpu:
                 f"count so ({error.strerror}); restore it on a host like the one it was saved on"
             ) from error
 
-    def load_cr8(self, sregs: bytes | bytearray) -> None:
+    def set_cr8(self, value: int) -> None:
         """Without a LAPIC in the kernel KVM_RUN takes it from its own page (KVM API 5, cr8)."""
-        self._u64[_CR8] = _CR8_FORMAT.unpack_from(sregs, kvm_sregs.cr8.offset)[0]
+        self._u64[_CR8] = value
 
     def state(self) -> State:
         return self._access().plain(self)
@@ -554,6 +565,8 @@ class KvmVcpu:
         self.set("FPU", KVM_SET_XSAVE, buffer)
 
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
+        if not values:
+            return []
         if self._u64[_DIRTY_REGS]:
             self._load_synced()
         return msrs.put(self.fd, values)
@@ -573,18 +586,15 @@ class KvmVcpu:
         registers.dr6 |= bits
         self.set("debug registers", KVM_SET_DEBUGREGS, bytes(buffer))
 
-    def forget_synced(self) -> None:
-        """What KVM_RUN was to take is of no use: other registers come in its place."""
-        self._u64[_DIRTY_REGS] = 0
-
-    def enter_with(self, registers: bytes, which: int) -> None:
+    def enter_with(self, registers: bytes, which: int, cr8: int) -> None:
         """KVM_RUN takes these when it is entered next (KVM API 5, kvm_dirty_regs): an ioctl less
         for each. Whoever asks for registers before that has them loaded.
 
         A `struct kvm_sync_regs`, which KVM has taken before, and KVM_SYNC_X86_… flags.
         """
+        u64 = self._u64
         self._u8[_SYNCED:_SYNCED_END] = registers
-        self._u64[_DIRTY_REGS] = which
+        u64[_DIRTY_REGS], u64[_CR8] = which, cr8
 
     def _load_synced(self) -> None:
         """What KVM_RUN was to take, in the order of `vmexit.accel.kvm.state`. Raises HostError.
@@ -602,12 +612,23 @@ class KvmVcpu:
 
     def set(self, what: str, request: int, data: bytes | bytearray) -> None:
         """One of KVM's requests that load state. Raises HostError."""
+        self.set_all((Request(what, request, data),))
+
+    def set_all(self, requests: "Iterable[Request]") -> None:
+        """Such requests, in this order. Raises HostError."""
         if self._u64[_DIRTY_REGS]:
             self._load_synced()
+        self.set_beside(requests)
+
+    def set_beside(self, requests: "Iterable[Request]") -> None:
+        """The same, for parts that do not depend on what KVM_RUN is to take. Raises HostError."""
+        fd = self.fd
         try:
-            ioctl(self.fd, request, data)
+            for request in requests:
+                _, number, data = request
+                ioctl(fd, number, data)
         except OSError as error:
-            raise self._refusal(what, error) from error
+            raise self._refusal(request.what, error) from error
 
     def get(self, what: str, request: int, buffer: bytearray) -> None:
         """One that fills in `buffer`. Raises HostError."""
