@@ -27,7 +27,7 @@ help:            ## list the targets
 
 setup: $(VENV)/.ready  ## make .venv with vmexit and its tools
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml setup.py src/vmexit/core/_steps.pyx
 	@echo "== setting up $(VENV) (Python packages from PyPI)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "vmexit needs Python 3.11 or newer; use make PYTHON=python3.12"; exit 1; }
@@ -99,4 +99,4 @@ bench-lab: setup ## measure boots and virtio on Linux's own KVM against QEMU: do
 	@tools/kvm-lab --timeout 3600 -- $(BIN)/python benchmarks/lab.py $(BENCH)
 
 clean:           ## remove what the targets made
-	rm -rf $(VENV) .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/build
+	rm -rf $(VENV) .venv-* build src/vmexit/core/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/build

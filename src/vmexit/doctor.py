@@ -46,9 +46,10 @@ class Finding(NamedTuple):
 
 
 def examine() -> Iterator[Finding]:
-    """Look at KVM, then at the software CPU."""
+    """Look at KVM, then at the software CPU, then at vmexit itself."""
     yield from _examine_kvm()
     yield from _examine_soft()
+    yield _examine_steps()
 
 
 def _examine_kvm() -> Iterator[Finding]:
@@ -124,6 +125,18 @@ def _in_a_vm() -> bool:
         return " hypervisor" in Path("/proc/cpuinfo").read_text("ascii", "replace")
     except OSError:
         return False
+
+
+def _examine_steps() -> Finding:
+    from vmexit.core.steps import COMPILED
+
+    if COMPILED:
+        return Finding(True, "vmexit: what goes back to snapshots on KVM is compiled")
+    return Finding(
+        False,
+        "vmexit: what goes back to snapshots on KVM is not compiled, and takes longer",
+        "install it again where there are a C compiler and Python's headers (python3-dev)",
+    )
 
 
 def _examine_soft() -> Iterator[Finding]:

@@ -8,8 +8,10 @@ from guests import FOLDER
 from vmexit import Machine, StopReason
 from vmexit.abi.kvm_structs import kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmexit.accel.base import ExitReason
-from vmexit.accel.kvm import msrs, state, time
+from vmexit.accel.kvm import dirty_log, msrs, state, time
+from vmexit.core import steps
 from vmexit.core.errors import HostError
+from vmexit.machine import rewind
 
 pytestmark = [pytest.mark.engine, pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
 
@@ -17,7 +19,20 @@ pytestmark = [pytest.mark.engine, pytest.mark.kvm, pytest.mark.usefixtures("noth
 STARTED, COUNT, ROUNDS = 0x6000, 0x6008, 2000
 WORD = (1 << 64) - 1
 FS_BASE_MSR = 0xC0000100
+# Real mode: ebx = [0x800]; [ebx] = 0x55; out 0x10, al; from the beginning.
+WRITER = bytes.fromhex("66 8b 1e 0008 67 66 c703 55000000 e610 ebf0")
+WHERE = 0x800
 RAX, CR2, FS_BASE = 0x1122334455667788, 0xFEEDF000, 0x12345000
+
+
+@pytest.fixture(autouse=True, params=["as it is", "python"])
+def steps_of(request, monkeypatch):
+    """As it is installed, which should be compiled, and as it is without a compiler."""
+    if request.param == "python":
+        if not steps.COMPILED:
+            pytest.skip("that is how it is installed")
+        for module in (state, time, dirty_log, rewind):
+            monkeypatch.setattr(module, "Steps", steps.PythonSteps)
 
 
 def changed(vcpu):
@@ -27,7 +42,8 @@ def changed(vcpu):
     regs = kvm_regs.from_buffer_copy(parts["regs"])
     regs.rax, regs.rip = RAX, 0x1000
     sregs = kvm_sregs.from_buffer_copy(parts["sregs"])
-    sregs.cr2, sregs.fs.base, sregs.cs.base, sregs.cs.selector = CR2, FS_BASE, 0, 0
+    sregs.cr2, sregs.cr8, sregs.fs.base = CR2, 5, FS_BASE
+    sregs.cs.base, sregs.cs.selector = 0, 0
     events = kvm_vcpu_events.from_buffer_copy(parts["events"])
     events.nmi.masked = 1
     parts |= {"regs": bytes(regs), "sregs": bytes(sregs), "events": bytes(events)}
@@ -47,7 +63,7 @@ def twice():
         vcpu.restore(plain)
         expected = parts_of(vcpu)
         vcpu.set_registers(vcpu.registers() | {"rax": 1, "rip": 0x2000})
-        vcpu.set_system_registers(vcpu.system_registers()._replace(cr2=0))
+        vcpu.set_system_registers(vcpu.system_registers()._replace(cr2=0, cr8=0))
         vcpu.restore(plain)
         yield vcpu, expected
 
@@ -155,6 +171,49 @@ def test_what_kvm_refuses_is_no_state_that_it_has_taken():
                 vcpu.restore(plain)
         vcpu.restore(plain | {"parts": before})
         assert parts_of(vcpu) == before
+
+
+def test_what_kvm_refuses_the_second_time_is_named(twice):
+    vcpu, _ = twice
+    again = vcpu._access()._last[0]
+    (xcrs,) = [one.data for one in again._loadable.beside if one.what == "xcrs"]
+    good = bytes(xcrs)
+    try:
+        xcrs[16:24] = bytes(8)  # the x87 FPU is always in XCR0 (SDM vol. 1, 13.3)
+        with pytest.raises(HostError, match="KVM refused the xcrs of vCPU 0"):
+            vcpu.restore(again.state)
+    finally:
+        xcrs[:] = good  # others may find it in `_known`
+    vcpu.restore(again.state)
+    assert vcpu.registers()["rax"] == RAX
+
+
+def test_a_vcpu_that_goes_back_has_its_msrs_back(twice):
+    vcpu, _ = twice
+    known = vcpu._access()._last[0].state
+    indices = (0x174, 0x175, 0x176, 0x277)
+    before = vcpu.msrs(indices)
+    for changes in ({0x175: 0x1234}, {0x174: 1, 0x176: 2}, {}, {0x277: 0x0606060606060606}):
+        assert vcpu.set_msrs(changes) == []
+        assert vcpu.msrs(indices) == before | changes
+        vcpu.restore(known)
+        assert vcpu.msrs(indices) == before
+
+
+def test_going_back_copies_what_was_written():
+    """Again and again the same, then another page, then one less."""
+    with Machine("4M", "kvm") as vm:
+        vm.load_bytes(WRITER)
+        vm.memory.write_u32(WHERE, 0x5000)
+        vm.on_pio(0x10, write=lambda access: vm.stop())
+        with vm.snapshot() as snap:
+            pages = bytes(vm.memory[0:0x10_0000])
+            for where in [0x5000] * 5 + [0x9000] * 3 + [0x5000, 0x7000] * 2 + [0x5000] * 70:
+                vm.memory.write_u32(WHERE, where)
+                assert vm.run(timeout=60).reason is StopReason.STOPPED
+                assert vm.memory.read_u32(where) == 0x55
+                vm.reset_to(snap)
+                assert vm.memory[0:0x10_0000] == pages
 
 
 def test_msrs_are_compared_by_value():

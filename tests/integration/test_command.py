@@ -14,6 +14,7 @@ import vmexit as package
 from vmexit import Machine
 from vmexit.accel.kvm.probe import why_no_kernels
 from vmexit.accel.kvm.system import System
+from vmexit.core.steps import COMPILED
 
 HOST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -289,6 +290,12 @@ def test_doctor_reports_both_accelerators():
     assert done.status == 0
     assert "soft: Unicorn" in done.out
     assert "kvm: " in done.out
+
+
+def test_doctor_tells_whether_all_is_compiled():
+    (line,) = [line for line in vmexit("doctor").out.splitlines() if "compiled" in line]
+    assert line.startswith("[ok]" if COMPILED else "[--]")
+    assert COMPILED or "python3-dev" in line
 
 
 @pytest.mark.kvm

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from vmexit.core.memory import PAGE_SIZE, GuestMemory, Region, Source
 from vmexit.core.memory_image import MemoryImage
+from vmexit.core.steps import Steps
 from vmexit.core.written import WrittenPages, runs
 
 # So many pages may have been copied since the image was mapped, and so many times as many as now:
@@ -34,21 +35,19 @@ class _Marked(NamedTuple):
     bitmap: bytes
     sources: list[Source]
     pages: int
-    together: bool
+    again: Steps | None = None
 
-    def put_together(self) -> "_Marked":
-        """With the sources one behind the other, in memory of their own: read faster than where
-        they are in the image.
-        """
-        if self.pages > _TOGETHER:
-            return self._replace(together=True)
-        whole = memoryview(b"".join([source for _, source in self.sources]))
-        ends = list(accumulate(len(source) for _, source in self.sources))
-        sources = [
-            (here, whole[end - len(source) : end])
-            for (here, source), end in zip(self.sources, ends, strict=True)
-        ]
-        return self._replace(sources=sources, together=True)
+    def steps(self, region: Region) -> Steps:
+        """For going back there once more."""
+        steps, sources = Steps(), [source for _, source in self.sources]
+        if self.pages <= _TOGETHER:
+            whole, ends = memoryview(b"".join(sources)), accumulate(map(len, sources))
+            sources = [
+                whole[end - len(source) : end] for source, end in zip(sources, ends, strict=True)
+            ]
+        for (here, _), source in zip(self.sources, sources, strict=True):
+            steps.copy(region.view, here, source)
+        return steps
 
 
 class Rewind:
@@ -133,15 +132,18 @@ class Rewind:
                     pages.mark(bitmap, region.gpa, region.size // PAGE_SIZE)
             last = self._last.get(region.gpa)
             if last is not None and last.bitmap == bitmap:
-                if not last.together:
-                    last = self._last[region.gpa] = last.put_together()
+                again = last.again
+                if again is None:
+                    again = last.steps(region)
+                    self._last[region.gpa] = last._replace(again=again)
+                again.run()
             else:
                 bits, others = int.from_bytes(bitmap, "little"), True
                 sources = self._memory.sources(image, region, runs(bitmap))
-                last = _Marked(bytes(bitmap), sources, bits.bit_count(), False)
+                last = _Marked(bytes(bitmap), sources, bits.bit_count())
                 self._last[region.gpa] = last
                 self._copied[region.gpa] = self._copied.get(region.gpa, 0) | bits
-            self._memory.copy(region, last.sources)
+                self._memory.copy(region, sources)
             now += last.pages
         self._keep_log(log, now)
         if not others:

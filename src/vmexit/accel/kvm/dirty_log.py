@@ -12,6 +12,7 @@ from vmexit.abi.kvm_caps import KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 from vmexit.abi.kvm_state import KVM_ENABLE_CAP, kvm_enable_cap
 from vmexit.abi.kvm_structs import kvm_clear_dirty_log, kvm_dirty_log
 from vmexit.core.errors import HostError
+from vmexit.core.steps import Steps
 
 
 def keep_marks(vm: int) -> None:
@@ -34,7 +35,9 @@ class SlotLog:
         self._vm = vm
         self._bitmap = bytearray(-(-pages // 64) * 8)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._bitmap))
-        self._get = bytes(kvm_dirty_log(slot=slot, dirty_bitmap=address))
+        self._get = bytearray(kvm_dirty_log(slot=slot, dirty_bitmap=address))
+        self._read = Steps()
+        self._read.call(vm, KVM_GET_DIRTY_LOG, self._get)
         self._clear: bytes | None = None
         if kept:
             clear = kvm_clear_dirty_log(slot=slot, num_pages=pages, dirty_bitmap=address)
@@ -45,21 +48,19 @@ class SlotLog:
 
         It may be changed, and is good until the next call. Raises HostError.
         """
-        try:
-            ioctl(self._vm, KVM_GET_DIRTY_LOG, self._get)
-        except OSError as error:
-            raise _refusal(error) from error
+        if not self._read.run():
+            self._ask(KVM_GET_DIRTY_LOG, self._get)  # for what KVM says
         return self._bitmap
 
     def forget(self) -> None:
         """The pages that `read()` has given are logged when they are written again."""
-        if self._clear is None:
-            return
+        if self._clear is not None:
+            self._ask(KVM_CLEAR_DIRTY_LOG, self._clear)
+
+    def _ask(self, request: int, data: bytes | bytearray) -> None:
         try:
-            ioctl(self._vm, KVM_CLEAR_DIRTY_LOG, self._clear)
+            ioctl(self._vm, request, data)
         except OSError as error:
-            raise _refusal(error) from error
-
-
-def _refusal(error: OSError) -> HostError:
-    return HostError(f"KVM does not tell what was written: {error.strerror}; make a new machine")
+            raise HostError(
+                f"KVM does not tell what was written: {error.strerror}; make a new machine"
+            ) from error

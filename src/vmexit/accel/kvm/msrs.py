@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from fcntl import ioctl
 
 from vmexit.abi.kvm import KVM_GET_MSRS, KVM_SET_MSRS
+from vmexit.core.steps import Steps
 
 _HEAD = struct.Struct("=II")  # struct kvm_msrs: how many, padding
 _ENTRY = struct.Struct("=IIQ")  # struct kvm_msr_entry: index, reserved, value
@@ -70,13 +71,27 @@ class Wanted:
     def unlike(self, vcpu: int) -> dict[int, int]:
         """Those that have another value now, or none: as they are here."""
         values = dict[int, int]()
+        for entries, _, _ in self._parts:
+            as_here = unpack(entries)
+            now = get(vcpu, as_here)
+            values |= {index: value for index, value in as_here.items() if now.get(index) != value}
+        return values
+
+    def ask(self, steps: Steps, vcpu: int) -> None:
+        """Add the steps that ask for them; they fail where one of them does not exist."""
+        for entries, buffer, _ in self._parts:
+            steps.call(vcpu, KVM_GET_MSRS, buffer, len(entries) // ENTRY_SIZE)
+
+    def compare(self, steps: Steps) -> None:
+        """Add steps that fail if what came is not as it is here."""
+        for _, buffer, wanted in self._parts:
+            steps.compare(buffer, wanted)
+
+    def differing(self) -> dict[int, int]:
+        """As `unlike()`, once those steps went well."""
+        values = dict[int, int]()
         for entries, buffer, wanted in self._parts:
-            done = ioctl(vcpu, KVM_GET_MSRS, buffer, True)  # which leaves the indices in it
-            if done * ENTRY_SIZE < len(entries):
-                as_here = unpack(entries)
-                now = get(vcpu, as_here)
-                values |= {i: value for i, value in as_here.items() if now.get(i) != value}
-            elif buffer != wanted:
+            if buffer != wanted:  # the indices are the same
                 values |= _differing(entries, buffer[_HEAD.size :])
         return values
 

@@ -49,6 +49,7 @@ from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError, HostError
 from vmexit.core.saved import Saved
+from vmexit.core.steps import Steps
 
 if TYPE_CHECKING:
     from vmexit.accel.kvm.system import System
@@ -141,6 +142,49 @@ class _Known(NamedTuple):
     loadable: _Loadable
 
 
+class _Again:
+    """A vCPU that was put into a state, and is to go there again.
+
+    The registers go with KVM_RUN: most often nobody looks before it runs.
+    """
+
+    def __init__(
+        self, vcpu: "KvmVcpu", state: State, loadable: _Loadable, wanted: msrs.Wanted
+    ) -> None:
+        self.state = state
+        self._vcpu = vcpu
+        self._loadable = loadable
+        self._wanted = wanted
+        self._steps: Steps | None = None
+        self._asked = 0  # so many of them ask, and the rest compare what came
+
+    def load(self) -> None:
+        """Put it there. Raises ConfigError, HostError."""
+        steps = self._steps
+        if steps is None:
+            steps = self._steps = self._make()
+        done = steps.run()
+        if done == len(steps):
+            return
+        if done >= self._asked:
+            values = self._wanted.differing()
+        else:  # once more, for what KVM says
+            self._vcpu.set_beside(self._loadable.beside)
+            values = self._wanted.unlike(self._vcpu.fd)
+        if values and (refused := self._vcpu.set_msrs(values)):
+            raise _refused(refused)
+
+    def _make(self) -> Steps:
+        steps, loadable, fd = Steps(), self._loadable, self._vcpu.fd
+        self._vcpu.enter_with(steps, loadable.registers, loadable.which, loadable.cr8)
+        for _, number, data in loadable.beside:
+            steps.call(fd, number, data)
+        self._wanted.ask(steps, fd)
+        self._asked = len(steps)
+        self._wanted.compare(steps)
+        return steps
+
+
 # The last ones of the process: who makes clones of a snapshot makes many.
 _known: "deque[_Known]" = deque(maxlen=8)
 
@@ -166,7 +210,7 @@ class StateAccess:
         self.by_run = wanted if there else {}
         """The parts that KVM_RUN can take with it, with the flag for each."""
         self._kind = system.path, lapic
-        self._last: dict[int, tuple[_Known, msrs.Wanted]] = {}  # by the number of the vCPU
+        self._last: dict[int, _Again] = {}  # by the number of the vCPU
 
     def _there(self, parts: tuple[_Part, ...]) -> list[_Part]:
         return [part for part in parts if self._system.check_extension(part.capability)]
@@ -228,8 +272,8 @@ class StateAccess:
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
         """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
         last = self._last.get(vcpu.index)
-        if last is not None and last[0].state is state and last[0].loadable.which:
-            self._load_again(vcpu, last[0].loadable, last[1])
+        if last is not None and last.state is state:
+            last.load()
             return
         known = self._find(state)
         loadable = _Loadable(self.parse(state), self) if known is None else known.loadable
@@ -241,7 +285,8 @@ class StateAccess:
         if known is None:
             known = _Known(state, self._kind, loadable)
             _known.append(known)
-        self._last[vcpu.index] = known, wanted
+        if loadable.which:
+            self._last[vcpu.index] = _Again(vcpu, state, loadable, wanted)
 
     def _find(self, state: State) -> _Known | None:
         for known in _known.copy():
@@ -263,16 +308,6 @@ class StateAccess:
         refused = vcpu.set_msrs(wanted.unlike(vcpu.fd))
         vcpu.set_all(state.last)
         return refused
-
-    @staticmethod
-    def _load_again(vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> None:
-        """What it was put into last. The registers go with KVM_RUN: most often nobody looks
-        before it runs.
-        """
-        vcpu.enter_with(state.registers, state.which, state.cr8)
-        vcpu.set_beside(state.beside)
-        if (values := wanted.unlike(vcpu.fd)) and (refused := vcpu.set_msrs(values)):
-            raise _refused(refused)
 
 
 def _refused(indices: list[int]) -> ConfigError:

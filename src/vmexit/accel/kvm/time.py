@@ -1,7 +1,6 @@
 """The time of a VM: the clock that guests know as kvm-clock, and the TSCs of its vCPUs."""
 
 import ctypes
-import os
 from collections.abc import Sequence
 from fcntl import ioctl
 from time import monotonic_ns
@@ -24,16 +23,12 @@ from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.core.bus import State
 from vmexit.core.errors import HostError
 from vmexit.core.saved import Saved
+from vmexit.core.steps import Steps
 
 _WORD = (1 << 64) - 1
 IA32_TSC, IA32_TSC_DEADLINE = 0x10, 0x6E0
 _VERSION = 2
 _CLOCK_SIZE = ctypes.sizeof(kvm_clock_data)
-
-
-# An ioctl that lets other threads of Python run comes back as late as they please, and what was
-# read is old by then: so one that does not.
-_ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
 _SOON, _TRIES = 20_000, 10  # nanoseconds
 
 # The host's counter was so much at that moment, by its frequency in kHz. So soon afterwards it is
@@ -48,13 +43,13 @@ _has_offsets: dict[str, bool] = {}  # by the path of the KVM
 class _Prompt:
     """A request that is made at once, with the buffer that it reads and fills in."""
 
-    def __init__(self, fd: int, request: int, size: int) -> None:
-        self.buffer = bytearray(size)
-        self._place = (ctypes.c_char * size).from_buffer(self.buffer)
-        self._words = memoryview(self.buffer).cast("B")[:8].cast("Q")
-        # Made once: it takes a third of the call to make them.
-        self._fd, self._request = ctypes.c_int(fd), ctypes.c_ulong(request)
-        self._address = ctypes.c_void_p(ctypes.addressof(self._place))
+    def __init__(self, fd: int, request: int, buffer: bytearray, result: int = 0) -> None:
+        self._fd = fd
+        self._request = request
+        self.buffer = buffer
+        self._words = memoryview(buffer).cast("Q")
+        self._steps = Steps()  # which lets no other thread of Python come between
+        self._steps.call(fd, request, buffer, result)
 
     def make(self, ahead: int | None = None) -> int:
         """Make it, and again if something came between; when that was.
@@ -65,13 +60,20 @@ class _Prompt:
             before = monotonic_ns()
             if ahead is not None:
                 self._words[0] = before + ahead
-            if _ioctl(self._fd, self._request, self._address) < 0:
-                why = os.strerror(ctypes.get_errno())
-                raise HostError(f"KVM refused to tell or set a clock: {why}; use --accel soft")
+            if not self._steps.run():
+                self._explain()
             after = monotonic_ns()
             if after - before < _SOON:
                 break
         return (before + after) // 2
+
+    def _explain(self) -> None:
+        try:
+            ioctl(self._fd, self._request, self.buffer, True)
+        except OSError as error:
+            raise HostError(
+                f"KVM refused to tell or set a clock: {error.strerror}; use --accel soft"
+            ) from error
 
 
 class _Saved(NamedTuple):
@@ -90,7 +92,7 @@ class VmTime:
         self._vcpus = vcpus
         self._set_clock: _Prompt | None = None
         if system.check_extension(KVM_CAP_ADJUST_CLOCK):
-            self._set_clock = _Prompt(vm, KVM_SET_CLOCK, _CLOCK_SIZE)
+            self._set_clock = _Prompt(vm, KVM_SET_CLOCK, bytearray(_CLOCK_SIZE))
         offsets = [_TscOffset(vcpu) for vcpu in vcpus]
         self._offsets = offsets if has_tsc_offset(system, vcpus[0]) else None
         self._parsed: tuple[State, _Saved] | None = None  # what was loaded last
@@ -100,7 +102,7 @@ class VmTime:
         """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
         clock: int | None = None
         if self._set_clock is not None:
-            get = _Prompt(self._vm, KVM_GET_CLOCK, _CLOCK_SIZE)
+            get = _Prompt(self._vm, KVM_GET_CLOCK, bytearray(_CLOCK_SIZE))
             now = get.make()
             clock = max(kvm_clock_data.from_buffer(get.buffer).clock - (now - moment), 0)
         tsc: list[int] | None = None
@@ -155,8 +157,7 @@ def _host_tsc(vcpu: KvmVcpu, offset: "_TscOffset", moment: int) -> int:
     counter, then = _host.get(khz, (0, -_FRESH))
     if not then <= monotonic_ns() < then + _FRESH:
         asked = msrs.request(msrs.pack({IA32_TSC: 0}))
-        get = _Prompt(vcpu.fd, KVM_GET_MSRS, len(asked))
-        get.buffer[:] = asked
+        get = _Prompt(vcpu.fd, KVM_GET_MSRS, asked, 1)
         then = get.make()
         counter = msrs.answer(get.buffer)[IA32_TSC] - offset.get()
         if khz:

@@ -70,6 +70,7 @@ from vmexit.arch.x86.registers import (
 from vmexit.core.bus import Bus, Read, State, Write
 from vmexit.core.errors import HostError
 from vmexit.core.memory import GuestMemory
+from vmexit.core.steps import Steps
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Request(NamedTuple):
 
     what: str
     number: int
-    data: bytes | bytearray
+    data: bytearray
 
 
 class KvmVcpu:
@@ -586,15 +587,15 @@ class KvmVcpu:
         registers.dr6 |= bits
         self.set("debug registers", KVM_SET_DEBUGREGS, bytes(buffer))
 
-    def enter_with(self, registers: bytes, which: int, cr8: int) -> None:
-        """KVM_RUN takes these when it is entered next (KVM API 5, kvm_dirty_regs): an ioctl less
-        for each. Whoever asks for registers before that has them loaded.
+    def enter_with(self, steps: Steps, registers: bytes, which: int, cr8: int) -> None:
+        """Add the steps after which KVM_RUN takes these when it is entered (KVM API 5,
+        kvm_dirty_regs): an ioctl less for each. Whoever asks for registers first has them loaded.
 
         A `struct kvm_sync_regs`, which KVM has taken before, and KVM_SYNC_X86_… flags.
         """
-        u64 = self._u64
-        self._u8[_SYNCED:_SYNCED_END] = registers
-        u64[_DIRTY_REGS], u64[_CR8] = which, cr8
+        steps.copy(self._u8, slice(_SYNCED, _SYNCED_END), registers)
+        for at, word in ((_DIRTY_REGS, which), (_CR8, cr8)):
+            steps.copy(self._u8, slice(at * 8, at * 8 + 8), word.to_bytes(8, "little"))
 
     def _load_synced(self) -> None:
         """What KVM_RUN was to take, in the order of `vmexit.accel.kvm.state`. Raises HostError.
@@ -612,7 +613,12 @@ class KvmVcpu:
 
     def set(self, what: str, request: int, data: bytes | bytearray) -> None:
         """One of KVM's requests that load state. Raises HostError."""
-        self.set_all((Request(what, request, data),))
+        if self._u64[_DIRTY_REGS]:
+            self._load_synced()
+        try:
+            ioctl(self.fd, request, data)
+        except OSError as error:
+            raise self._refusal(what, error) from error
 
     def set_all(self, requests: "Iterable[Request]") -> None:
         """Such requests, in this order. Raises HostError."""

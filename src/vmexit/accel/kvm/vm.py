@@ -335,6 +335,7 @@ class KvmVm:
 
     def close(self) -> None:
         """Close the vCPUs, then the VM."""
+        self._access = None  # it may know how to put a vCPU back, by views of its pages
         for vcpu in self._vcpus:
             vcpu.close()
         self._vcpus.clear()
