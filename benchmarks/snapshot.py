@@ -28,6 +28,7 @@ from vmexit.accel.kvm.vcpu import KvmVcpu
 
 MEMORY = 128 << 20
 PAGES = (10, 100, 1000)
+MUCH_MEMORY, FEW_PAGES, RING = 8 << 30, 10, 4096
 CLONE_TARGET, RESET_TARGET, SIZE_TARGET = 1.0, 1.0, 30.0  # ms, times, MiB
 
 _SNAPSHOT_PORT, _END_PORT, _COUNT_AT = 0x10, 0x11, 0x800
@@ -47,15 +48,20 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from attempt(
             f"reset {pages} pages", _reset(pages, *((2, 20) if quick else (20, 100)))
         )
+    yield from attempt("reset by rings", _rings(*((2, 20) if quick else (20, 100))))
     yield from attempt("clones soft", _clones(5 if quick else 100))
 
 
 def _machine(
-    pages: int, machine: str = "bare", end: Callable[[Machine], None] = Machine.stop
+    pages: int,
+    machine: str = "bare",
+    end: Callable[[Machine], None] = Machine.stop,
+    memory: int = MEMORY,
+    ring: int = 0,
 ) -> Machine:
     """Stopped before it writes to so many pages; after that it is for `end`."""
     try:
-        vm = Machine(MEMORY, "kvm", machine=machine)
+        vm = Machine(memory, "kvm", machine=machine, dirty_ring=ring)
     except HostError as error:
         raise Unavailable(str(error)) from error
     vm.load_bytes(_WRITER, mode="long")
@@ -161,6 +167,49 @@ def _reset(pages: int, rounds: int, block: int) -> Iterator[Row]:
             "c_us": spread(theirs),
             "ratio": speed,
         },
+    )
+
+
+def _rings(rounds: int, block: int) -> Iterator[Row]:
+    """KVM's dirty rings against its dirty log, in much memory."""
+
+    class Again:
+        """A machine that goes back in its callback, so many times in a run."""
+
+        def __init__(self, ring: int) -> None:
+            self._times: list[float] = []
+            self.snapshot: Snapshot | None = None
+            self.vm = _machine(FEW_PAGES, end=self._at_end, memory=MUCH_MEMORY, ring=ring)
+            _run(self.vm)
+            self.snapshot = self.vm.snapshot()
+
+        def _at_end(self, vm: Machine) -> None:
+            self._times.append(time.perf_counter())
+            assert self.snapshot is not None
+            vm.reset_to(self.snapshot)
+            if len(self._times) > block:
+                vm.stop()
+
+        def run(self) -> float:
+            self._times.clear()
+            _run(self.vm)
+            return spread([(b - a) * 1e6 for a, b in pairwise(self._times)]).median
+
+    rings, log = Again(RING), Again(0)
+    with rings.vm, log.vm:
+        for one in (rings, log):
+            one.run()
+        by_rings, by_log = interleave(rounds, (rings.run, log.run))
+    speed = ratios(by_log, by_rings)
+    yield Row(
+        "reset by rings",
+        f"{FEW_PAGES} pages of {MUCH_MEMORY >> 30} GiB, as above: with dirty_ring={RING}, and "
+        "with the log",
+        rounds * block,
+        spread([1e6 / time for time in by_rings]).text("/s", 0),
+        spread([1e6 / time for time in by_log]).text("/s", 0),
+        speed.text("x"),
+        figures={"rings_us": spread(by_rings), "log_us": spread(by_log), "ratio": speed},
     )
 
 

@@ -22,7 +22,7 @@ _WANTED = {
     "KVM_CAP_PIT2": "the timer that goes with it",
     "KVM_CAP_IRQFD": "interrupts without a system call",
     "KVM_CAP_IOEVENTFD": "device notifications without an exit",
-    "KVM_CAP_DIRTY_LOG_RING": "fast tracking of changed pages",
+    "KVM_CAP_DIRTY_LOG_RING": "dirty_ring=, for going back in much memory",
     "KVM_CAP_SYNC_REGS": "registers without a system call",
 }
 

@@ -136,6 +136,8 @@ def _create_kvm(wanted: _Wanted) -> _Engine:
         )
         stack.callback(vm.close)
         chip = vm.create_irqchip() if config.machine == "microvm" else None
+        if config.dirty_ring:
+            vm.use_dirty_rings(config.dirty_ring)
         vcpus: list[Vcpu] = [vm.create_vcpu(i, wanted.observer) for i in range(config.smp)]
         stack.pop_all()
         return _Engine(accelerator, vm, vcpus, chip, notifier=vm, log=vm)

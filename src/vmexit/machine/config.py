@@ -53,7 +53,9 @@ def parse_size(text: str | int) -> int:
     raise ConfigError(f"{quoted(text)} is no size; use bytes, or 512K, 128M, 1G")
 
 
-_REQUIRED = ("memory", "load_address", "entry", "smp")
+_REQUIRED = ("memory", "load_address", "entry", "smp", "dirty_ring")
+# Entries of 16 bytes; KVM keeps up to 576 of them free.
+_LEAST_RING, _MOST_RING = 1024, 65536
 
 
 class _Options(NamedTuple):
@@ -84,6 +86,7 @@ class _Options(NamedTuple):
     vsock: str | None = None
     consoles: tuple[str, ...] = ()
     symbols: str | os.PathLike[str] | None = None
+    dirty_ring: int = 0
 
     @property
     def cpu_model(self) -> CpuModel:
@@ -149,6 +152,12 @@ class MachineConfig(_Options):
         if self.machine == "bare" and self.smp > 1:
             raise ConfigError("the bare machine has one vCPU; use --machine microvm")
         self._check_memory()
+        ring = self.dirty_ring
+        if ring and (not _LEAST_RING <= ring <= _MOST_RING or ring & ring - 1):
+            raise ConfigError(
+                f"a dirty ring of {ring} entries cannot be; use a power of two from "
+                f"{_LEAST_RING} to {_MOST_RING}, or 0 for the dirty log"
+            )
         for name, address in (("load address", self.load_address), ("entry", self.entry)):
             if not 0 <= address < PHYSICAL_END:
                 raise ConfigError(

@@ -84,6 +84,7 @@ class Machine(Inspection):
         vsock: str | None = None,
         consoles: tuple[str, ...] | list[str] = (),
         symbols: str | os.PathLike[str] | None = None,
+        dirty_ring: int = 0,
         observer: ExitObserver | None = None,
     ) -> None:
         """Build it; nothing runs yet.
@@ -109,6 +110,9 @@ class Machine(Inspection):
         for `serial`.
         `shares` are folders that the guest mounts by 9P, `TAG=PATH[,readonly=on]`.
         `symbols` is a file with names for addresses: see the property.
+        `dirty_ring` is how many entries KVM's ring of written pages has for each vCPU, a power of
+        two from 1024 on: `reset_to()` reads that in the place of a log with a bit for each page of
+        memory, which is faster for few pages of much memory. 0 is the log.
         `observer` is told of every exit.
 
         Raises ConfigError, ImageError, or HostError where no accelerator is usable.
@@ -141,6 +145,7 @@ class Machine(Inspection):
             vsock=vsock,
             consoles=_tuple(consoles),
             symbols=symbols,
+            dirty_ring=dirty_ring,
         )
         self._build(config, observer)
         self._entry = entry  # None: not asked for

@@ -24,7 +24,7 @@ class DirtyLog(Protocol):
 
     def start_dirty_log(self) -> None: ...
 
-    def written(self, region: Region) -> bytearray: ...
+    def written(self, region: Region) -> bytes | bytearray: ...
 
     def forget_written(self, region: Region) -> None: ...
 
@@ -129,6 +129,7 @@ class Rewind:
             bitmap = log.written(region)
             for pages in by_host:
                 if pages:
+                    bitmap = bytearray(bitmap)
                     pages.mark(bitmap, region.gpa, region.size // PAGE_SIZE)
             last = self._last.get(region.gpa)
             if last is not None and last.bitmap == bitmap:

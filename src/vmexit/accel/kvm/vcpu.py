@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.abi.kvm import (
     KVM_EXIT_DEBUG,
+    KVM_EXIT_DIRTY_RING_FULL,
     KVM_EXIT_HLT,
     KVM_EXIT_INTR,
     KVM_EXIT_IO,
@@ -170,6 +171,8 @@ class KvmVcpu:
         self._interrupted = Exit(ExitReason.INTERRUPTED, vcpu=index)
         self.on_debug: Callable[[int, int, int], Exit | None] | None = None
         """What tells whose a debug exit is: by the exception's vector, linear RIP, and DR6."""
+        self.on_ring_full: Callable[[], None] | None = None
+        """What makes room in its dirty ring."""
         self.is_trap: Callable[[], bool] | None = None
         """Whether it is at an OUT of the debugger's, to port TRAP_PORT."""
         self.trapped = False
@@ -257,6 +260,9 @@ class KvmVcpu:
                 raise
             if reason in (KVM_EXIT_INTR, KVM_EXIT_SET_TPR):
                 continue  # CR8 was written, and there is no interrupt controller to tell
+            if reason == KVM_EXIT_DIRTY_RING_FULL and self.on_ring_full is not None:
+                self.on_ring_full()
+                continue
             if reason == KVM_EXIT_DEBUG and self.on_debug is not None:
                 stopped = self._debug_exit(reason)
                 if stopped is None:

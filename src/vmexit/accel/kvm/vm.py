@@ -40,6 +40,7 @@ from vmexit.core.trace import ExitObserver
 if TYPE_CHECKING:
     from vmexit.accel.kvm.debug import KvmDebugger
     from vmexit.accel.kvm.dirty_log import SlotLog
+    from vmexit.accel.kvm.dirty_ring import DirtyRings, RingLog
     from vmexit.accel.kvm.irqchip import KvmIrqChip
     from vmexit.accel.kvm.state import StateAccess
     from vmexit.accel.kvm.system import System
@@ -74,7 +75,8 @@ class KvmVm:
         self._pio = pio
         self._mmio = mmio
         self._slots: dict[int, int] = {}  # GPA of a region → slot number
-        self._logs: dict[int, SlotLog] = {}
+        self._logs: dict[int, SlotLog | RingLog] = {}
+        self._rings: DirtyRings | None = None
         self._vcpus: list[KvmVcpu] = []
         try:
             # On Intel without unrestricted guest, real mode needs both (KVM API 4.36, 4.40); they
@@ -120,20 +122,34 @@ class KvmVm:
         request = kvm_userspace_memory_region(slot, flags, gpa, size, hva)
         ioctl(self.fd, KVM_SET_USER_MEMORY_REGION, bytes(request))
 
+    def use_dirty_rings(self, entries: int) -> None:
+        """Have rings of so many entries for each vCPU in the place of the log; before the first.
+
+        Raises HostError.
+        """
+        from vmexit.accel.kvm.dirty_ring import DirtyRings
+
+        self._rings = DirtyRings(self._system, self.fd, entries)
+
     def start_dirty_log(self) -> None:
         """Have KVM note which pages of RAM the vCPUs write to. Raises HostError."""
         from vmexit.accel.kvm.dirty_log import SlotLog, keep_marks
 
+        rings = self._rings
         kept = bool(self._system.check_extension(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2))
-        if kept:
+        if kept and rings is None:
             keep_marks(self.fd)
         for region in self._memory.regions:
             if not region.readonly:
                 self.map(region, log_dirty=True)
                 slot, pages = self._slots[region.gpa], region.size // PAGE_SIZE
-                self._logs[region.gpa] = SlotLog(self.fd, slot, pages, kept=kept)
+                self._logs[region.gpa] = (
+                    SlotLog(self.fd, slot, pages, kept=kept)
+                    if rings is None
+                    else rings.log(slot, pages)
+                )
 
-    def written(self, region: Region) -> bytearray:
+    def written(self, region: Region) -> bytes | bytearray:
         """The pages of `region` written since the last `forget_written()`: see `SlotLog.read()`.
 
         What was given once may be missing, unless it was written again.
@@ -220,6 +236,9 @@ class KvmVm:
                 observer,
                 self._state_access,
             )
+            if self._rings is not None:
+                self._rings.add(fd)
+                vcpu.on_ring_full = self._rings.make_room
         except OSError as error:
             os.close(fd)
             raise HostError(
@@ -335,6 +354,8 @@ class KvmVm:
 
     def close(self) -> None:
         """Close the vCPUs, then the VM."""
+        if self._rings is not None:
+            self._rings.close()
         self._access = None  # it may know how to put a vCPU back, by views of its pages
         for vcpu in self._vcpus:
             vcpu.close()
