@@ -1,5 +1,5 @@
 """Rows `snapshot`: clones of a machine to their first exit, going back by dirty pages against a C
-program that does so, and what clones of a booted Linux take.
+program that does so and by rings against the log, and what clones of a booted Linux take.
 
 As a program, `snapshot.py COUNT` makes so many of these and prints what one takes.
 """
