@@ -218,15 +218,17 @@ def test_code_where_no_memory_is_cannot_be_emulated(make):
 
 def test_the_packed_registers_are_laid_out_as_the_structures():
     from vmexit.abi.kvm_structs import kvm_regs, kvm_segment, kvm_sregs
-    from vmexit.accel.kvm import vcpu
+    from vmexit.accel.kvm import registers
 
-    assert vcpu._GENERAL_FORMAT.size == sizeof(kvm_regs)
-    assert vcpu._SYSTEM_FORMAT.size == kvm_sregs.apic_base.offset
+    assert registers._GENERAL_FORMAT.size == sizeof(kvm_regs)
+    assert registers._SYSTEM_FORMAT.size == kvm_sregs.apic_base.offset
     segment = kvm_segment(
         base=1, limit=2, selector=3, type=4, present=5, dpl=6, db=7, s=8, l=9, g=10, avl=11,
         unusable=12,
     )  # fmt: skip
-    values = vcpu._SYSTEM_FORMAT.unpack(bytes(segment).ljust(vcpu._SYSTEM_FORMAT.size, b"\0"))
+    values = registers._SYSTEM_FORMAT.unpack(
+        bytes(segment).ljust(registers._SYSTEM_FORMAT.size, b"\0")
+    )
     assert values[:13] == (*range(1, 13), 0)
 
 

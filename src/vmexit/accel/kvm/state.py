@@ -43,8 +43,8 @@ from vmexit.abi.kvm_state import (
 from vmexit.abi.kvm_structs import kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmexit.accel.kvm import msrs
 from vmexit.accel.kvm.cpuid import lacking, sound
+from vmexit.accel.kvm.registers import Request
 from vmexit.accel.kvm.time import IA32_TSC, IA32_TSC_DEADLINE, has_tsc_offset
-from vmexit.accel.kvm.vcpu import Request
 from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError, HostError

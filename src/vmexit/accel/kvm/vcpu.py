@@ -1,16 +1,12 @@
-"""A vCPU's file descriptor: registers, and the loop around KVM_RUN."""
+"""A vCPU's file descriptor: the loop around KVM_RUN."""
 
 import errno
-import mmap
-import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from ctypes import sizeof
 from fcntl import ioctl
-from itertools import islice
 from threading import get_ident
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
     KVM_EXIT_DEBUG,
@@ -21,57 +17,21 @@ from vmexit.abi.kvm import (
     KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_MMIO,
     KVM_EXIT_SET_TPR,
-    KVM_GET_CPUID2,
-    KVM_GET_MP_STATE,
-    KVM_GET_REGS,
-    KVM_GET_SREGS,
-    KVM_MP_STATE_HALTED,
-    KVM_MP_STATE_RUNNABLE,
     KVM_RUN,
-    KVM_SET_CPUID2,
-    KVM_SET_MP_STATE,
-    KVM_SET_REGS,
     KVM_SET_SIGNAL_MASK,
-    KVM_SET_SREGS,
-    KVM_SET_VCPU_EVENTS,
-    KVM_SYNC_X86_EVENTS,
-    KVM_SYNC_X86_REGS,
-    KVM_SYNC_X86_SREGS,
 )
-from vmexit.abi.kvm_run import kvm_run, kvm_sync_regs
+from vmexit.abi.kvm_run import kvm_run
 from vmexit.abi.kvm_state import (
-    KVM_GET_DEBUGREGS,
-    KVM_GET_XSAVE,
     KVM_GUESTDBG_SINGLESTEP,
-    KVM_SET_DEBUGREGS,
     KVM_SET_GUEST_DEBUG,
-    KVM_SET_XSAVE,
-    kvm_debugregs,
-    kvm_xsave,
-)
-from vmexit.abi.kvm_structs import (
-    kvm_regs,
-    kvm_sregs,
 )
 from vmexit.accel.base import Exit, ExitReason, linear_rip
-from vmexit.accel.kvm import msrs
 from vmexit.accel.kvm.exits import explain
 from vmexit.accel.kvm.kick import KickTarget
-from vmexit.arch.x86 import fxsave
-from vmexit.arch.x86.registers import (
-    CONTROL,
-    GENERAL,
-    SEGMENTS,
-    TABLES,
-    Registers,
-    Segment,
-    SystemRegisters,
-    Table,
-)
+from vmexit.accel.kvm.registers import VcpuRegisters
 from vmexit.core.bus import Bus, Read, State, Write
 from vmexit.core.errors import HostError
 from vmexit.core.memory import GuestMemory
-from vmexit.core.steps import Steps
 from vmexit.core.trace import ExitObserver
 
 if TYPE_CHECKING:
@@ -84,14 +44,10 @@ _IO_KEY = 8  # u32 at 32: direction (u8), size (u8) and port (u16) in one number
 _IO_COUNT = 9  # u32 at 36
 _IO_KEY_AND_COUNT = 4  # u64 at 32: both in one number
 _IO_DATA_OFFSET = 5  # u64 at 40
-_CR8 = 2  # u64 at 16
 _MMIO_GPA = 4  # u64 at 32
 _MMIO_DATA = 40  # bytes
 _MMIO_LEN = 12  # u32 at 48
 _MMIO_IS_WRITE = 52  # byte
-_DIRTY_REGS: int = kvm_run.kvm_dirty_regs.offset // 8  # u64
-_SYNCED: int = kvm_run.s.offset
-_SYNCED_END = _SYNCED + sizeof(kvm_sync_regs)
 
 TRAP_PORT = 0xEF
 """What the debugger's OUT goes to, where it has to use one."""
@@ -109,23 +65,8 @@ _MAX_ROUTES = 4096
 # An access comes in pieces of up to 8 bytes; XSAVE makes the largest ones.
 _MAX_PIECES = 1024
 
-_GENERAL_FORMAT = struct.Struct(f"={len(GENERAL)}Q")
-# The beginning of `struct kvm_sregs`, which a ctypes structure takes five times as long to fill in.
-# Of a segment: base, limit, selector, type, present, dpl, db, s, l, g, avl, unusable.
-_SEGMENT_FIELDS = 12
-_SYSTEM_FORMAT = struct.Struct(
-    "=" + "QIH9Bx" * len(SEGMENTS) + "QH6x" * len(TABLES) + f"{len(CONTROL)}Q"
-)
-_APIC_BASE_FORMAT = struct.Struct("=Q")
-_MP_STATE = struct.Struct("=I")  # struct kvm_mp_state
 _GUEST_DEBUG = struct.Struct("=I4x8Q")  # struct kvm_guest_debug
 _SIGNAL_MASK = struct.Struct("=IQ")  # struct kvm_signal_mask with a kernel sigset of 8 bytes
-
-_SYNCED_PARTS = (
-    (KVM_SYNC_X86_SREGS, "system registers", KVM_SET_SREGS, kvm_sync_regs.sregs),
-    (KVM_SYNC_X86_EVENTS, "events", KVM_SET_VCPU_EVENTS, kvm_sync_regs.events),
-    (KVM_SYNC_X86_REGS, "general registers", KVM_SET_REGS, kvm_sync_regs.regs),
-)
 
 _PLAIN_EXITS = {
     KVM_EXIT_HLT: ExitReason.HALT,
@@ -134,15 +75,7 @@ _PLAIN_EXITS = {
 }
 
 
-class Request(NamedTuple):
-    """One that loads a part of the state: what it is called, KVM's number of it, its structure."""
-
-    what: str
-    number: int
-    data: bytearray
-
-
-class KvmVcpu:
+class KvmVcpu(VcpuRegisters):
     """One vCPU; made by `KvmVm.create_vcpu()`."""
 
     def __init__(
@@ -157,16 +90,12 @@ class KvmVcpu:
         access: "Callable[[], StateAccess]",
     ) -> None:
         """`access` gives what saves and loads all of its state."""
+        super().__init__(fd, index, run_size)
         self._access = access
-        self.fd = fd
-        self.index = index
         self._memory = memory
         self._pio = pio
         self._mmio = mmio
         self._observer = observer
-        self.cpuid = b""
-        """What `set_cpuid()` was given last."""
-        self._tsc_khz: int | None = None
         self._kicked = False
         self._interrupted = Exit(ExitReason.INTERRUPTED, vcpu=index)
         self.on_debug: Callable[[int, int, int], Exit | None] | None = None
@@ -182,11 +111,8 @@ class KvmVcpu:
         self._kick_target = KickTarget(self._set_signal_mask)
         self._routes: dict[int, _Route] = {}
         pio.on_change(self._routes.clear)
-        self._pages = mmap.mmap(fd, run_size)
-        self._u8 = memoryview(self._pages)
         self._u16 = self._u8.cast("H")
         self._u32 = self._u8.cast("I")
-        self._u64 = self._u8.cast("Q")
         self._by_size = {1: self._u8, 2: self._u16, 4: self._u32}
 
     # Running.
@@ -242,8 +168,7 @@ class KvmVcpu:
                     raise
                 # EAGAIN: a vCPU that waits for its SIPI was woken.
                 if error.errno not in (errno.EINTR, errno.EAGAIN):
-                    if self._u64[_DIRTY_REGS]:
-                        self._load_synced()  # which tells what it is that KVM refuses
+                    self._load_synced()  # which tells what it is that KVM refuses
                     raise HostError(
                         f"KVM_RUN failed on vCPU {self.index}: {error.strerror}"
                     ) from error
@@ -445,138 +370,13 @@ class KvmVcpu:
     def _set_signal_mask(self, blocked: int) -> None:
         self.set("signal mask", KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, blocked))
 
-    # Registers.
-
-    def set_cpuid(self, cpuid: bytes) -> None:
-        """KVM_SET_CPUID2 (KVM API 4.20); `cpuid` is a `struct kvm_cpuid2` with its entries."""
-        # fcntl takes more than 1 KiB only if it may be written to.
-        self.set("CPUID", KVM_SET_CPUID2, bytearray(cpuid))
-        self.cpuid = cpuid
-
-    def get_cpuid(self, buffer: bytearray) -> None:
-        """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
-        self.get("CPUID", KVM_GET_CPUID2, buffer)
-
-    def switch_off_lapic(self) -> None:
-        """There is none but in the kernel, and KVM shows one as long as the APIC base says so."""
-        buffer = self._sregs()
-        _APIC_BASE_FORMAT.pack_into(buffer, kvm_sregs.apic_base.offset, 0)
-        self.set("APIC base", KVM_SET_SREGS, buffer)
-
-    def registers(self) -> Registers:
-        buffer = bytearray(sizeof(kvm_regs))
-        self.get("general registers", KVM_GET_REGS, buffer)
-        return dict(zip(GENERAL, _GENERAL_FORMAT.unpack(buffer), strict=True))
-
-    def set_registers(self, registers: Registers) -> None:
-        packed = _GENERAL_FORMAT.pack(*[registers[name] for name in GENERAL])
-        if self._halted() and registers["rip"] != self.registers()["rip"]:
-            # It was told to execute something else, so that the HLT is over.
-            self.set("state", KVM_SET_MP_STATE, _MP_STATE.pack(KVM_MP_STATE_RUNNABLE))
-        self.set("general registers", KVM_SET_REGS, packed)
-
-    def _halted(self) -> bool:
-        """Whether it waits in HLT, which only KVM's own interrupt controllers have it do."""
-        buffer = bytearray(_MP_STATE.size)
-        self.get("state", KVM_GET_MP_STATE, buffer)
-        state: int = _MP_STATE.unpack(buffer)[0]
-        return state == KVM_MP_STATE_HALTED
-
-    def _sregs(self) -> bytearray:
-        buffer = bytearray(sizeof(kvm_sregs))
-        self.get("system registers", KVM_GET_SREGS, buffer)
-        return buffer
-
-    def system_registers(self) -> SystemRegisters:
-        values = iter(_SYSTEM_FORMAT.unpack_from(self._sregs()))
-        segments = [_to_segment(list(islice(values, _SEGMENT_FIELDS))) for _ in SEGMENTS]
-        tables = [Table(next(values), next(values)) for _ in TABLES]
-        return SystemRegisters._make([*segments, *tables, *values])
-
-    def set_system_registers(self, system: SystemRegisters) -> None:
-        # APIC base and the pending interrupt are in the same structure, and stay as they are.
-        buffer = self._sregs()
-        values: list[int] = []
-        for name in SEGMENTS:
-            s: Segment = getattr(system, name)
-            values += (s.base, s.limit, s.selector, s.type, s.present, s.dpl, s.db, s.s, s.l, s.g)
-            values += (s.avl, not s.present)
-        for name in TABLES:
-            values += getattr(system, name)
-        values += [getattr(system, name) for name in CONTROL]
-        _SYSTEM_FORMAT.pack_into(buffer, 0, *values)
-        self.set_cr8(system.cr8)
-        self.set("system registers", KVM_SET_SREGS, buffer)
-
-    def tsc_khz(self) -> int:
-        """The frequency of its TSC (KVM API 4.56), 0 where KVM does not tell."""
-        if self._tsc_khz is None:
-            from vmexit.abi.kvm_irq import KVM_GET_TSC_KHZ
-
-            try:
-                self._tsc_khz = max(ioctl(self.fd, KVM_GET_TSC_KHZ), 0)
-            except OSError:
-                self._tsc_khz = 0
-        return self._tsc_khz
-
-    def set_tsc_khz(self, khz: int) -> None:
-        """Have it count so fast (KVM API 4.55). Raises HostError where that cannot be."""
-        from vmexit.abi.kvm_irq import KVM_SET_TSC_KHZ
-
-        self._tsc_khz = None
-        try:
-            ioctl(self.fd, KVM_SET_TSC_KHZ, khz)
-        except OSError as error:
-            raise HostError(
-                f"the guest knows a time stamp counter of {khz} kHz, and this processor cannot "
-                f"count so ({error.strerror}); restore it on a host like the one it was saved on"
-            ) from error
-
-    def set_cr8(self, value: int) -> None:
-        """Without a LAPIC in the kernel KVM_RUN takes it from its own page (KVM API 5, cr8)."""
-        self._u64[_CR8] = value
+    # Its state.
 
     def state(self) -> State:
         return self._access().plain(self)
 
     def restore(self, state: State) -> None:
         self._access().restore(self, state)
-
-    def msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        wanted = list(indices)
-        values = self.msrs_that_exist(wanted)
-        for index in wanted:
-            if index not in values:
-                raise HostError(f"KVM cannot read MSR {index:#x} of vCPU {self.index}")
-        return values
-
-    def msrs_that_exist(self, indices: Iterable[int]) -> dict[int, int]:
-        """As `msrs()`, without those that KVM cannot read."""
-        if self._u64[_DIRTY_REGS]:
-            self._load_synced()  # some are among the system registers
-        return msrs.get(self.fd, indices)
-
-    def fpu(self) -> bytes:
-        """See `vmexit.accel.base.Vcpu`; the first part of KVM_GET_XSAVE."""
-        buffer = bytearray(sizeof(kvm_xsave))
-        self.get("FPU", KVM_GET_XSAVE, buffer)
-        return bytes(buffer[: fxsave.SIZE])
-
-    def set_fpu(self, image: bytes) -> None:
-        """Load what `fpu()` gives."""
-        buffer = bytearray(sizeof(kvm_xsave))
-        self.get("FPU", KVM_GET_XSAVE, buffer)
-        buffer[: len(image)] = image
-        # x87 and SSE are not in their initial state any more (SDM vol. 1, 13.4.2: XSTATE_BV).
-        buffer[fxsave.SIZE] |= 3
-        self.set("FPU", KVM_SET_XSAVE, buffer)
-
-    def set_msrs(self, values: Mapping[int, int]) -> list[int]:
-        if not values:
-            return []
-        if self._u64[_DIRTY_REGS]:
-            self._load_synced()
-        return msrs.put(self.fd, values)
 
     def set_guest_debug(self, control: int, registers: Sequence[int]) -> None:
         """KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_… flags, eight debug registers. Raises HostError."""
@@ -585,93 +385,11 @@ class KvmVcpu:
         self._routes.clear()  # a step sees every access
         self.set("debug control", KVM_SET_GUEST_DEBUG, _GUEST_DEBUG.pack(control, *registers))
 
-    def add_to_dr6(self, bits: int) -> None:
-        """The guest sees these causes of a debug exception, too. Raises HostError."""
-        buffer = bytearray(sizeof(kvm_debugregs))
-        self.get("debug registers", KVM_GET_DEBUGREGS, buffer)
-        registers = kvm_debugregs.from_buffer(buffer)
-        registers.dr6 |= bits
-        self.set("debug registers", KVM_SET_DEBUGREGS, bytes(buffer))
-
-    def enter_with(self, steps: Steps, registers: bytes, which: int, cr8: int) -> None:
-        """Add the steps after which KVM_RUN takes these when it is entered (KVM API 5,
-        kvm_dirty_regs): an ioctl less for each. Whoever asks for registers first has them loaded.
-
-        A `struct kvm_sync_regs`, which KVM has taken before, and KVM_SYNC_X86_… flags.
-        """
-        steps.copy(self._u8, slice(_SYNCED, _SYNCED_END), registers)
-        for at, word in ((_DIRTY_REGS, which), (_CR8, cr8)):
-            steps.copy(self._u8, slice(at * 8, at * 8 + 8), word.to_bytes(8, "little"))
-
-    def _load_synced(self) -> None:
-        """What KVM_RUN was to take, in the order of `vmexit.accel.kvm.state`. Raises HostError.
-
-        What is refused goes on to wait: a fork has this page, too, and can load nothing.
-        """
-        for flag, what, request, field in _SYNCED_PARTS:
-            if self._u64[_DIRTY_REGS] & flag:
-                start = _SYNCED + field.offset
-                try:
-                    ioctl(self.fd, request, bytes(self._u8[start : start + field.size]))
-                except OSError as error:
-                    raise self._refusal(what, error) from error
-                self._u64[_DIRTY_REGS] &= ~flag
-
-    def set(self, what: str, request: int, data: bytes | bytearray) -> None:
-        """One of KVM's requests that load state. Raises HostError."""
-        if self._u64[_DIRTY_REGS]:
-            self._load_synced()
-        try:
-            ioctl(self.fd, request, data)
-        except OSError as error:
-            raise self._refusal(what, error) from error
-
-    def set_all(self, requests: "Iterable[Request]") -> None:
-        """Such requests, in this order. Raises HostError."""
-        if self._u64[_DIRTY_REGS]:
-            self._load_synced()
-        self.set_beside(requests)
-
-    def set_beside(self, requests: "Iterable[Request]") -> None:
-        """The same, for parts that do not depend on what KVM_RUN is to take. Raises HostError."""
-        fd = self.fd
-        try:
-            for request in requests:
-                _, number, data = request
-                ioctl(fd, number, data)
-        except OSError as error:
-            raise self._refusal(request.what, error) from error
-
-    def get(self, what: str, request: int, buffer: bytearray) -> None:
-        """One that fills in `buffer`. Raises HostError."""
-        if self._u64[_DIRTY_REGS]:
-            self._load_synced()
-        try:
-            ioctl(self.fd, request, buffer, True)
-        except OSError as error:
-            raise self._refusal(what, error) from error
-
-    def _refusal(self, what: str, error: OSError) -> HostError:
-        remedy = {
-            errno.EINVAL: "set those that belong together at once, with regs.update()",
-            errno.EIO: "a machine belongs to the process that made it: make one after the fork",
-        }.get(error.errno or 0, "try --accel soft")
-        return HostError(f"KVM refused the {what} of vCPU {self.index}: {error.strerror}; {remedy}")
-
     def close(self) -> None:
-        if self.fd < 0:
-            return
-        for view in (self._u64, self._u32, self._u16, self._u8):
-            view.release()
-        with suppress(BufferError):  # a kvm_run() is still held: the last one unmaps the pages
-            self._pages.close()
-        os.close(self.fd)
-        self.fd = -1
+        if self.fd >= 0:
+            self._u32.release()
+            self._u16.release()
+        super().close()
 
 
 _IMMEDIATE_EXIT: int = kvm_run.immediate_exit.offset
-
-
-def _to_segment(values: list[int]) -> Segment:
-    base, limit, selector, type, present, dpl, db, s, l, g, avl, _ = values  # noqa: E741
-    return Segment(selector, base, limit, type, s, dpl, present, l, db, g, avl)
