@@ -71,10 +71,14 @@ class Wanted:
     def unlike(self, vcpu: int) -> dict[int, int]:
         """Those that have another value now, or none: as they are here."""
         values = dict[int, int]()
-        for entries, _, _ in self._parts:
-            as_here = unpack(entries)
-            now = get(vcpu, as_here)
-            values |= {index: value for index, value in as_here.items() if now.get(index) != value}
+        for entries, buffer, wanted in self._parts:
+            done = ioctl(vcpu, KVM_GET_MSRS, buffer, True)  # which leaves the indices in it
+            if done * ENTRY_SIZE < len(entries):
+                as_here = unpack(entries)
+                now = get(vcpu, as_here)
+                values |= {i: value for i, value in as_here.items() if now.get(i) != value}
+            elif buffer != wanted:
+                values |= _differing(entries, buffer[_HEAD.size :])
         return values
 
     def ask(self, steps: Steps, vcpu: int) -> None:
@@ -91,7 +95,7 @@ class Wanted:
         """As `unlike()`, once those steps went well."""
         values = dict[int, int]()
         for entries, buffer, wanted in self._parts:
-            if buffer != wanted:  # the indices are the same
+            if buffer != wanted:
                 values |= _differing(entries, buffer[_HEAD.size :])
         return values
 
