@@ -135,7 +135,8 @@ def _examine_steps() -> Finding:
     return Finding(
         False,
         "vmexit: what goes back to snapshots on KVM is not compiled, and takes longer",
-        "install it again where there are a C compiler and Python's headers (python3-dev)",
+        "with a C compiler and Python's headers (python3-dev) there, install it by pip "
+        "--force-reinstall --no-cache-dir",
     )
 
 

@@ -1,13 +1,17 @@
 """KVM's dirty rings tell what was written, as its log does."""
 
+import errno
+import mmap
 import os
 import random
 import struct
 from contextlib import contextmanager
 
 import pytest
+from conftest import resources
 
 from vmexit import ConfigError, HostError, Machine, StopReason
+from vmexit.abi.kvm import KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_MMIO
 from vmexit.abi.kvm_caps import KVM_CAP_DIRTY_LOG_RING
 from vmexit.abi.kvm_state import KVM_DIRTY_LOG_PAGE_OFFSET
 from vmexit.accel.kvm import dirty_ring
@@ -180,10 +184,54 @@ def bits(bitmap):
     return [n for n in range(len(bitmap) * 8) if value >> n & 1]
 
 
-def test_without_them(monkeypatch):
+def test_where_there_are_none_it_is_the_log(monkeypatch):
     monkeypatch.setattr(dirty_ring, "KVM_CAP_DIRTY_LOG_RING", 0x7FFF_0000)  # which no KVM has
-    with pytest.raises(HostError, match="lacks KVM_CAP_DIRTY_LOG_RING; leave out dirty_ring"):
+    with writer() as vm, vm.snapshot() as snap:
+        before = all_memory(vm)
+        for pages in ([20], [30, 4000], [20], []):
+            write(vm, pages)
+            vm.reset_to(snap)
+            assert all_memory(vm) == before
+        assert vm._parts.vm._rings is None
+
+
+def test_no_room_to_map_one(monkeypatch):
+    maps = mmap.mmap
+
+    def fails_for_a_ring(fd, size, **options):
+        if "offset" in options:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return maps(fd, size, **options)
+
+    monkeypatch.setattr(mmap, "mmap", fails_for_a_ring)
+    before = resources()
+    with pytest.raises(HostError, match="cannot map vCPU 0: Cannot allocate memory") as raised:
         Machine(SIZE, "kvm", dirty_ring=ENTRIES)
+    assert raised.value.__traceback__ is not None  # and so all frames are still there
+    assert resources() == before
+
+
+def test_who_runs_it_by_single_exits_gets_on(full):
+    with writer() as vm:
+        (vcpu,) = vm._vcpus()
+        vm._parts.vm.start_dirty_log()
+        vm.memory.write(LIST, struct.pack("3001I", *(p * PAGE_SIZE for p in range(16, 3016)), 0))
+        reasons = [vcpu.run_once().exit_reason]
+        while reasons[-1] != KVM_EXIT_MMIO and len(reasons) < 100:
+            reasons.append(vcpu.run_once().exit_reason)
+        assert set(reasons) == {KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_MMIO}
+    assert len(full) == len(reasons) - 1
+
+
+def test_a_trace_that_begins_later_sees_what_is_written_again():
+    with writer() as vm, vm.snapshot() as snap:
+        for _ in range(4):
+            write(vm, [100, 200])
+            vm.reset_to(snap)
+        kvm, (region,) = vm._parts.vm, vm.memory.regions
+        kvm.start_dirty_log()
+        write(vm, [100])
+        assert 100 in bits(kvm.dirty_log(region))
 
 
 @pytest.mark.parametrize("entries", [1, 512, 1000, 131072, -1024])
@@ -207,7 +255,7 @@ def made_up():
     start = KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE
     os.ftruncate(file, start + ENTRIES * 16)
     with System() as system, system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
-        rings = dirty_ring.DirtyRings(system, vm.fd, ENTRIES)
+        rings = dirty_ring.DirtyRings(vm.fd, ENTRIES)
         rings.add(file)
 
         def tell(first, *entries):
@@ -238,6 +286,19 @@ def test_it_goes_round(made_up):
     assert bits(log.read()) == [2, 3]
     same = log.read()
     assert log.read() is same
+
+
+def test_what_came_after_reading_is_not_forgotten(made_up):
+    rings, tell = made_up
+    log = rings.log(0, PAGES)
+    tell(0, (0, 1))
+    assert bits(log.read()) == [1]
+    tell(1, (0, 2))
+    rings.make_room()  # another vCPU's ring was full
+    log.forget()
+    assert bits(log.read()) == [2]
+    log.forget()
+    assert bits(log.read()) == []
 
 
 def test_one_that_overflows_is_told(made_up):

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from conftest import resources
 
 from guests import FOLDER
 from vmexit import Machine, StopReason
@@ -302,6 +303,56 @@ def test_a_fork_loads_nothing(twice):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert vcpu.kvm_run().kvm_dirty_regs == 7
     assert parts_of(vcpu) == expected
+
+
+def test_a_fork_puts_nothing_in_their_place(twice):
+    vcpu, _ = twice
+    known = vcpu._access()._last[0].state
+    vcpu.set_registers(vcpu.registers() | {"rax": 5})
+    child = os.fork()
+    if not child:
+        try:
+            vcpu.restore(known)
+        except HostError as error:
+            os._exit(7 if "make one after the fork" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert vcpu.registers()["rax"] == 5
+
+
+@pytest.mark.parametrize("what", ["a vCPU", "memory"])
+def test_an_error_that_is_kept_keeps_nothing_open(what, monkeypatch):
+    """Its frames hold what was going on: by that the vCPU's pages, or guest memory."""
+
+    def fails(_):
+        raise HostError("it has failed")
+
+    before = resources()
+    with Machine("4M", "kvm") as vm:
+        vm.load_bytes(WRITER)
+        vm.memory.write_u32(WHERE, 0x5000)
+        vm.on_pio(0x10, write=lambda access: vm.stop())
+        with vm.snapshot() as snap:
+
+            def round():
+                vm.run(timeout=60)
+                vm.reset_to(snap)
+
+            for _ in range(4):
+                round()
+            if what == "memory":
+                monkeypatch.setattr(dirty_log.SlotLog, "forget", fails)
+            else:
+                again = vm._vcpus()[0]._access()._last[0]
+                again._steps.call(-1, 0, bytearray(8))  # which fails
+                again._asked = len(again._steps)
+                monkeypatch.setattr(again._vcpu, "set_beside", fails)
+                del again
+            with pytest.raises(HostError, match="it has failed") as raised:
+                for _ in range(100):  # the log is emptied now and then
+                    round()
+    assert raised.value.__traceback__ is not None
+    assert resources() == before
 
 
 def test_what_kvm_run_refuses_is_told(twice):

@@ -40,6 +40,10 @@ cdef class Steps:
     def __len__(self):
         return self._count
 
+    def clear(self):
+        self._count = 0
+        self._held.clear()
+
     def call(self, int fd, unsigned long request, data, int result=0):
         cdef Step step
         step.kind, step.fd, step.request, step.result = CALL, fd, request, result

@@ -80,7 +80,7 @@ class EventLoop:
             self._stands_at = time.monotonic_ns() - ago
 
     def go_on(self) -> None:
-        """After `stand()`: the clock jumps to the time that it is now."""
+        """The clock, if it stands, jumps to the time that it is now."""
         self._stands_at = None
         if self._thread is not None:
             with self._lock:

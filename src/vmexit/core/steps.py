@@ -30,6 +30,10 @@ class PythonSteps:
         """How many steps there are."""
         return len(self._steps)
 
+    def clear(self) -> None:
+        """There are none any more, and nothing is held for them."""
+        self._steps.clear()
+
     def call(self, fd: int, request: int, data: bytearray, result: int = 0) -> None:
         """An ioctl(2) that reads and writes `data`, and fails unless it returns `result`.
 
@@ -40,8 +44,11 @@ class PythonSteps:
         self._steps.append((None, (_Request(fd, request, data), result), None))
 
     def copy(self, to: memoryview, here: slice, source: _Buffer) -> None:
-        """`to[here] = source`, of bytes. Raises ValueError if one is longer than the other."""
-        room, size = len(to[here]), len(source)
+        """`to[here] = source`, of bytes that lie one behind the other.
+
+        Raises ValueError if one is longer than the other.
+        """
+        room, size = to[here].nbytes, memoryview(source).nbytes
         if size != room:
             raise ValueError(f"{size} bytes do not fill {room}")
         self._steps.append(((to, here, source), None, None))

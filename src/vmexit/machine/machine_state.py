@@ -33,8 +33,8 @@ def take(parts: Parts) -> MachineState:
     Raises ConfigError that names a device which cannot be saved.
     """
     devices = {}
-    moment = _stand(parts)
     try:
+        moment = _stand(parts)
         # What goes on though our clocks stand comes first: timers in the kernel.
         vm = parts.vm.state(moment)
         vcpus = [vcpu.state() for vcpu in parts.vcpus]
@@ -88,8 +88,8 @@ def put(parts: Parts, state: MachineState, ago: int = 0) -> None:
     # The interrupt controllers first: what devices do to them next, they have done before. The
     # local APICs of KVM are the vCPUs', and get what the I/O APIC has for them once more.
     # Clocks that a guest can compare have to go on from one moment, or it trusts none of them.
-    moment = _stand(parts, ago)
     try:
+        moment = _stand(parts, ago)
         if _IRQCHIP in parts.devices:
             _restore(parts, state, _IRQCHIP)
         for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
@@ -103,15 +103,11 @@ def put(parts: Parts, state: MachineState, ago: int = 0) -> None:
 
 
 def _stand(parts: Parts, ago: int = 0) -> int:
-    """The clocks stand until `go_on()`, so many ns ago; when that is, as the VM tells it."""
+    """The clocks stand, so many ns ago; when that is, as the VM tells it. `go_on()` is next."""
     for _ in range(_TRIES):
         begin = time.monotonic_ns()
         parts.stand(ago)
-        try:
-            moment = parts.vm.moment(ago)
-        except BaseException:
-            parts.go_on()
-            raise
+        moment = parts.vm.moment(ago)
         if time.monotonic_ns() - begin < _SOON:
             break
         # Another thread came between: once more.

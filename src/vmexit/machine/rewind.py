@@ -89,6 +89,10 @@ class Rewind:
     def close(self) -> None:
         """Memory does not go back any more: what it was is let go."""
         self._image = self._made_from = None
+        for last in self._last.values():  # whoever holds them: an exception may
+            last.sources.clear()
+            if last.again is not None:
+                last.again.clear()
         self._last.clear()
 
     def to(self, image: MemoryImage) -> None:

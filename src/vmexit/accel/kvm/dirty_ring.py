@@ -28,6 +28,11 @@ _OFFSET: int = kvm_dirty_gfn.offset.offset // 8
 _SLOT_BITS = 0xFFFF  # above them is the address space, of which we have one
 
 
+def most_entries(system: System) -> int:
+    """How many a ring can have; 0 where this KVM has none."""
+    return system.check_extension(KVM_CAP_DIRTY_LOG_RING) // _ENTRY
+
+
 class _Ring:
     """That of one vCPU."""
 
@@ -48,15 +53,8 @@ class _Ring:
 class DirtyRings:
     """All rings of a VM, and the pages of its slots that they have told of. Any thread may ask."""
 
-    def __init__(self, system: System, vm: int, entries: int) -> None:
+    def __init__(self, vm: int, entries: int) -> None:
         """`entries` for each vCPU, a power of two; before there is any. Raises HostError."""
-        most = system.check_extension(KVM_CAP_DIRTY_LOG_RING) // _ENTRY
-        if entries > most:
-            raise HostError(
-                f"KVM has dirty rings of {most} entries at most; use a smaller dirty_ring"
-                if most
-                else "this KVM lacks KVM_CAP_DIRTY_LOG_RING; leave out dirty_ring"
-            )
         request = kvm_enable_cap(cap=KVM_CAP_DIRTY_LOG_RING)
         request.args[0] = entries * _ENTRY
         try:
@@ -82,8 +80,9 @@ class DirtyRings:
     def log(self, slot: int, pages: int) -> "RingLog":
         """What is written in `slot`, mapped with KVM_MEM_LOG_DIRTY_PAGES, from now on."""
         with self._lock:
-            self._written[slot] = bytearray(-(-pages // 64) * 8)
-            self._told[slot] = bytes(self._written[slot])
+            if slot not in self._written:  # else KVM may still hold back what is in there
+                self._written[slot] = bytearray(-(-pages // 64) * 8)
+                self._told[slot] = bytes(self._written[slot])
         return RingLog(self, slot)
 
     def written(self, slot: int) -> bytes:
@@ -99,7 +98,9 @@ class DirtyRings:
     def forget(self, slot: int) -> None:
         """See `RingLog.forget()`."""
         with self._lock:
-            self._written[slot][:] = bytes(len(self._written[slot]))
+            written, told = self._written[slot], self._told[slot]
+            left = int.from_bytes(written, "little") & ~int.from_bytes(told, "little")
+            written[:] = left.to_bytes(len(written), "little")
             self._changed.add(slot)
             self._reset()
 
@@ -113,7 +114,9 @@ class DirtyRings:
         last = self._entries - 1
         for ring in self._rings:
             at, words = ring.next, ring.words
-            while words[at * _WORDS] & KVM_DIRTY_GFN_F_DIRTY:
+            for _ in range(self._entries):
+                if not words[at * _WORDS] & KVM_DIRTY_GFN_F_DIRTY:
+                    break
                 slot = words[at * _WORDS + _SLOT] & _SLOT_BITS
                 self._note(slot, ring.quads[at * _QUADS + _OFFSET])
                 words[at * _WORDS] = KVM_DIRTY_GFN_F_RESET

@@ -65,7 +65,7 @@ class _Part(NamedTuple):
 
 
 # In the order in which they are loaded: what a later one means depends on those before it. The
-# MSRs come between the two halves, since the TSC deadline needs the mode of the local APIC's timer.
+# MSRs come behind the first half, since the TSC deadline needs the mode of the local APIC's timer.
 _FIRST = (
     _Part("sregs", KVM_CAP_USER_MEMORY, KVM_GET_SREGS, KVM_SET_SREGS, kvm_sregs),
     _Part("xcrs", KVM_CAP_XCRS, KVM_GET_XCRS, KVM_SET_XCRS, kvm_xcrs),
@@ -171,18 +171,30 @@ class _Again:
         else:  # once more, for what KVM says
             self._vcpu.set_beside(self._loadable.beside)
             values = self._wanted.unlike(self._vcpu.fd)
+            self._enter(Steps()).run()
         if values and (refused := self._vcpu.set_msrs(values)):
             raise _refused(refused)
 
     def _make(self) -> Steps:
-        steps, loadable, fd = Steps(), self._loadable, self._vcpu.fd
-        self._vcpu.enter_with(steps, loadable.registers, loadable.which, loadable.cr8)
-        for _, number, data in loadable.beside:
+        steps, fd = Steps(), self._vcpu.fd
+        # What may be refused comes first: a fork has the page with the registers, too.
+        for _, number, data in self._loadable.beside:
             steps.call(fd, number, data)
         self._wanted.ask(steps, fd)
+        self._enter(steps)
         self._asked = len(steps)
         self._wanted.compare(steps)
         return steps
+
+    def _enter(self, steps: Steps) -> Steps:
+        loadable = self._loadable
+        self._vcpu.enter_with(steps, loadable.registers, loadable.which, loadable.cr8)
+        return steps
+
+    def close(self) -> None:
+        """Let go of the vCPU's pages, whoever holds this: an exception may."""
+        if self._steps is not None:
+            self._steps.clear()
 
 
 # The last ones of the process: who makes clones of a snapshot makes many.
@@ -288,6 +300,12 @@ class StateAccess:
         if loadable.which:
             self._last[vcpu.index] = _Again(vcpu, state, loadable, wanted)
 
+    def close(self) -> None:
+        """Before the vCPUs are."""
+        for again in self._last.values():
+            again.close()
+        self._last.clear()
+
     def _find(self, state: State) -> _Known | None:
         for known in _known.copy():
             if known.state is state and known.kind == self._kind:
@@ -299,7 +317,8 @@ class StateAccess:
         return self._load(vcpu, _Loadable(state, self), msrs.Wanted(state.msrs))
 
     def _load(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
-        self._last.pop(vcpu.index, None)
+        if (last := self._last.pop(vcpu.index, None)) is not None:
+            last.close()
         vcpu.set_all(state.first)
         vcpu.set_cr8(state.cr8)
         if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:

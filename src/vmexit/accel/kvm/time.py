@@ -46,6 +46,7 @@ class _Prompt:
     def __init__(self, fd: int, request: int, buffer: bytearray, result: int = 0) -> None:
         self._fd = fd
         self._request = request
+        self._result = result
         self.buffer = buffer
         self._words = memoryview(buffer).cast("Q")
         self._steps = Steps()  # which lets no other thread of Python come between
@@ -68,12 +69,13 @@ class _Prompt:
         return (before + after) // 2
 
     def _explain(self) -> None:
+        why = "it does not have it"
         try:
-            ioctl(self._fd, self._request, self.buffer, True)
+            if ioctl(self._fd, self._request, self.buffer, True) == self._result:
+                return
         except OSError as error:
-            raise HostError(
-                f"KVM refused to tell or set a clock: {error.strerror}; use --accel soft"
-            ) from error
+            why = error.strerror or why
+        raise HostError(f"KVM refused to tell or set a clock: {why}; use --accel soft")
 
 
 class _Saved(NamedTuple):

@@ -274,6 +274,8 @@ class KvmVcpu(VcpuRegisters):
         finally:
             if not attached:
                 self.detach_thread()
+        if self._u32[_EXIT_REASON] == KVM_EXIT_DIRTY_RING_FULL and self.on_ring_full is not None:
+            self.on_ring_full()  # or there would be no other exit any more
         return self.kvm_run()
 
     def kvm_run(self) -> kvm_run:

@@ -125,11 +125,12 @@ class KvmVm:
     def use_dirty_rings(self, entries: int) -> None:
         """Have rings of so many entries for each vCPU in the place of the log; before the first.
 
-        Raises HostError.
+        A KVM without rings goes on to have the log: it tells the same. Raises HostError.
         """
-        from vmexit.accel.kvm.dirty_ring import DirtyRings
+        from vmexit.accel.kvm.dirty_ring import DirtyRings, most_entries
 
-        self._rings = DirtyRings(self._system, self.fd, entries)
+        if most := most_entries(self._system):
+            self._rings = DirtyRings(self.fd, min(entries, most))
 
     def start_dirty_log(self) -> None:
         """Have KVM note which pages of RAM the vCPUs write to. Raises HostError."""
@@ -152,7 +153,7 @@ class KvmVm:
     def written(self, region: Region) -> bytes | bytearray:
         """The pages of `region` written since the last `forget_written()`: see `SlotLog.read()`.
 
-        What was given once may be missing, unless it was written again.
+        From a log, what was given once may be missing, unless it was written again.
         """
         return self._logs[region.gpa].read()
 
@@ -236,15 +237,16 @@ class KvmVm:
                 observer,
                 self._state_access,
             )
-            if self._rings is not None:
-                self._rings.add(fd)
-                vcpu.on_ring_full = self._rings.make_room
         except OSError as error:
             os.close(fd)
-            raise HostError(
-                f"cannot map vCPU {index}: {error.strerror}; raise the limits (ulimit -n, -v)"
-            ) from error
+            raise _cannot_map(index, error) from error
         self._vcpus.append(vcpu)
+        if self._rings is not None:
+            try:
+                self._rings.add(fd)
+            except OSError as error:
+                raise _cannot_map(index, error) from error
+            vcpu.on_ring_full = self._rings.make_room
         if self._irqchip is None:
             vcpu.switch_off_lapic()
         vcpu.set_cpuid(self._cpuid(index))
@@ -356,7 +358,8 @@ class KvmVm:
         """Close the vCPUs, then the VM."""
         if self._rings is not None:
             self._rings.close()
-        self._access = None  # it may know how to put a vCPU back, by views of its pages
+        if self._access is not None:
+            self._access.close()
         for vcpu in self._vcpus:
             vcpu.close()
         self._vcpus.clear()
@@ -371,6 +374,10 @@ class KvmVm:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _cannot_map(vcpu: int, error: OSError) -> HostError:
+    return HostError(f"cannot map vCPU {vcpu}: {error.strerror}; raise the limits (ulimit -n, -v)")
 
 
 @cache
