@@ -82,6 +82,10 @@ _LAST = (
 
 _CR4_VMXE, _EFER_SVME = 1 << 13, 1 << 12
 
+# HV_X64_MSR_VP_RUNTIME and _TIME_REF_COUNT of Hyper-V, which guests are not shown: how long the
+# host's thread has run the vCPU, and the VM's clock. KVM lists them, and they never stand still.
+_COUNTERS = (0x4000_0010, 0x4000_0020)
+
 _VERSION = 2
 _MOST_CPUID = 1 << 16  # bytes
 _MOST_MSRS = 2048
@@ -156,7 +160,8 @@ class _Again:
         self._loadable = loadable
         self._wanted = wanted
         self._steps: Steps | None = None
-        self._asked = 0  # so many of them ask, and the rest compare what came
+        self._asked = 0  # so many of them ask; the rest compare what came, and enter
+        self._enter = Steps()  # those of them that do so
 
     def load(self) -> None:
         """Put it there. Raises ConfigError, HostError."""
@@ -171,9 +176,10 @@ class _Again:
         else:  # once more, for what KVM says
             self._vcpu.set_beside(self._loadable.beside)
             values = self._wanted.unlike(self._vcpu.fd)
-            self._enter(Steps()).run()
+        # Before registers wait, which to set an MSR would load.
         if values and (refused := self._vcpu.set_msrs(values)):
             raise _refused(refused)
+        self._enter.run()
 
     def _make(self) -> Steps:
         steps, fd = Steps(), self._vcpu.fd
@@ -181,18 +187,16 @@ class _Again:
         for _, number, data in self._loadable.beside:
             steps.call(fd, number, data)
         self._wanted.ask(steps, fd)
-        self._enter(steps)
         self._asked = len(steps)
         self._wanted.compare(steps)
-        return steps
-
-    def _enter(self, steps: Steps) -> Steps:
         loadable = self._loadable
-        self._vcpu.enter_with(steps, loadable.registers, loadable.which, loadable.cr8)
+        for enter in (steps, self._enter):
+            self._vcpu.enter_with(enter, loadable.registers, loadable.which, loadable.cr8)
         return steps
 
     def close(self) -> None:
         """Let go of the vCPU's pages, whoever holds this: an exception may."""
+        self._enter.clear()
         if self._steps is not None:
             self._steps.clear()
 
@@ -238,6 +242,8 @@ class StateAccess:
             parts[part.name] = bytes(buffer)
         # KVM_GET_MSR_INDEX_LIST leaves the MTRRs out.
         indices = dict.fromkeys((*self._system.msr_indices(), *MTRRS))
+        for counter in _COUNTERS:
+            indices.pop(counter, None)
         entries = msrs.pack(vcpu.msrs_that_exist(indices))
         return VcpuState(parts, entries, vcpu.tsc_khz(), vcpu.cpuid)
 
