@@ -1,15 +1,14 @@
 """What all tests share: the accelerators of this machine, and a check that nothing is left open."""
 
-import gc
 import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from resources import resources
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,20 +62,6 @@ def accel(request: pytest.FixtureRequest) -> str:
     """The test runs once on each accelerator."""
     name: str = request.param
     return name
-
-
-def resources() -> tuple[set[str], set[str], int]:
-    """Open descriptors by what they are, threads by name, and mappings of guest memory."""
-    gc.collect()
-    descriptors = set()
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            descriptors.add(f"{entry}: {os.readlink(f'/proc/self/fd/{entry}')}")
-        except OSError:
-            continue
-    threads = {t.name for t in threading.enumerate() if t.name.startswith("vmexit")}
-    maps = Path("/proc/self/maps").read_text()
-    return descriptors, threads, maps.count("vmexit-ram") + maps.count("anon_inode:kvm")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import struct
 from contextlib import contextmanager
 
 import pytest
-from conftest import resources
+from resources import resources
 
 from vmexit import ConfigError, HostError, Machine, StopReason
 from vmexit.abi.kvm import KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_MMIO

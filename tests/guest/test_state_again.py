@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import resources
+from resources import resources
 
 from guests import FOLDER
 from vmexit import Machine, StopReason
