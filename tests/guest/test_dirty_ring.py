@@ -17,6 +17,7 @@ from vmexit.abi.kvm_state import KVM_DIRTY_LOG_PAGE_OFFSET
 from vmexit.accel.kvm import dirty_ring
 from vmexit.accel.kvm.system import System
 from vmexit.core.bus import Bus
+from vmexit.core.exit_stats import ExitStats
 from vmexit.core.memory import PAGE_SIZE, GuestMemory
 
 SIZE, ENTRIES = 32 << 20, 1024
@@ -221,6 +222,17 @@ def test_who_runs_it_by_single_exits_gets_on(full):
             reasons.append(vcpu.run_once().exit_reason)
         assert set(reasons) == {KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_MMIO}
     assert len(full) == len(reasons) - 1
+
+
+def test_who_observes_exits_sees_that_one(full):
+    seen = ExitStats()
+    with writer(observer=seen) as vm, vm.snapshot() as snap:
+        for count in (1, 1, 3000):
+            write(vm, range(FIRST, FIRST + count))
+            vm.reset_to(snap)
+    assert full
+    told = {exit: count for (exit, _), count in seen.counts.items()}
+    assert told["dirty_ring_full"] == len(full)
 
 
 def test_a_trace_that_begins_later_sees_what_is_written_again():

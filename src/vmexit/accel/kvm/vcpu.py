@@ -186,6 +186,8 @@ class KvmVcpu(VcpuRegisters):
             if reason in (KVM_EXIT_INTR, KVM_EXIT_SET_TPR):
                 continue  # CR8 was written, and there is no interrupt controller to tell
             if reason == KVM_EXIT_DIRTY_RING_FULL and self.on_ring_full is not None:
+                if self._observer is not None:
+                    self._observer.other(self.index, "dirty_ring_full", "")
                 self.on_ring_full()
                 continue
             if reason == KVM_EXIT_DEBUG and self.on_debug is not None:
