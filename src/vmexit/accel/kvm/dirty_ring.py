@@ -137,20 +137,22 @@ class DirtyRings:
         if bitmap is None or page >> 3 >= len(bitmap):
             return
         bit = 1 << (page & 7)
-        if (
-            not bitmap[page >> 3] & bit
-        ):  # a KVM that emulates tells of the same ones again and again
+        if not bitmap[page >> 3] & bit:  # who emulates tells of the same ones again and again
             bitmap[page >> 3] |= bit
             self._changed.add(slot)
 
     def _reset(self) -> None:
         """KVM has back what was collected, and tells of these pages when they are written again."""
-        try:
-            ioctl(self._vm, KVM_RESET_DIRTY_RINGS)
-        except OSError as error:
-            raise HostError(
-                f"KVM does not take its dirty rings back: {error.strerror}; make a new machine"
-            ) from error
+        while True:
+            try:
+                ioctl(self._vm, KVM_RESET_DIRTY_RINGS)
+                break
+            except InterruptedError:  # by a signal, and some entries may be left
+                continue
+            except OSError as error:
+                raise HostError(
+                    f"KVM does not take its dirty rings back: {error.strerror}; make a new machine"
+                ) from error
         for ring in self._rings:
             ring.taken = 0
 
