@@ -147,7 +147,7 @@ class _Known(NamedTuple):
 
 
 class _Again:
-    """A vCPU that was put into a state, and is to go there again.
+    """A vCPU that was put into a state, and is to go there again, while it does not run.
 
     The registers go with KVM_RUN: most often nobody looks before it runs.
     """
@@ -288,7 +288,7 @@ class StateAccess:
         )
 
     def restore(self, vcpu: "KvmVcpu", state: State) -> None:
-        """Put `vcpu` into what `plain()` gave. Raises ConfigError, HostError."""
+        """Put `vcpu`, standing still, into what `plain()` gave. Raises ConfigError, HostError."""
         last = self._last.get(vcpu.index)
         if last is not None and last.state is state:
             last.load()
