@@ -190,7 +190,10 @@ class _VcpuThread:
         self._executor.kick()
 
     def end(self) -> None:
-        """End the thread, if it has started; it does not run its vCPU now."""
+        """End the thread, if it has started; it does not run its vCPU, or is just stopping that."""
+        with suppress(Empty):
+            self._orders.get_nowait()  # if it begins only now, it has nothing to do
+            self._done = self._ordered
         self._orders.put(0)
         if self.thread.ident is not None:
             self.thread.join()
@@ -246,6 +249,7 @@ class Runner:
         self._request = request
         self._reports: SimpleQueue[_Report] = SimpleQueue()
         self._threads: list[_VcpuThread] = []
+        self._begun = False  # whether they were all started
         self._busy = threading.Lock()
         self._number = 0  # of the run
         self._live = 0  # the same, until run() is left
@@ -336,7 +340,12 @@ class Runner:
 
     def _run(self, timeout: float | None, only: int | None) -> Stop:
         if not self._threads:
-            self._start_threads()
+            _close_at_exit(self)
+            self._begun = False
+            self._threads = [
+                _VcpuThread(number, executor, self._request, self._reports)
+                for number, executor in enumerate(self._executors)
+            ]
         threads = self._threads
         if only is not None and len(threads) > 1:
             threads = [threads[only]]
@@ -346,20 +355,25 @@ class Runner:
         self._live = self._number
         self._request.raise_failure()
         try:
-            for thread in threads:
-                thread.go(self._number)
+            if self._begun:
+                for thread in threads:
+                    thread.go(self._number)
+            else:
+                self._begin(threads)
             return self._wait(timeout, len(threads))
         finally:
             self._settle()
 
-    def _start_threads(self) -> None:
-        _close_at_exit(self)
+    def _begin(self, threads: Sequence[_VcpuThread]) -> None:
+        """Start all threads, these with an order: to wake them up for it would take longer."""
         try:
-            for number, executor in enumerate(self._executors):
-                thread = _VcpuThread(number, executor, self._request, self._reports)
-                self._threads.append(thread)
+            for thread in threads:
+                thread.go(self._number)
+            for thread in self._threads:
                 start_without_signals(thread.thread)
+            self._begun = True
         except BaseException as error:  # a signal's handler may raise anything
+            self._request(Stop(StopReason.STOPPED))  # for those that run already
             for thread in self._threads:
                 thread.end()
             self._threads.clear()
