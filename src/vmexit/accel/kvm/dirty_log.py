@@ -15,12 +15,22 @@ from vmexit.core.errors import HostError
 from vmexit.core.steps import Steps
 
 
+def enable(vm: int, capability: int, argument: int) -> None:
+    """KVM_ENABLE_CAP for a VM (KVM API 4.37). Raises OSError."""
+    request = kvm_enable_cap(cap=capability)
+    request.args[0] = argument
+    ioctl(vm, KVM_ENABLE_CAP, bytes(request))
+
+
+def empty_bitmap(pages: int) -> bytearray:
+    """A bit for each page, in words of 64 bits, as KVM has them."""
+    return bytearray(-(-pages // 64) * 8)
+
+
 def keep_marks(vm: int) -> None:
     """Have reading the logs of this VM leave them as they are. Raises HostError."""
-    request = kvm_enable_cap(cap=KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
-    request.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
     try:
-        ioctl(vm, KVM_ENABLE_CAP, bytes(request))
+        enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
     except OSError as error:
         raise HostError(
             f"KVM refused to log what is written: {error.strerror}; use --accel soft"
@@ -33,7 +43,7 @@ class SlotLog:
     def __init__(self, vm: int, slot: int, pages: int, *, kept: bool) -> None:
         """`kept`: see `keep_marks()`; where KVM lacks that, reading is forgetting."""
         self._vm = vm
-        self._bitmap = bytearray(-(-pages // 64) * 8)
+        self._bitmap = empty_bitmap(pages)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._bitmap))
         self._get = bytearray(kvm_dirty_log(slot=slot, dirty_bitmap=address))
         self._read = Steps()

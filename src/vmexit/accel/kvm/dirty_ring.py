@@ -13,11 +13,10 @@ from vmexit.abi.kvm_state import (
     KVM_DIRTY_GFN_F_DIRTY,
     KVM_DIRTY_GFN_F_RESET,
     KVM_DIRTY_LOG_PAGE_OFFSET,
-    KVM_ENABLE_CAP,
     KVM_RESET_DIRTY_RINGS,
     kvm_dirty_gfn,
-    kvm_enable_cap,
 )
+from vmexit.accel.kvm.dirty_log import empty_bitmap, enable
 from vmexit.accel.kvm.system import System
 from vmexit.core.errors import HostError
 
@@ -55,10 +54,8 @@ class DirtyRings:
 
     def __init__(self, vm: int, entries: int) -> None:
         """`entries` for each vCPU, a power of two; before there is any. Raises HostError."""
-        request = kvm_enable_cap(cap=KVM_CAP_DIRTY_LOG_RING)
-        request.args[0] = entries * _ENTRY
         try:
-            ioctl(vm, KVM_ENABLE_CAP, bytes(request))
+            enable(vm, KVM_CAP_DIRTY_LOG_RING, entries * _ENTRY)
         except OSError as error:
             raise HostError(
                 f"KVM refused dirty rings of {entries} entries: {error.strerror}; use a larger "
@@ -81,7 +78,7 @@ class DirtyRings:
         """What is written in `slot`, mapped with KVM_MEM_LOG_DIRTY_PAGES, from now on."""
         with self._lock:
             if slot not in self._written:  # else KVM may still hold back what is in there
-                self._written[slot] = bytearray(-(-pages // 64) * 8)
+                self._written[slot] = empty_bitmap(pages)
                 self._told[slot] = bytes(self._written[slot])
         return RingLog(self, slot)
 

@@ -329,7 +329,7 @@ class KvmVm:
         return self._vm_time().save(moment)
 
     def restore(self, state: State, moment: int) -> None:
-        (self._time or self._vm_time()).load(state, moment)
+        self._vm_time().load(state, moment)
 
     def _vm_time(self) -> "VmTime":
         if self._time is None:
