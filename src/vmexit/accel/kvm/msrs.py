@@ -77,8 +77,8 @@ class Wanted:
                 as_here = unpack(entries)
                 now = get(vcpu, as_here)
                 values |= {i: value for i, value in as_here.items() if now.get(i) != value}
-            elif buffer != wanted:
-                values |= _differing(entries, buffer[_HEAD.size :])
+            else:
+                values |= _differing(entries, buffer, wanted)
         return values
 
     def ask(self, steps: Steps, vcpu: int) -> None:
@@ -95,17 +95,20 @@ class Wanted:
         """As `unlike()`, once those steps went well."""
         values = dict[int, int]()
         for entries, buffer, wanted in self._parts:
-            if buffer != wanted:
-                values |= _differing(entries, buffer[_HEAD.size :])
+            values |= _differing(entries, buffer, wanted)
         return values
 
 
-def _differing(entries: bytes, found: bytes | bytearray) -> dict[int, int]:
+def _differing(entries: bytes, buffer: bytearray, wanted: bytes) -> dict[int, int]:
+    """Those of `entries` that have another value in `buffer`, which would be `wanted`."""
     values = dict[int, int]()
+    if buffer == wanted:
+        return values
+    found = buffer[_HEAD.size :]
     for at in range(0, len(entries), _SOME):
         if entries[at : at + _SOME] != found[at : at + _SOME]:
-            wanted, now = unpack(entries[at : at + _SOME]), unpack(found[at : at + _SOME])
-            values |= {index: value for index, value in wanted.items() if now[index] != value}
+            here, now = unpack(entries[at : at + _SOME]), unpack(found[at : at + _SOME])
+            values |= {index: value for index, value in here.items() if now[index] != value}
     return values
 
 
