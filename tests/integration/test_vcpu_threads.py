@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vmexit import HostError, Machine, StopReason
+from vmexit import HostError, Machine, Snapshot, StopReason
+from vmexit.core import threads
 from vmexit.core.threads import start_without_signals
-from vmexit.machine import runner
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_left")]
 
@@ -58,7 +58,7 @@ def test_a_thread_that_cannot_begin_ends_the_run(
     if accel == "soft" and number > 1:
         pytest.skip("its vCPUs share a thread")
     with machine(accel, 3) as vm:
-        monkeypatch.setattr(runner, "start_without_signals", Failing(number, error, after=after))
+        monkeypatch.setattr(threads, "start_without_signals", Failing(number, error, after=after))
         with pytest.raises(expected):
             vm.run(timeout=20)
         monkeypatch.undo()
@@ -67,3 +67,49 @@ def test_a_thread_that_cannot_begin_ends_the_run(
         assert vm.run(timeout=60).reason is StopReason.DEBUG_EXIT
         assert len(vcpu_threads()) == (3 if accel == "kvm" else 1)
     assert vcpu_threads() == []
+
+
+def run_clone(snapshot: Snapshot) -> tuple[Machine, list[int]]:
+    """A clone that has run to its end, and the threads that ran it."""
+    clone = snapshot.clone()
+    assert clone.run(timeout=60).reason is StopReason.DEBUG_EXIT
+    count = 3 if clone.accel == "kvm" else 1
+    return clone, [clone.thread_id(vcpu) for vcpu in range(count)]
+
+
+def test_a_clone_has_the_threads_of_one_that_was_closed(accel):
+    with machine(accel, 3) as vm, vm.snapshot() as snapshot:
+        first, threads_of_first = run_clone(snapshot)
+        second, threads_of_second = run_clone(snapshot)
+        first.close()
+        third, threads_of_third = run_clone(snapshot)
+        for clone in (second, third):
+            clone.close()
+    assert set(threads_of_third) == set(threads_of_first)
+    assert not set(threads_of_second) & set(threads_of_first)
+
+
+def test_a_clone_that_outlives_its_snapshot_ends_its_threads(accel):
+    with machine(accel, 3) as vm:
+        with vm.snapshot() as snapshot:
+            closed, _ = run_clone(snapshot)
+            clone, _ = run_clone(snapshot)
+            closed.close()
+        clone.reset()
+        assert clone.run(timeout=60).reason is StopReason.DEBUG_EXIT
+        clone.close()
+        assert vcpu_threads() == []
+
+
+def test_a_thread_that_cannot_begin_in_a_clone_leaves_the_others_to_the_next(accel, monkeypatch):
+    if accel == "soft":
+        pytest.skip("its vCPUs share a thread")
+    with machine(accel, 3) as vm, vm.snapshot() as snapshot, snapshot.clone() as clone:
+        failing = Failing(3, RuntimeError("can't start new thread"))
+        monkeypatch.setattr(threads, "start_without_signals", failing)
+        with pytest.raises(HostError, match="cannot start a thread"):
+            clone.run(timeout=20)
+        assert vcpu_threads() == []
+        clone.reset_to(snapshot)
+        monkeypatch.undo()
+        assert clone.run(timeout=60).reason is StopReason.DEBUG_EXIT

@@ -1,8 +1,14 @@
 """Threads that vmexit starts leave the program's signals alone."""
 
 import ctypes
+import os
 import signal
 import threading
+from collections.abc import Callable
+from contextvars import Context
+from queue import SimpleQueue
+
+_IDLE = "vmexit-idle"
 
 # What a thread does to itself must not be blocked: its faults, and writing to a closed pipe.
 _NEVER_BLOCKED = {
@@ -44,3 +50,95 @@ def start_without_signals(thread: threading.Thread) -> None:
         thread.start()
     finally:
         set_mask(signal.SIG_SETMASK, before)
+
+
+_Jobs = SimpleQueue[Callable[[], None] | None]
+
+
+def _work(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        Context().run(job)
+        del job  # it holds what its caller may drop
+
+
+class Worker:
+    """A thread that does one thing after another, without signals; nobody's does nothing more."""
+
+    def __init__(self) -> None:
+        """It begins with the first thing that it is to do."""
+        self._jobs: _Jobs = SimpleQueue()
+        # A daemon: a program that forgets to end it must still be able to end itself.
+        self.thread = threading.Thread(target=_work, args=(self._jobs,), name=_IDLE, daemon=True)
+
+    def do(self, job: Callable[[], None], name: str) -> None:
+        """Call `job`, which raises nothing, behind what it does now; `name` is the thread's then.
+
+        Raises RuntimeError if it cannot begin, and what the handler of a signal raises.
+        """
+        self.thread.name = name
+        self._jobs.put(job)
+        if self.thread.ident is None:
+            start_without_signals(self.thread)
+
+    def wait(self) -> None:
+        """Wait until it has nothing to do."""
+        done = threading.Lock()
+        done.acquire()
+        self._jobs.put(done.release)
+        while self.thread.is_alive() and not done.acquire(timeout=SIGNAL_SECONDS):
+            continue
+
+    def end(self) -> None:
+        """End it, once it has done what it is to do. It may be told more than once."""
+        self._jobs.put(None)
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    def __del__(self) -> None:
+        # The handler of a signal may raise just as somebody gets it, or gives it back.
+        self._jobs.put(None)
+
+
+class Workers:
+    """Threads to be had again: to wake one up takes less than half as long as to start one."""
+
+    def __init__(self, *, keep: bool) -> None:
+        self.keep = keep
+        """Whether there is a use for one that is given back; if not, it ends."""
+        self._idle: list[Worker] = []
+
+    def take(self) -> Worker:
+        """One that is as if the caller started it."""
+        while self._idle:
+            worker = self._idle.pop()
+            thread = worker.thread
+            # After a fork there is none of them.
+            if thread.is_alive() and _scheduling(thread.native_id or 0) == _scheduling(0):
+                return worker
+            worker.end()
+        return Worker()
+
+    def give(self, worker: Worker) -> None:
+        """It has nothing to do any more, or is to end once it has not."""
+        if self.keep and worker.thread.is_alive():
+            worker.thread.name = _IDLE
+            self._idle.append(worker)
+        else:
+            worker.end()
+        if not self.keep:  # any more
+            self.close()
+
+    def close(self) -> None:
+        """End those that nobody has; others end when they are given back."""
+        self.keep = False
+        while self._idle:
+            self._idle.pop().end()
+
+
+def _scheduling(thread: int) -> tuple[set[int], int, int]:
+    """What a new thread has from the one that starts it, and may be changed: where it runs, how."""
+    return (
+        os.sched_getaffinity(thread),
+        os.sched_getscheduler(thread),
+        os.getpriority(os.PRIO_PROCESS, thread),
+    )

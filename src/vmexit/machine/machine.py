@@ -13,6 +13,7 @@ from vmexit.boot import flat
 from vmexit.boot.image import read_image
 from vmexit.core.errors import ConfigError, ImageError, VmexitError
 from vmexit.core.memory import GuestMemory
+from vmexit.core.threads import Workers
 from vmexit.core.trace import ExitObserver
 from vmexit.machine import builder
 from vmexit.machine.background import Background
@@ -171,7 +172,7 @@ class Machine(Inspection):
         Raises ConfigError if the two do not fit together, and what the constructor raises.
         """
         machine = cls.__new__(cls)
-        machine._build(config, observer, snapshot.restored)
+        machine._build(config, observer, snapshot.restored, snapshot.workers)
         try:
             snapshot.require_such(machine._parts)
             machine._take_over(snapshot, ago)
@@ -185,6 +186,7 @@ class Machine(Inspection):
         config: MachineConfig,
         observer: ExitObserver | None,
         restored: builder.Restored | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.config = config
         self._entry = config.entry if config.image is not None else None
@@ -198,7 +200,7 @@ class Machine(Inspection):
         self._parts = parts = builder.build(
             config, self._request, observer, subscribers.tell, restored
         )
-        self._runner = Runner(parts.vm.executors, self._request, parts.running)
+        self._runner = Runner(parts.vm.executors, self._request, parts.running, workers)
         self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)
         self._life = Lifecycle(
             self._debug, self._request, self._begin_again, self._describe, subscribers

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from vmexit.accel.base import Executor, Exit, ExitReason
 from vmexit.core.errors import HostError, VmexitError
-from vmexit.core.threads import SIGNAL_SECONDS, start_without_signals
+from vmexit.core.threads import SIGNAL_SECONDS, Worker, Workers
 from vmexit.machine.stop import Stop, StopReason, stop_from_exit
 
 # How soon a vCPU that a kick has missed is kicked again.
@@ -154,7 +154,7 @@ class _Report(NamedTuple):
 
 
 class _VcpuThread:
-    """The host thread of one executor, from the first run to close()."""
+    """What one executor does with a host thread, from the first run to close()."""
 
     def __init__(
         self,
@@ -169,15 +169,25 @@ class _VcpuThread:
         self._orders: SimpleQueue[int] = SimpleQueue()  # numbers of runs; 0: end
         self._ordered = self._done = 0
         self._detour: Callable[[], None] | None = None
+        self._name = f"vmexit-vcpu{number}"
+        self._worker: Worker | None = None
         self.ident = 0
         """The interpreter's number of it, 0 before it has started."""
-        # A daemon: a program that forgets close() must still be able to end.
-        self.thread = threading.Thread(target=self._main, name=f"vmexit-vcpu{number}", daemon=True)
 
     @property
     def running(self) -> bool:
         """Whether a run that was ordered is not over."""
         return self._done != self._ordered
+
+    @property
+    def native_id(self) -> int:
+        """The system's number of the thread, 0 before it has started."""
+        return 0 if self._worker is None else self._worker.thread.native_id or 0
+
+    def begin(self, worker: Worker) -> None:
+        """From now on it is this one. Raises what `Worker.do()` does."""
+        self._worker = worker
+        worker.do(self._main, self._name)
 
     def go(self, run: int) -> None:
         """Run until it stops; it reports, with the number `run`."""
@@ -189,14 +199,17 @@ class _VcpuThread:
         self._detour = function
         self._executor.kick()
 
-    def end(self) -> None:
-        """End the thread, if it has started; it does not run its vCPU, or is just stopping that."""
+    def end(self, workers: Workers) -> None:
+        """It gives its thread back; it does not run its vCPU, or is just stopping that."""
         with suppress(Empty):
             self._orders.get_nowait()  # if it begins only now, it has nothing to do
             self._done = self._ordered
         self._orders.put(0)
-        if self.thread.ident is not None:
-            self.thread.join()
+        if self._worker is not None and workers.keep:
+            self._worker.wait()  # if a signal's handler ends that, it is still ours
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            workers.give(worker)
 
     def _main(self) -> None:
         self.ident = threading.get_ident()
@@ -242,8 +255,13 @@ class Runner:
         executors: Sequence[Executor],
         request: StopRequest,
         running: Callable[[bool], None] = lambda runs: None,
+        workers: Workers | None = None,
     ) -> None:
-        """`running` is called when a run begins, and when it has ended."""
+        """`running` is called when a run begins, and when it has ended.
+
+        The threads are some of `workers`, or its own.
+        """
+        self._workers = Workers(keep=False) if workers is None else workers
         self._executors = executors
         self._running = running
         self._request = request
@@ -271,8 +289,7 @@ class Runner:
     def native_id(self, vcpu: int) -> int:
         """The system's number of the thread that runs `vcpu`; 0 before the first run."""
         threads = self._threads
-        thread = threads[vcpu if len(threads) > 1 else 0].thread if threads else None
-        return (thread.native_id or 0) if thread is not None else 0
+        return threads[vcpu if len(threads) > 1 else 0].native_id if threads else 0
 
     def vcpu_here(self) -> int:
         """The number of the vCPU whose thread this is; 0 where they share one, or elsewhere."""
@@ -370,12 +387,12 @@ class Runner:
             for thread in threads:
                 thread.go(self._number)
             for thread in self._threads:
-                start_without_signals(thread.thread)
+                thread.begin(self._workers.take())
             self._begun = True
         except BaseException as error:  # a signal's handler may raise anything
             self._request(Stop(StopReason.STOPPED))  # for those that run already
             for thread in self._threads:
-                thread.end()
+                thread.end(self._workers)
             self._threads.clear()
             if isinstance(error, RuntimeError):
                 raise HostError(
@@ -460,7 +477,7 @@ class Runner:
             self._settle()
             self._request.end()
             for thread in self._threads:
-                thread.end()
+                thread.end(self._workers)
             self._threads.clear()
             self._closed = True
         finally:

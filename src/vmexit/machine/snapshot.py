@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmexit.core.disk_image import DiskImage
 from vmexit.core.errors import ConfigError, VmexitError
 from vmexit.core.memory_image import MemoryImage
+from vmexit.core.threads import Workers
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.builder import Parts, Restored
 from vmexit.machine.config import MachineConfig
@@ -57,6 +58,8 @@ class Snapshot:
         self._contents = contents
         self._usual: MachineConfig | None = None  # of a clone with which nothing was asked for
         self._closed = False
+        self.workers = Workers(keep=True)
+        """The threads of its clones: the next one has those of one that was closed."""
 
     @classmethod
     def capture(cls, config: MachineConfig, parts: Parts, loaded: Loaded) -> "Snapshot":
@@ -207,6 +210,7 @@ class Snapshot:
         """Free what it holds."""
         if not self._closed:
             self._closed = True
+            self.workers.close()
             self._contents.memory.close()
             for disk in self._contents.disks.values():
                 disk.close()
