@@ -142,7 +142,7 @@ class GuestMemory:
                     self._offsets[gpa] = offset
                 offset += size
             if image is not None:
-                self._map(image)
+                self._map(image, reserved=True)
         except (OSError, OverflowError, ValueError) as error:
             self.close()
             raise ConfigError(
@@ -265,10 +265,10 @@ class GuestMemory:
         for gpa, size in image.ranges:
             self._tell(((gpa, size),), size)
 
-    def _map(self, image: MemoryImage) -> None:
+    def _map(self, image: MemoryImage, *, reserved: bool = False) -> None:
         offset = 0
         for gpa, size in image.ranges:
-            image.map_at(self.region(gpa).hva, offset, size)
+            image.map_at(self.region(gpa).hva, offset, size, reserved=reserved)
             self._offsets[gpa] = offset
             offset += size
 

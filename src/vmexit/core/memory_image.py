@@ -132,7 +132,8 @@ class MemoryImage:
         if self._pages is None:
             try:
                 pages = reserve(self.size)
-                self.map_at(ctypes.addressof(ctypes.c_char.from_buffer(pages)), 0, self.size)
+                at = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+                self.map_at(at, 0, self.size, reserved=True)
                 self._pages = pages
             except OSError as error:
                 raise HostError(
@@ -145,10 +146,11 @@ class MemoryImage:
         """Bytes in all, zeros included."""
         return sum(size for _, size in self.ranges)
 
-    def map_at(self, hva: int, offset: int, size: int) -> None:
+    def map_at(self, hva: int, offset: int, size: int, *, reserved: bool = False) -> None:
         """Have `size` bytes at `hva`, which are mapped, begin as these from `offset` on.
 
-        What is written to them is nobody else's. Raises OSError.
+        What is written to them is nobody else's. With `reserved` they are as `reserve()` has made
+        them. Raises OSError.
         """
         if self._parts is None:
             self._parts = _parts(list(self.stretches()))
@@ -157,11 +159,11 @@ class MemoryImage:
             first, stop = max(first, at), min(stop, end)
             if first >= stop:
                 continue
-            if at < first:
+            if at < first and not reserved:
                 zeros_over(hva + at - offset, first - at)
             map_over(hva + first - offset, stop - first, self.fd, first, private=True)
             at = stop
-        if at < end:
+        if at < end and not reserved:
             zeros_over(hva + at - offset, end - at)
 
     def seal(self) -> None:

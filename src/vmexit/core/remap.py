@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+from contextlib import suppress
 from functools import cache
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # asm-generic/mman-common.h
@@ -23,8 +24,14 @@ def _libc() -> ctypes.CDLL:
 
 
 def reserve(size: int) -> mmap.mmap:
-    """A mapping that takes addresses and no memory, for `map_over()`. Raises OSError."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    """A mapping of zeros that takes addresses and no memory, for `map_over()`. Raises OSError.
+
+    A page is taken for a page that is written to, not a large one.
+    """
+    pages = mmap.mmap(-1, size, flags=_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # not each kernel has large pages
+        pages.madvise(_MADV_NOHUGEPAGE)
+    return pages
 
 
 def map_over(hva: int, size: int, fd: int, offset: int, *, private: bool) -> None:
@@ -36,10 +43,7 @@ def map_over(hva: int, size: int, fd: int, offset: int, *, private: bool) -> Non
 
 
 def zeros_over(hva: int, size: int) -> None:
-    """Have `size` bytes at `hva`, which are mapped, be zeros that take no memory. Raises OSError.
-
-    A page is taken for a page that is written to, not a large one.
-    """
+    """Have `size` bytes at `hva`, which are mapped, be as those of `reserve()`. Raises OSError."""
     _map(hva, size, _PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     _libc().madvise(hva, size, _MADV_NOHUGEPAGE)  # not each kernel has large pages
 
