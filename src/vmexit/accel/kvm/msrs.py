@@ -68,6 +68,12 @@ class Wanted:
         parts = [entries[at : at + most] for at in range(0, len(entries), most)]
         self._parts = [(part, request(part), bytes(request(part))) for part in parts]
 
+    def twin(self) -> "Wanted":
+        """The same for another vCPU, at the same time."""
+        twin = Wanted.__new__(Wanted)
+        twin._parts = [(part, bytearray(wanted), wanted) for part, _, wanted in self._parts]
+        return twin
+
     def unlike(self, vcpu: int) -> dict[int, int]:
         """Those that have another value now, or none: as they are here."""
         values = dict[int, int]()

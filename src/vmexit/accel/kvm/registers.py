@@ -83,6 +83,14 @@ class Request(NamedTuple):
     data: bytearray
 
 
+class NewVcpu(NamedTuple):
+    """What each vCPU of this KVM has when it is new."""
+
+    without_lapic: bytes
+    """Its `struct kvm_sregs`, with an APIC base that says that there is no LAPIC."""
+    tsc_khz: int
+
+
 class VcpuRegisters:
     """The part of a vCPU that does not run."""
 
@@ -107,11 +115,18 @@ class VcpuRegisters:
         """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
         self.get("CPUID", KVM_GET_CPUID2, buffer)
 
-    def switch_off_lapic(self) -> None:
-        """There is none but in the kernel, and KVM shows one as long as the APIC base says so."""
+    def as_new(self) -> NewVcpu:
+        """What it has, if nothing was done to it yet."""
         buffer = self._sregs()
         _APIC_BASE_FORMAT.pack_into(buffer, kvm_sregs.apic_base.offset, 0)
-        self.set("APIC base", KVM_SET_SREGS, buffer)
+        return NewVcpu(bytes(buffer), self.tsc_khz())
+
+    def begin(self, new: NewVcpu, *, lapic: bool) -> None:
+        """It is a new one, and `lapic` whether the kernel has local APICs. Raises HostError."""
+        self._tsc_khz = new.tsc_khz
+        # There is none but in the kernel, and KVM shows one as long as the APIC base says so.
+        if not lapic:
+            self.set("APIC base", KVM_SET_SREGS, new.without_lapic)
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))

@@ -1,7 +1,6 @@
 """All that KVM knows of a vCPU, as plain data."""
 
 import struct
-from collections import deque
 from ctypes import Structure, sizeof
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,6 +47,7 @@ from vmexit.accel.kvm.time import IA32_TSC, IA32_TSC_DEADLINE, has_tsc_offset
 from vmexit.arch.x86.registers import MTRRS
 from vmexit.core.bus import State
 from vmexit.core.errors import ConfigError, HostError
+from vmexit.core.known import Known
 from vmexit.core.saved import Saved
 from vmexit.core.steps import Steps
 
@@ -92,6 +92,42 @@ _MOST_MSRS = 2048
 _MOST_KHZ = (1 << 31) - 1
 
 
+class _Parts(NamedTuple):
+    """Those that there are on a KVM."""
+
+    first: list[_Part]
+    last: list[_Part]
+    every: list[_Part]
+    by_run: dict[str, int]
+    """The parts that KVM_RUN can take with it, with the flag for each."""
+
+    @classmethod
+    def of(cls, system: "System", *, lapic: bool) -> "_Parts":
+        """`lapic`: the local APICs are the kernel's."""
+        first, last = (
+            [part for part in parts if system.check_extension(part.capability)]
+            for parts in (_FIRST, _LAST)
+        )
+        synced = system.check_extension(KVM_CAP_SYNC_REGS)
+        wanted = {"regs": KVM_SYNC_X86_REGS}
+        # A LAPIC needs the APIC base that is among the one, and an NMI that another vCPU has sent
+        # meanwhile is among the other.
+        if not lapic:
+            wanted |= {"sregs": KVM_SYNC_X86_SREGS, "events": KVM_SYNC_X86_EVENTS}
+        there = all(synced & flag for flag in wanted.values()) and len(last) == len(_LAST)
+        lapics = [_LAPIC] if lapic else []
+        return cls(
+            first + lapics,
+            # A vCPU without a LAPIC in the kernel is always runnable (KVM API 4.38).
+            last if lapic else [part for part in last if part.name != "mp_state"],
+            [*first, *lapics, *last],
+            wanted if there else {},
+        )
+
+
+_kinds: dict[tuple[str, bool], _Parts] = {}  # by the path of the KVM, and whether it has LAPICs
+
+
 class VcpuState(NamedTuple):
     """The kernel's own structures by name."""
 
@@ -116,18 +152,18 @@ _SYNCED = "regs", "sregs", "events"
 class _Loadable:
     """A state as KVM takes it: buffers for its requests, filled in once. Any thread may use it."""
 
-    def __init__(self, state: VcpuState, access: "StateAccess") -> None:
+    def __init__(self, state: VcpuState, there: _Parts) -> None:
         self.tsc_khz = state.tsc_khz
         self.cpuid = state.cpuid
-        self.msrs = state.msrs
+        self.msrs = msrs.Wanted(state.msrs)
         self.cr8 = kvm_sregs.from_buffer_copy(state.parts["sregs"]).cr8
-        self.first = self._requests(access.first, state)
-        self.last = self._requests(access.last, state)
+        self.first = self._requests(there.first, state)
+        self.last = self._requests(there.last, state)
         # A vCPU that waits for its SIPI has got that before KVM_RUN looks at registers, which would
         # put it back.
         mp_state = state.parts.get("mp_state", bytes(sizeof(kvm_mp_state)))
         runs = kvm_mp_state.from_buffer_copy(mp_state).mp_state == KVM_MP_STATE_RUNNABLE
-        self.by_run = access.by_run if runs else {}
+        self.by_run = there.by_run if runs else {}
         self.registers = b"".join(state.parts[name] for name in _SYNCED) if self.by_run else b""
         self.which = sum(self.by_run.values())
         self.beside = [one for one in self.first + self.last if one.what not in self.by_run]
@@ -136,14 +172,6 @@ class _Loadable:
     def _requests(parts: list[_Part], state: VcpuState) -> list[Request]:
         # fcntl takes more than 1 KiB only if it may be written to.
         return [Request(part.name, part.set, bytearray(state.parts[part.name])) for part in parts]
-
-
-class _Known(NamedTuple):
-    """A state that KVM has taken, for VMs of a kind."""
-
-    state: State
-    kind: tuple[str, bool]
-    loadable: _Loadable
 
 
 class _Again:
@@ -162,9 +190,22 @@ class _Again:
         self._steps: Steps | None = None
         self._asked = 0  # so many of them ask; the rest compare what came, and enter
         self._enter = Steps()  # those of them that do so
+        self._add_enter(self._enter)
+
+    def _add_enter(self, steps: Steps) -> None:
+        loadable = self._loadable
+        self._vcpu.enter_with(steps, loadable.registers, loadable.which, loadable.cr8)
+
+    def begin(self) -> None:
+        """Put it there for the first time: to make steps pays from the next one on.
+
+        Raises ConfigError, HostError.
+        """
+        self._vcpu.set_beside(self._loadable.beside)
+        self._end(self._wanted.unlike(self._vcpu.fd))
 
     def load(self) -> None:
-        """Put it there. Raises ConfigError, HostError."""
+        """Put it there once more. Raises ConfigError, HostError."""
         steps = self._steps
         if steps is None:
             steps = self._steps = self._make()
@@ -172,10 +213,12 @@ class _Again:
         if done == len(steps):
             return
         if done >= self._asked:
-            values = self._wanted.differing()
-        else:  # once more, for what KVM says
-            self._vcpu.set_beside(self._loadable.beside)
-            values = self._wanted.unlike(self._vcpu.fd)
+            self._end(self._wanted.differing())
+        else:
+            self.begin()  # for what KVM says
+
+    def _end(self, values: dict[int, int]) -> None:
+        """What is left when all but these MSRs and the registers are as they should be."""
         # Before registers wait, which to set an MSR would load.
         if values and (refused := self._vcpu.set_msrs(values)):
             raise _refused(refused)
@@ -189,9 +232,7 @@ class _Again:
         self._wanted.ask(steps, fd)
         self._asked = len(steps)
         self._wanted.compare(steps)
-        loadable = self._loadable
-        for enter in (steps, self._enter):
-            self._vcpu.enter_with(enter, loadable.registers, loadable.which, loadable.cr8)
+        self._add_enter(steps)
         return steps
 
     def close(self) -> None:
@@ -201,8 +242,7 @@ class _Again:
             self._steps.clear()
 
 
-# The last ones of the process: who makes clones of a snapshot makes many.
-_known: "deque[_Known]" = deque(maxlen=8)
+_known: Known[_Loadable] = Known()  # which KVM has taken
 
 
 class StateAccess:
@@ -211,32 +251,19 @@ class StateAccess:
     def __init__(self, system: "System", *, lapic: bool) -> None:
         """`lapic`: the local APICs are the kernel's."""
         self._system = system
-        first, last = self._there(_FIRST), self._there(_LAST)
-        self._parts = [*first, *([_LAPIC] if lapic else []), *last]
-        # A vCPU without a LAPIC in the kernel is always runnable (KVM API 4.38).
-        self.first = first + ([_LAPIC] if lapic else [])
-        self.last = last if lapic else [part for part in last if part.name != "mp_state"]
-        synced = system.check_extension(KVM_CAP_SYNC_REGS)
-        wanted = {"regs": KVM_SYNC_X86_REGS}
-        # A LAPIC needs the APIC base that is among the one, and an NMI that another vCPU has sent
-        # meanwhile is among the other.
-        if not lapic:
-            wanted |= {"sregs": KVM_SYNC_X86_SREGS, "events": KVM_SYNC_X86_EVENTS}
-        there = all(synced & flag for flag in wanted.values()) and len(last) == len(_LAST)
-        self.by_run = wanted if there else {}
-        """The parts that KVM_RUN can take with it, with the flag for each."""
         self._kind = system.path, lapic
+        parts = _kinds.get(self._kind)
+        if parts is None:
+            parts = _kinds[self._kind] = _Parts.of(system, lapic=lapic)
+        self._parts = parts
         self._last: dict[int, _Again] = {}  # by the number of the vCPU
-
-    def _there(self, parts: tuple[_Part, ...]) -> list[_Part]:
-        return [part for part in parts if self._system.check_extension(part.capability)]
 
     def save(self, vcpu: "KvmVcpu") -> VcpuState:
         """The state of `vcpu`, which does not run. Raises HostError."""
         parts = {}
         # The MP state first: to tell it, KVM does what an INIT or a SIPI asks for, and that changes
         # CS and RIP.
-        for part in sorted(self._parts, key=lambda part: part.name != "mp_state"):
+        for part in sorted(self._parts.every, key=lambda part: part.name != "mp_state"):
             buffer = bytearray(sizeof(part.layout))
             vcpu.get(part.name, part.get, buffer)
             parts[part.name] = bytes(buffer)
@@ -268,7 +295,7 @@ class StateAccess:
         """What `VcpuState.plain()` gave. Raises ConfigError for anything else."""
         saved = Saved(state, "a vCPU of this KVM", _VERSION)
         parts = state.get("parts")
-        layouts = {part.name: sizeof(part.layout) for part in self._parts}
+        layouts = {part.name: sizeof(part.layout) for part in self._parts.every}
         entries = saved.data("msrs", _MOST_MSRS * msrs.ENTRY_SIZE)
         cpuid = saved.data("cpuid", _MOST_CPUID)
         if (
@@ -293,18 +320,23 @@ class StateAccess:
         if last is not None and last.state is state:
             last.load()
             return
-        known = self._find(state)
-        loadable = _Loadable(self.parse(state), self) if known is None else known.loadable
+        known = _known.find(state, self._kind)
+        loadable = _Loadable(self.parse(state), self._parts) if known is None else known
         if loadable.cpuid != vcpu.cpuid:
             _show(vcpu, loadable.cpuid)
-        wanted = msrs.Wanted(loadable.msrs)
-        if refused := self._load(vcpu, loadable, wanted):
-            raise _refused(refused)
-        if known is None:
-            known = _Known(state, self._kind, loadable)
-            _known.append(known)
+        wanted = loadable.msrs.twin()
+        if known is None or not loadable.which:
+            if refused := self._load(vcpu, loadable, wanted):
+                raise _refused(refused)
+            if known is None:
+                _known.add(state, loadable, self._kind)
+        else:
+            self._forget(vcpu)
+            _count_as(vcpu, loadable)
         if loadable.which:
-            self._last[vcpu.index] = _Again(vcpu, state, loadable, wanted)
+            self._last[vcpu.index] = last = _Again(vcpu, state, loadable, wanted)
+            if known is not None:
+                last.begin()
 
     def close(self) -> None:
         """Before the vCPUs are."""
@@ -312,27 +344,29 @@ class StateAccess:
             again.close()
         self._last.clear()
 
-    def _find(self, state: State) -> _Known | None:
-        for known in _known.copy():
-            if known.state is state and known.kind == self._kind:
-                return known
-        return None
-
     def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
         """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
-        return self._load(vcpu, _Loadable(state, self), msrs.Wanted(state.msrs))
+        loadable = _Loadable(state, self._parts)
+        return self._load(vcpu, loadable, loadable.msrs)
 
-    def _load(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
+    def _forget(self, vcpu: "KvmVcpu") -> None:
         if (last := self._last.pop(vcpu.index, None)) is not None:
             last.close()
+
+    def _load(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
+        self._forget(vcpu)
         vcpu.set_all(state.first)
         vcpu.set_cr8(state.cr8)
-        if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
-            vcpu.set_tsc_khz(state.tsc_khz)
+        _count_as(vcpu, state)
         # Not each KVM lets every MSR be written, even with what is in it.
         refused = vcpu.set_msrs(wanted.unlike(vcpu.fd))
         vcpu.set_all(state.last)
         return refused
+
+
+def _count_as(vcpu: "KvmVcpu", state: _Loadable) -> None:
+    if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
+        vcpu.set_tsc_khz(state.tsc_khz)
 
 
 def _refused(indices: list[int]) -> ConfigError:

@@ -17,6 +17,8 @@ from vmexit.abi.kvm import (
 from vmexit.abi.kvm_caps import KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_USER_MEMORY
 from vmexit.abi.kvm_structs import kvm_cpuid2, kvm_cpuid_entry2
 from vmexit.accel.base import ANY_CPU
+from vmexit.accel.kvm.registers import NewVcpu
+from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.accel.kvm.vm import KvmVm
 from vmexit.arch.x86.cpu_model import CpuModel
 from vmexit.core.bus import Bus
@@ -33,6 +35,7 @@ _extensions: dict[tuple[str, int], int] = {}
 # KVM_GET_SUPPORTED_CPUID asks the processor hundreds of questions: 0.5 ms where CPUID itself is
 # virtualized.
 _supported_cpuid: dict[str, bytes] = {}
+_new_vcpus: dict[str, NewVcpu] = {}
 
 
 class System:
@@ -100,6 +103,13 @@ class System:
         buffer[:4] = _MSRS.to_bytes(4, "little")
         ioctl(self.fd, KVM_GET_MSR_INDEX_LIST, buffer, True)
         return unpack_indices(buffer)
+
+    def new_vcpu(self, vcpu: KvmVcpu) -> NewVcpu:
+        """What each new vCPU has; `vcpu` is one. Raises HostError."""
+        known = _new_vcpus.get(self.path)
+        if known is None:
+            known = _new_vcpus[self.path] = vcpu.as_new()
+        return known
 
     def create_vm(
         self, memory: GuestMemory, pio: Bus, mmio: Bus, cpus: int = 1, model: CpuModel = ANY_CPU

@@ -22,6 +22,7 @@ from vmexit.accel.kvm.system import System
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.core.bus import State
 from vmexit.core.errors import HostError
+from vmexit.core.known import Known
 from vmexit.core.saved import Saved
 from vmexit.core.steps import Steps
 
@@ -38,6 +39,7 @@ _FRESH = 10_000_000  # nanoseconds
 
 
 _has_offsets: dict[str, bool] = {}  # by the path of the KVM
+_keeps_offsets: dict[str, bool] = {}  # that it is given, by the same
 
 
 class _Prompt:
@@ -85,6 +87,17 @@ class _Saved(NamedTuple):
     """The TSC deadlines, and of which vCPU each is."""
 
 
+_known: Known[_Saved] = Known()
+
+
+def _parse(state: State, vcpus: int) -> _Saved:
+    saved = Saved(state, "a VM of KVM", _VERSION)
+    tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, vcpus)
+    deadlines = enumerate(saved.numbers("deadlines", _WORD, vcpus))
+    armed = [(index, deadline) for index, deadline in deadlines if deadline]
+    return _Saved(saved.optional("clock", _WORD >> 1), tsc, armed)
+
+
 class VmTime:
     """What this KVM can tell of it is found out once."""
 
@@ -95,10 +108,9 @@ class VmTime:
         self._set_clock: _Prompt | None = None
         if system.check_extension(KVM_CAP_ADJUST_CLOCK):
             self._set_clock = _Prompt(vm, KVM_SET_CLOCK, bytearray(_CLOCK_SIZE))
-        offsets = [_TscOffset(vcpu) for vcpu in vcpus]
-        self._offsets = offsets if has_tsc_offset(system, vcpus[0]) else None
-        self._parsed: tuple[State, _Saved] | None = None  # what was loaded last
-        self._taken: bool | None = None  # whether KVM keeps the offsets that it is given
+        there = has_tsc_offset(system, vcpus[0])
+        self._offsets = [_TscOffset(vcpu) for vcpu in vcpus] if there else None
+        self._path = system.path
 
     def save(self, moment: int) -> State:
         """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
@@ -120,34 +132,27 @@ class VmTime:
 
         The TSCs of vCPUs stay as far apart as they were. Raises ConfigError.
         """
-        again = self._parsed is not None and self._parsed[0] is state
-        if self._parsed is None or not again:
-            self._parsed = state, self._parse(state)
-        clock, tsc, armed = self._parsed[1]
+        saved = _known.find(state, len(self._vcpus))
+        if saved is None:
+            saved = _parse(state, len(self._vcpus))
+            _known.add(state, saved, len(self._vcpus))
+        clock, tsc, armed = saved
         if tsc is not None:
             self._load_tscs(tsc, moment)
             for index, deadline in armed:  # by another counter
                 self._vcpus[index].set_msrs({IA32_TSC_DEADLINE: deadline})
-            if again and self._taken is None and self._offsets is not None:
+            if self._offsets is not None and self._path not in _keeps_offsets:
                 # A KVM whose guests see the host's counter need not be told each time.
-                self._taken = any(offset.taken() for offset in self._offsets)
+                _keeps_offsets[self._path] = any(offset.taken() for offset in self._offsets)
         if clock is not None and self._set_clock is not None:
             self._set_clock.make(clock - moment)
-
-    def _parse(self, state: State) -> _Saved:
-        saved = Saved(state, "a VM of KVM", _VERSION)
-        count = len(self._vcpus)
-        tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, count)
-        deadlines = enumerate(saved.numbers("deadlines", _WORD, count))
-        armed = [(index, deadline) for index, deadline in deadlines if deadline]
-        return _Saved(saved.optional("clock", _WORD >> 1), tsc, armed)
 
     def _load_tscs(self, tsc: list[int], moment: int) -> None:
         offsets = self._offsets
         if offsets is None:
             for vcpu, value in zip(self._vcpus, tsc, strict=True):
                 vcpu.set_msrs({IA32_TSC: value})
-        elif self._taken is not False:
+        elif _keeps_offsets.get(self._path, True):
             then = _host_tsc(self._vcpus[0], offsets[0], moment)
             for offset, value in zip(offsets, tsc, strict=True):
                 offset.set(value - then & _WORD)

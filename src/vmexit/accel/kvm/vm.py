@@ -247,8 +247,7 @@ class KvmVm:
             except OSError as error:
                 raise _cannot_map(index, error) from error
             vcpu.on_ring_full = self._rings.make_room
-        if self._irqchip is None:
-            vcpu.switch_off_lapic()
+        vcpu.begin(self._system.new_vcpu(vcpu), lapic=self._irqchip is not None)
         vcpu.set_cpuid(self._cpuid(index))
         if self._model.left_out:
             self._check_left_out(vcpu)

@@ -1,5 +1,6 @@
 """What a user asks of a processor: `--cpu`. Names of features are loaded only if one is given."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.core.errors import ConfigError, HostError, quoted
@@ -17,6 +18,7 @@ class CpuModel(NamedTuple):
     left_out: tuple[str, ...] = ()
 
     @classmethod
+    @lru_cache(maxsize=64)
     def parse(cls, text: str) -> "CpuModel":
         """`host` or `max`, which are the same here, then `,+feature` and `,-feature`.
 
