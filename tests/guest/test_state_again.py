@@ -1,6 +1,8 @@
 """A state that KVM has taken before takes fewer requests, and is whole all the same."""
 
 import os
+from contextlib import contextmanager
+from fcntl import ioctl
 
 import pytest
 from resources import resources
@@ -9,9 +11,12 @@ from guests import FOLDER
 from vmexit import Machine, StopReason
 from vmexit.abi.kvm_structs import kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmexit.accel.base import ExitReason
-from vmexit.accel.kvm import dirty_log, msrs, state, time
+from vmexit.accel.kvm import dirty_log, msrs, registers, state, time
+from vmexit.accel.kvm.system import System
 from vmexit.core import steps
+from vmexit.core.bus import Bus
 from vmexit.core.errors import HostError
+from vmexit.core.memory import GuestMemory
 from vmexit.machine import rewind
 
 pytestmark = [pytest.mark.engine, pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
@@ -122,6 +127,87 @@ def test_another_machine_gets_it_whole(twice):
         vcpu.restore(known)
         assert parts_of(vcpu) == expected
         assert kvm_sregs.from_buffer_copy(expected["sregs"]).apic_base == 0
+
+
+@contextmanager
+def new_vcpu(machine):
+    """One to which nobody has told where to begin."""
+    memory = GuestMemory([(0, 1 << 20)])
+    with System() as system, system.create_vm(memory, Bus("port"), Bus("MMIO")) as vm:
+        if machine == "microvm":
+            vm.create_irqchip()
+        yield vm.create_vcpu(0)
+    memory.close()
+
+
+def run_once(vcpu):
+    vcpu.kick()
+    vcpu.run_once()
+
+
+def run(vcpu):
+    vcpu.kick()
+    vcpu.run()
+
+
+def load(vcpu, name, at, byte):
+    """Load a part of the state of `vcpu` with one byte of it changed."""
+    part = next(part for part in vcpu._access()._parts.every if part.name == name)
+    data = bytearray(vcpu.state()["parts"][name])
+    data[at] = byte
+    vcpu.set(name, part.set, data)
+
+
+# What changes a vCPU: MSRs, MXCSR and an XMM register, XCR0, DR0, a run.
+CHANGES = {
+    "msrs": lambda vcpu: vcpu.set_msrs({0x175: 0x1234}),
+    "fpu": lambda vcpu: vcpu.set_fpu(vcpu.fpu()[:160] + bytes([7] * 16) + vcpu.fpu()[176:]),
+    "xcr0": lambda vcpu: load(vcpu, "xcrs", 16, 3),  # x87 and SSE
+    "dr0": lambda vcpu: load(vcpu, "debugregs", 1, 0x10),
+    "run": run,
+    "run_once": run_once,
+}
+
+
+@pytest.mark.parametrize("machine", ["bare", "microvm"])
+@pytest.mark.parametrize(
+    ("there", "before"),
+    [(None, None), *((name, None) for name in CHANGES), *((None, name) for name in CHANGES)],
+)
+def test_a_new_vcpu_and_one_that_was_changed_get_it_whole(there, before, machine):
+    """Of what a new one has already nothing is loaded into it; into the other all is."""
+    indices = 0x174, 0x175, 0x176
+    with new_vcpu(machine) as vcpu:
+        if there is not None:
+            CHANGES[there](vcpu)
+        plain = changed(vcpu)
+        vcpu.restore(plain)  # now KVM has taken it
+        expected, values = parts_of(vcpu), vcpu.msrs(indices)
+    with new_vcpu(machine) as vcpu:
+        assert vcpu.new
+        if before is not None:
+            CHANGES[before](vcpu)
+            assert not vcpu.new
+        vcpu.restore(plain)
+        assert (parts_of(vcpu), vcpu.msrs(indices)) == (expected, values)
+
+
+def test_what_a_new_vcpu_has_is_not_loaded(monkeypatch):
+    with new_vcpu("bare") as vcpu:
+        plain = changed(vcpu)
+        vcpu.restore(plain)
+    asked = []
+    for _ in range(2):  # the first finds out what a new one has
+        with new_vcpu("bare") as vcpu:
+            for module in (registers, msrs):
+                monkeypatch.setattr(module, "ioctl", lambda *a: asked.append(a[1]) or ioctl(*a))
+            asked.clear()
+            vcpu.restore(plain)
+            monkeypatch.undo()
+            vcpu.attach_thread()  # as a run begins
+            assert vcpu.kvm_run().kvm_dirty_regs == 7
+            vcpu.detach_thread()
+    assert asked == []
 
 
 def test_a_vcpu_that_waits_for_its_start_begins_where_it_is_told():

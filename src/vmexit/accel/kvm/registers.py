@@ -100,6 +100,8 @@ class VcpuRegisters:
         self.index = index
         self.cpuid = b""
         """What `set_cpuid()` was given last."""
+        self.new = False
+        """Whether it is as `begin()` and `set_cpuid()` have left it: nothing was loaded or run."""
         self._tsc_khz: int | None = None
         self._pages = mmap.mmap(fd, run_size)
         self._u8 = memoryview(self._pages)
@@ -189,6 +191,7 @@ class VcpuRegisters:
         from vmexit.abi.kvm_irq import KVM_SET_TSC_KHZ
 
         self._tsc_khz = None
+        self.new = False
         try:
             ioctl(self.fd, KVM_SET_TSC_KHZ, khz)
         except OSError as error:
@@ -233,6 +236,7 @@ class VcpuRegisters:
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
         if not values:
             return []
+        self.new = False
         if self._u64[_DIRTY_REGS]:
             self._load_synced()
         return msrs.put(self.fd, values)
@@ -271,6 +275,7 @@ class VcpuRegisters:
 
     def set(self, what: str, request: int, data: bytes | bytearray) -> None:
         """One of KVM's requests that load state. Raises HostError."""
+        self.new = False
         if self._u64[_DIRTY_REGS]:
             self._load_synced()
         try:
@@ -286,6 +291,7 @@ class VcpuRegisters:
 
     def set_beside(self, requests: "Iterable[Request]") -> None:
         """The same, for parts that do not depend on what KVM_RUN is to take. Raises HostError."""
+        self.new = False
         fd = self.fd
         try:
             for request in requests:

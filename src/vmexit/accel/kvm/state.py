@@ -90,6 +90,7 @@ _VERSION = 2
 _MOST_CPUID = 1 << 16  # bytes
 _MOST_MSRS = 2048
 _MOST_KHZ = (1 << 31) - 1
+_MOST_NEW = 64  # states of new vCPUs that are kept
 
 
 class _Parts(NamedTuple):
@@ -149,6 +150,18 @@ class VcpuState(NamedTuple):
 _SYNCED = "regs", "sregs", "events"
 
 
+# What nobody but the vCPU itself changes, its MSRs too: a new one has it as each new one has.
+_ITS_OWN = "xcrs", "xsave", "debugregs"
+
+
+class _Changes(NamedTuple):
+    """From a new vCPU to a state, besides what KVM_RUN takes."""
+
+    new: VcpuState
+    requests: list[Request]
+    msrs: dict[int, int]
+
+
 class _Loadable:
     """A state as KVM takes it: buffers for its requests, filled in once. Any thread may use it."""
 
@@ -156,6 +169,8 @@ class _Loadable:
         self.tsc_khz = state.tsc_khz
         self.cpuid = state.cpuid
         self.msrs = msrs.Wanted(state.msrs)
+        self._entries = state.msrs
+        self._changes: _Changes | None = None
         self.cr8 = kvm_sregs.from_buffer_copy(state.parts["sregs"]).cr8
         self.first = self._requests(there.first, state)
         self.last = self._requests(there.last, state)
@@ -167,6 +182,20 @@ class _Loadable:
         self.registers = b"".join(state.parts[name] for name in _SYNCED) if self.by_run else b""
         self.which = sum(self.by_run.values())
         self.beside = [one for one in self.first + self.last if one.what not in self.by_run]
+
+    def changes(self, new: VcpuState) -> _Changes:
+        """What is to be loaded into a vCPU that is `new`."""
+        changes = self._changes
+        if changes is None or changes.new is not new:
+            requests = [
+                one
+                for one in self.beside
+                if one.what not in _ITS_OWN or one.data != new.parts[one.what]
+            ]
+            has = msrs.unpack(new.msrs)
+            values = {i: v for i, v in msrs.unpack(self._entries).items() if has.get(i) != v}
+            changes = self._changes = _Changes(new, requests, values)
+        return changes
 
     @staticmethod
     def _requests(parts: list[_Part], state: VcpuState) -> list[Request]:
@@ -180,13 +209,11 @@ class _Again:
     The registers go with KVM_RUN: most often nobody looks before it runs.
     """
 
-    def __init__(
-        self, vcpu: "KvmVcpu", state: State, loadable: _Loadable, wanted: msrs.Wanted
-    ) -> None:
+    def __init__(self, vcpu: "KvmVcpu", state: State, loadable: _Loadable) -> None:
         self.state = state
+        self._msrs = loadable.msrs.twin()
         self._vcpu = vcpu
         self._loadable = loadable
-        self._wanted = wanted
         self._steps: Steps | None = None
         self._asked = 0  # so many of them ask; the rest compare what came, and enter
         self._enter = Steps()  # those of them that do so
@@ -196,13 +223,11 @@ class _Again:
         loadable = self._loadable
         self._vcpu.enter_with(steps, loadable.registers, loadable.which, loadable.cr8)
 
-    def begin(self) -> None:
-        """Put it there for the first time: to make steps pays from the next one on.
-
-        Raises ConfigError, HostError.
-        """
-        self._vcpu.set_beside(self._loadable.beside)
-        self._end(self._wanted.unlike(self._vcpu.fd))
+    def begin(self, new: VcpuState) -> None:
+        """Put it there from where it is, as `new`. Raises ConfigError, HostError."""
+        _, requests, values = self._loadable.changes(new)
+        self._vcpu.set_beside(requests)
+        self._end(values)
 
     def load(self) -> None:
         """Put it there once more. Raises ConfigError, HostError."""
@@ -213,9 +238,10 @@ class _Again:
         if done == len(steps):
             return
         if done >= self._asked:
-            self._end(self._wanted.differing())
-        else:
-            self.begin()  # for what KVM says
+            self._end(self._msrs.differing())
+        else:  # once more, for what KVM says
+            self._vcpu.set_beside(self._loadable.beside)
+            self._end(self._msrs.unlike(self._vcpu.fd))
 
     def _end(self, values: dict[int, int]) -> None:
         """What is left when all but these MSRs and the registers are as they should be."""
@@ -229,9 +255,9 @@ class _Again:
         # What may be refused comes first: a fork has the page with the registers, too.
         for _, number, data in self._loadable.beside:
             steps.call(fd, number, data)
-        self._wanted.ask(steps, fd)
+        self._msrs.ask(steps, fd)
         self._asked = len(steps)
-        self._wanted.compare(steps)
+        self._msrs.compare(steps)
         self._add_enter(steps)
         return steps
 
@@ -243,6 +269,7 @@ class _Again:
 
 
 _known: Known[_Loadable] = Known()  # which KVM has taken
+_new: dict[tuple[str, bool, int, bytes], VcpuState] = {}  # by kind, number and CPUID
 
 
 class StateAccess:
@@ -324,19 +351,26 @@ class StateAccess:
         loadable = _Loadable(self.parse(state), self._parts) if known is None else known
         if loadable.cpuid != vcpu.cpuid:
             _show(vcpu, loadable.cpuid)
-        wanted = loadable.msrs.twin()
-        if known is None or not loadable.which:
-            if refused := self._load(vcpu, loadable, wanted):
-                raise _refused(refused)
-            if known is None:
-                _known.add(state, loadable, self._kind)
-        else:
-            self._forget(vcpu)
-            _count_as(vcpu, loadable)
-        if loadable.which:
-            self._last[vcpu.index] = last = _Again(vcpu, state, loadable, wanted)
-            if known is not None:
-                last.begin()
+        _count_as(vcpu, loadable)
+        again = _Again(vcpu, state, loadable) if loadable.which else None
+        if known is not None and again is not None and vcpu.new:
+            again.begin(self._as_new(vcpu))
+        elif refused := self._load(vcpu, loadable):
+            raise _refused(refused)
+        if known is None:
+            _known.add(state, loadable, self._kind)
+        if again is not None:
+            self._last[vcpu.index] = again
+
+    def _as_new(self, vcpu: "KvmVcpu") -> VcpuState:
+        """The state of a vCPU that is new, and so of each that is made like that."""
+        key = *self._kind, vcpu.index, vcpu.cpuid
+        new = _new.get(key)
+        if new is None:
+            if len(_new) >= _MOST_NEW:
+                _new.clear()
+            new = _new[key] = self.save(vcpu)
+        return new
 
     def close(self) -> None:
         """Before the vCPUs are."""
@@ -347,24 +381,22 @@ class StateAccess:
     def load(self, vcpu: "KvmVcpu", state: VcpuState) -> list[int]:
         """Put `vcpu` into `state`. Returns the MSRs that KVM refused. Raises HostError."""
         loadable = _Loadable(state, self._parts)
-        return self._load(vcpu, loadable, loadable.msrs)
+        _count_as(vcpu, loadable)
+        return self._load(vcpu, loadable)
 
-    def _forget(self, vcpu: "KvmVcpu") -> None:
+    def _load(self, vcpu: "KvmVcpu", state: _Loadable) -> list[int]:
         if (last := self._last.pop(vcpu.index, None)) is not None:
             last.close()
-
-    def _load(self, vcpu: "KvmVcpu", state: _Loadable, wanted: msrs.Wanted) -> list[int]:
-        self._forget(vcpu)
         vcpu.set_all(state.first)
         vcpu.set_cr8(state.cr8)
-        _count_as(vcpu, state)
         # Not each KVM lets every MSR be written, even with what is in it.
-        refused = vcpu.set_msrs(wanted.unlike(vcpu.fd))
+        refused = vcpu.set_msrs(state.msrs.twin().unlike(vcpu.fd))
         vcpu.set_all(state.last)
         return refused
 
 
 def _count_as(vcpu: "KvmVcpu", state: _Loadable) -> None:
+    """Its TSC is as fast as that was, before anything else: other clocks may go by it."""
     if state.tsc_khz and vcpu.tsc_khz() != state.tsc_khz:
         vcpu.set_tsc_khz(state.tsc_khz)
 

@@ -118,6 +118,7 @@ class KvmVcpu(VcpuRegisters):
     # Running.
 
     def attach_thread(self) -> None:
+        self.new = False  # it is to run
         self._kick_target.attach()
 
     def detach_thread(self) -> None:
@@ -372,7 +373,11 @@ class KvmVcpu(VcpuRegisters):
         self._u8[_IMMEDIATE_EXIT] = 1
 
     def _set_signal_mask(self, blocked: int) -> None:
-        self.set("signal mask", KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, blocked))
+        # Which has nothing to do with registers: those that KVM_RUN is to take wait on.
+        try:
+            ioctl(self.fd, KVM_SET_SIGNAL_MASK, _SIGNAL_MASK.pack(8, blocked))
+        except OSError as error:
+            raise self._refusal("signal mask", error) from error
 
     # Its state.
 

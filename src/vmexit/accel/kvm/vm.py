@@ -249,6 +249,7 @@ class KvmVm:
             vcpu.on_ring_full = self._rings.make_room
         vcpu.begin(self._system.new_vcpu(vcpu), lapic=self._irqchip is not None)
         vcpu.set_cpuid(self._cpuid(index))
+        vcpu.new = True
         if self._model.left_out:
             self._check_left_out(vcpu)
         return vcpu
