@@ -53,7 +53,7 @@ def run(*command: str | Path) -> str:
 
 def _compile(name: str, output: Path, *options: str) -> Path:
     source = FOLDER / f"{name}.c"
-    newest = max(path.stat().st_mtime for path in (source, FOLDER / "vm.h"))
+    newest = max(path.stat().st_mtime for path in (source, *FOLDER.glob("*.h")))
     if output.exists() and output.stat().st_mtime > newest:
         return output
     compiler = shutil.which("cc")

@@ -62,13 +62,12 @@ static inline const struct kvm_cpuid2 *supported_cpuid(int kvm)
 	return known;
 }
 
-static inline void vm_open(struct vm *vm, size_t size)
+/* A machine with what is in `memory_fd`, which it closes; `sharing` is MAP_SHARED or MAP_PRIVATE. */
+static inline void vm_open_with(struct vm *vm, size_t size, int memory_fd, int sharing)
 {
 	vm->size = size;
-	vm->memory_fd = memfd_create("bench-ram", MFD_CLOEXEC);
-	if (vm->memory_fd < 0 || ftruncate(vm->memory_fd, size) < 0)
-		fail("memfd");
-	vm->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vm->memory_fd, 0);
+	vm->memory_fd = memory_fd;
+	vm->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, sharing, memory_fd, 0);
 	if (vm->memory == MAP_FAILED)
 		fail("mmap of the memory");
 	vm->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -95,6 +94,14 @@ static inline void vm_open(struct vm *vm, size_t size)
 	if (vm->run == MAP_FAILED)
 		fail("mmap of kvm_run");
 	CALL(vm->vcpu, KVM_SET_CPUID2, supported_cpuid(vm->kvm));
+}
+
+static inline void vm_open(struct vm *vm, size_t size)
+{
+	int memory_fd = memfd_create("bench-ram", MFD_CLOEXEC);
+	if (memory_fd < 0 || ftruncate(memory_fd, size) < 0)
+		fail("memfd");
+	vm_open_with(vm, size, memory_fd, MAP_SHARED);
 }
 
 static inline void vm_close(struct vm *vm)
