@@ -7,6 +7,7 @@ from contextvars import ContextVar
 
 import pytest
 
+from vmexit.core import threads
 from vmexit.core.threads import Worker, Workers
 
 
@@ -113,6 +114,39 @@ def test_one_that_comes_back_too_late_ends():
 def test_one_that_never_began_is_not_kept(workers):
     workers.give(Worker())
     assert workers.take().thread.ident is None
+
+
+def test_many_take_and_give_at_once(workers):
+    taken: list[threading.Thread] = []
+    twice = threading.Event()
+
+    def user() -> None:
+        for _ in range(200):
+            worker = workers.take()
+            if worker.thread in taken:
+                twice.set()
+            taken.append(worker.thread)
+            where(worker)
+            taken.remove(worker.thread)
+            workers.give(worker)
+
+    users = [threading.Thread(target=user) for _ in range(4)]
+    for thread in users:
+        thread.start()
+    for thread in users:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not twice.is_set()
+    assert 1 <= len(idle()) <= 4
+
+
+def test_only_so_many_wait(workers):
+    many = [workers.take() for _ in range(threads._MOST_IDLE + 2)]
+    for worker in many:
+        where(worker)
+    for worker in many:
+        workers.give(worker)
+    assert len(idle()) == threads._MOST_IDLE
 
 
 def change_priority(thread: int) -> None:

@@ -9,6 +9,7 @@ from contextvars import Context
 from queue import SimpleQueue
 
 _IDLE = "vmexit-idle"
+_MOST_IDLE = 32
 
 # What a thread does to itself must not be blocked: its faults, and writing to a closed pipe.
 _NEVER_BLOCKED = {
@@ -100,7 +101,10 @@ class Worker:
 
 
 class Workers:
-    """Threads to be had again: to wake one up takes less than half as long as to start one."""
+    """Threads to be had again: to wake one up takes less than half as long as to start one.
+
+    Any thread may use it.
+    """
 
     def __init__(self, *, keep: bool) -> None:
         self.keep = keep
@@ -109,18 +113,15 @@ class Workers:
 
     def take(self) -> Worker:
         """One that is as if the caller started it."""
-        while self._idle:
-            worker = self._idle.pop()
-            thread = worker.thread
-            # After a fork there is none of them.
-            if thread.is_alive() and _scheduling(thread.native_id or 0) == _scheduling(0):
+        while (worker := self._pop()) is not None:
+            if _as_if_started_here(worker.thread):
                 return worker
             worker.end()
         return Worker()
 
     def give(self, worker: Worker) -> None:
         """It has nothing to do any more, or is to end once it has not."""
-        if self.keep and worker.thread.is_alive():
+        if self.keep and len(self._idle) < _MOST_IDLE:
             worker.thread.name = _IDLE
             self._idle.append(worker)
         else:
@@ -131,8 +132,23 @@ class Workers:
     def close(self) -> None:
         """End those that nobody has; others end when they are given back."""
         self.keep = False
-        while self._idle:
-            self._idle.pop().end()
+        while (worker := self._pop()) is not None:
+            worker.end()
+
+    def _pop(self) -> Worker | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+
+def _as_if_started_here(thread: threading.Thread) -> bool:
+    if not thread.is_alive():  # after a fork there is none of them
+        return False
+    try:
+        return _scheduling(thread.native_id or 0) == _scheduling(0)
+    except OSError:  # where one may not ask
+        return False
 
 
 def _scheduling(thread: int) -> tuple[set[int], int, int]:
