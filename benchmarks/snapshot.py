@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import sizeof
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -146,47 +147,73 @@ def _run(vm: Machine) -> None:
     assert stop.reason is StopReason.STOPPED, stop
 
 
-def _reset(pages: int, rounds: int, block: int) -> Iterator[Row]:
-    c = program("kvm_reset")
-    times: list[float] = []
-    within = False
+class _Looping:
+    """A machine whose guest writes to so many pages and goes back, again and again."""
 
-    def at_end(vm: Machine) -> None:
-        times.append(time.perf_counter())
-        if within:
-            vm.reset_to(snapshot)
-        if not within or len(times) > block:
+    def __init__(self, pages: int, memory: int = MEMORY, ring: int = 0) -> None:
+        self.vm = _machine(pages, end=self._at_end, memory=memory, ring=ring)
+        self._snapshot: Snapshot | None = None
+        self._times: list[float] = []
+        self._rounds = 0  # to go on within the run
+
+    def begin(self) -> None:
+        """To where each round begins."""
+        _run(self.vm)
+        self._snapshot = self.vm.snapshot()
+
+    def _at_end(self, vm: Machine) -> None:
+        self._times.append(time.perf_counter())
+        if self._rounds:
+            self._go_back()
+        if len(self._times) > self._rounds:
             vm.stop()
 
-    with _machine(pages, end=at_end) as vm, _kept(vm) as state:
-        _run(vm)
-        with vm.snapshot() as snapshot:
+    def _go_back(self) -> None:
+        assert self._snapshot is not None
+        self.vm.reset_to(self._snapshot)
 
-            def in_callback() -> float:
-                nonlocal within
-                times.clear()
-                within = True
-                _run(vm)
-                return spread([(b - a) * 1e6 for a, b in pairwise(times)]).median
+    def in_callback(self, rounds: int) -> float:
+        """The microseconds of one, all within one run."""
+        self._times.clear()
+        self._rounds = rounds
+        _run(self.vm)
+        return spread([(b - a) * 1e6 for a, b in pairwise(self._times)]).median
 
-            def by_run() -> float:
-                nonlocal within
-                within = False
-                took = []
-                for _ in range(block):
-                    begin = time.perf_counter()
-                    _run(vm)
-                    vm.reset_to(snapshot)
-                    took.append((time.perf_counter() - begin) * 1e6)
-                return spread(took).median
+    def by_run(self, rounds: int) -> float:
+        """The same with a run for each."""
+        self._rounds = 0
+        took = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            _run(self.vm)
+            self._go_back()
+            took.append((time.perf_counter() - begin) * 1e6)
+        return spread(took).median
 
-            def in_c() -> float:
-                lines = run(c, state, str(block)).splitlines()
-                return spread([int(line.split()[0]) / 1e3 for line in lines]).median
+    def __enter__(self) -> "_Looping":
+        return self
 
-            for _ in range(3):  # from then on the pages are known, and there
-                by_run()
-            ours, theirs, runs = interleave(rounds, (in_callback, in_c, by_run))
+    def __exit__(self, *exc: object) -> None:
+        if self._snapshot is not None:
+            self._snapshot.close()
+        self.vm.close()
+
+
+def _reset(pages: int, rounds: int, block: int) -> Iterator[Row]:
+    c = program("kvm_reset")
+    with _Looping(pages) as looping, _kept(looping.vm) as state:
+        looping.begin()
+
+        def in_c() -> float:
+            lines = run(c, state, str(block)).splitlines()
+            return spread([int(line.split()[0]) / 1e3 for line in lines]).median
+
+        for _ in range(3):  # from then on the pages are known, and there
+            looping.by_run(block)
+        ours, theirs, runs = interleave(
+            rounds,
+            (partial(looping.in_callback, block), in_c, partial(looping.by_run, block)),
+        )
     speed = ratios(theirs, ours)
     yield Row(
         f"reset {pages} pages",
@@ -212,33 +239,16 @@ def _reset(pages: int, rounds: int, block: int) -> Iterator[Row]:
 def _rings(rounds: int, block: int) -> Iterator[Row]:
     """KVM's dirty rings against its dirty log, in much memory."""
 
-    class Again:
-        """A machine that goes back in its callback, so many times in a run."""
-
-        def __init__(self, ring: int) -> None:
-            self._times: list[float] = []
-            self.snapshot: Snapshot | None = None
-            self.vm = _machine(FEW_PAGES, end=self._at_end, memory=MUCH_MEMORY, ring=ring)
-            _run(self.vm)
-            self.snapshot = self.vm.snapshot()
-
-        def _at_end(self, vm: Machine) -> None:
-            self._times.append(time.perf_counter())
-            assert self.snapshot is not None
-            vm.reset_to(self.snapshot)
-            if len(self._times) > block:
-                vm.stop()
-
-        def run(self) -> float:
-            self._times.clear()
-            _run(self.vm)
-            return spread([(b - a) * 1e6 for a, b in pairwise(self._times)]).median
-
-    rings, log = Again(RING), Again(0)
-    with rings.vm, log.vm:
+    with (
+        _Looping(FEW_PAGES, MUCH_MEMORY, RING) as rings,
+        _Looping(FEW_PAGES, MUCH_MEMORY) as log,
+    ):
         for one in (rings, log):
-            one.run()
-        by_rings, by_log = interleave(rounds, (rings.run, log.run))
+            one.begin()
+            one.in_callback(block)
+        by_rings, by_log = interleave(
+            rounds, (partial(rings.in_callback, block), partial(log.in_callback, block))
+        )
     speed = ratios(by_log, by_rings)
     yield Row(
         "reset by rings",
