@@ -105,8 +105,8 @@ def _clone(name: str, rounds: int, block: int) -> Iterator[Row]:
     yield Row(
         f"clone {name}",
         f"snapshot.clone() to the first exit of its guest on KVM, {MEMORY >> 20} MiB, without "
-        f"interrupt controllers; against the same in C, one thread; {len(os.sched_getaffinity(0))} "
-        "processors; taking it apart is not counted",
+        "interrupt controllers; against C that loads all state, in one thread; on "
+        f"{len(os.sched_getaffinity(0))} processors; taking it apart is not counted",
         rounds * block,
         times.text(" ms"),
         spread(theirs).text(" ms"),

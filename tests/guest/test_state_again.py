@@ -407,13 +407,53 @@ def test_a_fork_puts_nothing_in_their_place(twice):
     assert vcpu.registers()["rax"] == 5
 
 
+def test_a_fork_loads_nothing_into_a_new_one():
+    """Though there may be nothing to ask KVM for, who would refuse it."""
+    with new_vcpu("bare") as vcpu:
+        plain = changed(vcpu)
+        vcpu.restore(plain)
+    for _ in range(2):  # the first finds out what a new one has
+        with new_vcpu("bare") as vcpu:
+            child = os.fork()
+            if not child:
+                try:
+                    vcpu.restore(plain)
+                except HostError as error:
+                    os._exit(7 if "make one after the fork" in str(error) else 8)
+                os._exit(9)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            assert vcpu.kvm_run().kvm_dirty_regs == 0
+            vcpu.restore(plain)
+            assert vcpu.registers()["rax"] == RAX
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_error_of_a_state_that_is_refused_keeps_nothing_open(known, monkeypatch):
+    """Neither of one that KVM sees for the first time, nor of one that is for a new vCPU."""
+    with new_vcpu("bare") as vcpu:
+        plain = changed(vcpu)
+        if known:
+            vcpu.restore(plain)
+    before, kept = resources(), []
+    for _ in range(3):
+        with new_vcpu("bare") as vcpu:
+            monkeypatch.setattr(vcpu, "set_all", fails)
+            monkeypatch.setattr(vcpu, "set_beside", fails)
+            with pytest.raises(HostError, match="it has failed") as caught:
+                vcpu.restore(plain)
+            kept.append(caught.value)
+            monkeypatch.undo()
+    assert resources() == before
+    assert len(kept) == 3
+
+
+def fails(_):
+    raise HostError("it has failed")
+
+
 @pytest.mark.parametrize("what", ["a vCPU", "memory"])
 def test_an_error_that_is_kept_keeps_nothing_open(what, monkeypatch):
     """Its frames hold what was going on: by that the vCPU's pages, or guest memory."""
-
-    def fails(_):
-        raise HostError("it has failed")
-
     before = resources()
     with Machine("4M", "kvm") as vm:
         vm.load_bytes(WRITER)

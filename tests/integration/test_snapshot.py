@@ -100,6 +100,24 @@ def test_clones_outlive_the_snapshot_and_the_machine(accel):
         assert finish(clone) == 1000
 
 
+def test_a_signal_while_it_is_closed_keeps_no_memory(accel, monkeypatch):
+    """To end threads takes a moment, in which Ctrl-C may come; `nothing_left` looks for memory."""
+    with stopped_at(accel, 5) as vm:
+        snapshot = vm.snapshot()
+        with snapshot.clone() as clone:
+            clone.run(timeout=20)
+        monkeypatch.setattr(snapshot.workers, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            snapshot.close()
+        monkeypatch.undo()
+        assert snapshot._contents.memory.fd < 0
+        snapshot.workers.close()
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
 def test_going_back_again_and_again(accel):
     with stopped_at(accel, 100) as vm, vm.snapshot() as snap:
         before = vm.vcpus[0].regs.as_dict(), vm.memory.read(0, 2 << 20)

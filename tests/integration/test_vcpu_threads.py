@@ -1,5 +1,6 @@
 """The threads of vCPUs begin with the first run, or do not begin at all."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def test_a_clone_has_the_threads_of_one_that_was_closed(accel):
         third, threads_of_third = run_clone(snapshot)
         for clone in (second, third):
             clone.close()
-    assert set(threads_of_third) == set(threads_of_first)
+    # On KVM one of them may still be taking the first one apart.
+    new = set(threads_of_third) - set(threads_of_first)
+    assert len(new) <= (1 if accel == "kvm" else 0)
     assert not set(threads_of_second) & set(threads_of_first)
 
 
@@ -113,3 +116,15 @@ def test_a_thread_that_cannot_begin_in_a_clone_leaves_the_others_to_the_next(acc
         clone.reset_to(snapshot)
         monkeypatch.undo()
         assert clone.run(timeout=60).reason is StopReason.DEBUG_EXIT
+
+
+def test_a_clone_is_taken_apart_while_the_next_one_is_made(accel):
+    """KVM takes some milliseconds for its interrupt controllers; nobody waits, nothing is left."""
+    with machine(accel, 3) as vm, vm.snapshot() as snapshot:
+        before = len(os.listdir("/proc/self/fd"))
+        most = 0
+        for _ in range(40):
+            clone, _ = run_clone(snapshot)
+            clone.close()
+            most = max(most, len(os.listdir("/proc/self/fd")) - before)
+    assert most <= threads._MOST_IDLE

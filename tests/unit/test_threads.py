@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from contextvars import ContextVar
 
 import pytest
@@ -47,6 +49,22 @@ def test_things_are_done_in_order_in_one_thread_without_signals():
     assert all({signal.SIGINT, signal.SIGTERM, signal.SIGRTMIN} <= mask for _, _, mask in seen)
     assert not worker.thread.is_alive()
     worker.end()
+
+
+def test_a_handler_that_raises_just_as_signals_are_blocked_leaves_none_blocked(monkeypatch):
+    set_mask = threads.set_mask
+
+    def and_raise(how, signals):
+        before = set_mask(how, signals)
+        if signals is threads._BLOCKED:
+            raise KeyboardInterrupt
+        return before
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    monkeypatch.setattr(threads, "set_mask", and_raise)
+    with pytest.raises(KeyboardInterrupt):
+        Worker().do(lambda: None, "never")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_one_that_never_began_can_be_waited_for_and_ended():
@@ -149,6 +167,75 @@ def test_only_so_many_wait(workers):
     assert len(idle()) == threads._MOST_IDLE
 
 
+def test_later_is_in_a_thread_that_waits(workers):
+    worker = workers.take()
+    thread = where(worker)
+    workers.give(worker)
+    found, go_on = [], threading.Event()
+
+    def job() -> None:
+        assert go_on.wait(20)
+        found.append(threading.current_thread())
+
+    workers.later(job)
+    other = workers.take()  # the one that is busy is not to be had
+    assert where(other) is not thread
+    go_on.set()
+    workers.give(other)
+    workers.close()
+    assert found == [thread]
+    assert not thread.is_alive()
+
+
+def test_later_without_a_thread_that_waits_is_now(workers):
+    found = []
+    workers.later(lambda: found.append(threading.current_thread()))
+    assert found == [threading.current_thread()]
+
+
+def test_who_did_something_later_is_had_again(workers):
+    worker = workers.take()
+    thread = where(worker)
+    workers.give(worker)
+    for _ in range(100):
+        done = threading.Event()
+        workers.later(done.set)
+        assert done.wait(20)
+        while not idle():  # it has called us, and is about to wait
+            time.sleep(0)
+    assert workers._busy == []
+    again = workers.take()
+    assert where(again) is thread
+    workers.give(again)
+
+
+def test_closing_waits_for_what_is_done_later(workers):
+    for worker in [workers.take() for _ in range(3)]:
+        where(worker)
+        workers.give(worker)
+    done = []
+    for number in range(9):
+        workers.later(lambda number=number: time.sleep(0.02) or done.append(number))
+    workers.close()
+    assert sorted(done) == list(range(9))
+    assert not [t for t in threading.enumerate() if t.name.startswith("vmexit-")]
+
+
+def test_a_fork_does_later_now(workers):
+    worker = workers.take()
+    where(worker)
+    workers.give(worker)
+    child = os.fork()
+    if not child:
+        try:
+            done = []
+            workers.later(lambda: done.append(1))
+            os._exit(0 if done else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def change_priority(thread: int) -> None:
     os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 1)
 
@@ -164,7 +251,26 @@ def change_policy(thread: int) -> None:
     os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
 
 
-@pytest.mark.parametrize("change", [change_priority, change_processors, change_policy])
+def change_real_time_priority(thread: int) -> None:
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # ours, which it has then
+    except PermissionError:
+        pytest.skip("this user may not run in real time")
+    os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(2))
+
+
+@pytest.fixture
+def scheduling():
+    """Has this thread as it was, whatever a test does to it."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    yield
+    os.sched_setscheduler(0, policy, parameters)
+
+
+@pytest.mark.usefixtures("scheduling")
+@pytest.mark.parametrize(
+    "change", [change_priority, change_processors, change_policy, change_real_time_priority]
+)
 def test_one_that_somebody_has_changed_is_not_had_again(workers, change):
     worker = workers.take()
     thread = where(worker)
@@ -185,6 +291,40 @@ def test_the_next_one_sees_no_context_of_the_last(workers):
     worker.wait()
     workers.give(worker)
     assert seen == ["as it was"]
+
+
+def test_the_next_one_has_the_signals_blocked_that_the_last_one_opened(workers):
+    seen = []
+    worker = workers.take()
+    worker.do(lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1}), "first")
+    worker.do(lambda: seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, ())), "second")
+    worker.wait()
+    workers.give(worker)
+    assert signal.SIGUSR1 in seen[0]
+
+
+@pytest.mark.parametrize("what", ["trace", "profile"])
+def test_the_next_one_is_traced_as_a_new_one_would_be(workers, what):
+    """As coverage and debuggers ask for it; and not as the last one has set it."""
+    get, set_here = getattr(sys, f"get{what}"), getattr(sys, f"set{what}")
+    for_all, asked = getattr(threading, f"set{what}"), getattr(threading, f"get{what}")()
+
+    def nothing(frame, event, argument):
+        return None
+
+    seen = []
+    worker = workers.take()
+    worker.do(lambda: set_here(nothing), "first")
+    worker.do(lambda: seen.append(get()), "second")
+    worker.wait()
+    for_all(nothing)
+    try:
+        worker.do(lambda: seen.append(get()), "third")
+        worker.wait()
+    finally:
+        for_all(asked)
+    workers.give(worker)
+    assert seen == [asked, nothing]
 
 
 def test_a_fork_has_none_of_them_and_gets_its_own(workers):

@@ -7,14 +7,14 @@ from typing import Generic, TypeVar
 from vmexit.core.bus import State
 
 _Found = TypeVar("_Found")
-_FEW = 8
 
 
 class Known(Generic[_Found]):
     """By the state itself, which nobody changes; any thread may use it."""
 
-    def __init__(self) -> None:
-        self._last: deque[tuple[State, Hashable, _Found]] = deque(maxlen=_FEW)
+    def __init__(self, most: int) -> None:
+        """So many are kept at most."""
+        self._last: deque[tuple[State, Hashable, _Found]] = deque(maxlen=most)
 
     def find(self, state: State, kind: Hashable = None) -> _Found | None:
         """What was found out about `state` for such a `kind` of machine, if that is still known."""
@@ -25,4 +25,4 @@ class Known(Generic[_Found]):
 
     def add(self, state: State, found: _Found, kind: Hashable = None) -> None:
         """Keep `found`, and `state` with it, until a few others have come."""
-        self._last.append((state, kind, found))
+        self._last.appendleft((state, kind, found))

@@ -3,12 +3,14 @@
 import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from queue import SimpleQueue
 
-_IDLE = "vmexit-idle"
+_IDLE, _LATER = "vmexit-idle", "vmexit-later"
 _MOST_IDLE = 32
 
 # What a thread does to itself must not be blocked: its faults, and writing to a closed pipe.
@@ -46,8 +48,9 @@ def start_without_signals(thread: threading.Thread) -> None:
     Such a signal would interrupt nobody: the handler is called in the main thread, which waits.
     Raises RuntimeError, and what the handler of a signal raises that came meanwhile.
     """
-    before = set_mask(signal.SIG_BLOCK, _BLOCKED)  # which the thread inherits
+    before = set_mask(signal.SIG_BLOCK, SignalSet())  # first: a handler may raise as it is blocked
     try:
+        set_mask(signal.SIG_BLOCK, _BLOCKED)  # which the thread inherits
         thread.start()
     finally:
         set_mask(signal.SIG_SETMASK, before)
@@ -57,13 +60,17 @@ _Jobs = SimpleQueue[Callable[[], None] | None]
 
 
 def _work(jobs: _Jobs) -> None:
+    """What can be asked for is done as in a thread that begins only now."""
     while (job := jobs.get()) is not None:
+        sys.settrace(threading.gettrace())
+        sys.setprofile(threading.getprofile())
         Context().run(job)
         del job  # it holds what its caller may drop
+        set_mask(signal.SIG_BLOCK, _BLOCKED)
 
 
 class Worker:
-    """A thread that does one thing after another, without signals; nobody's does nothing more."""
+    """A thread that does one thing after another, without signals. It ends if nobody holds this."""
 
     def __init__(self) -> None:
         """It begins with the first thing that it is to do."""
@@ -82,7 +89,7 @@ class Worker:
             start_without_signals(self.thread)
 
     def wait(self) -> None:
-        """Wait until it has nothing to do."""
+        """Wait until it has nothing to do, or has ended."""
         done = threading.Lock()
         done.acquire()
         self._jobs.put(done.release)
@@ -110,9 +117,10 @@ class Workers:
         self.keep = keep
         """Whether there is a use for one that is given back; if not, it ends."""
         self._idle: list[Worker] = []
+        self._busy: list[Worker] = []  # with what is done later
 
     def take(self) -> Worker:
-        """One that is as if the caller started it."""
+        """One that runs where, and as, it would if the caller had started it."""
         while (worker := self._pop()) is not None:
             if _as_if_started_here(worker.thread):
                 return worker
@@ -129,32 +137,57 @@ class Workers:
         if not self.keep:  # any more
             self.close()
 
+    def later(self, job: Callable[[], None]) -> None:
+        """Have one that waits call `job`, which raises nothing; without one it is done at once."""
+        worker = self._pop()
+        if worker is None:
+            job()
+            return
+
+        def work() -> None:
+            job()
+            # In this order: close() ends what is busy, and nobody may have that by then.
+            self._busy.remove(worker)
+            if self.keep and len(self._idle) < _MOST_IDLE:
+                worker.thread.name = _IDLE
+                self._idle.append(worker)
+                if not self.keep:  # any more, and nobody's ends
+                    with suppress(ValueError):
+                        self._idle.remove(worker)
+
+        self._busy.append(worker)
+        worker.do(work, _LATER)
+
     def close(self) -> None:
-        """End those that nobody has; others end when they are given back."""
+        """End those that nobody has, once all is done; others end when they are given back."""
         self.keep = False
-        while (worker := self._pop()) is not None:
+        for worker in self._busy.copy():
             worker.end()
+        while (idle := self._pop()) is not None:
+            idle.end()
 
     def _pop(self) -> Worker | None:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
+        while True:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                return None
+            if worker.thread.is_alive():  # after a fork none of them is
+                return worker
 
 
 def _as_if_started_here(thread: threading.Thread) -> bool:
-    if not thread.is_alive():  # after a fork there is none of them
-        return False
     try:
         return _scheduling(thread.native_id or 0) == _scheduling(0)
     except OSError:  # where one may not ask
         return False
 
 
-def _scheduling(thread: int) -> tuple[set[int], int, int]:
+def _scheduling(thread: int) -> tuple[set[int], int, int, int]:
     """What a new thread has from the one that starts it, and may be changed: where it runs, how."""
     return (
         os.sched_getaffinity(thread),
         os.sched_getscheduler(thread),
+        os.sched_getparam(thread).sched_priority,
         os.getpriority(os.PRIO_PROCESS, thread),
     )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Accelerator, Notifier, Vcpu, Vm
@@ -24,6 +25,7 @@ from vmexit.core.errors import ConfigError, HostError, ImageError, shown
 from vmexit.core.loop import EventLoop
 from vmexit.core.memory import GuestMemory
 from vmexit.core.memory_image import MemoryImage
+from vmexit.core.threads import Workers
 from vmexit.core.trace import ExitObserver
 from vmexit.machine.balloon import MemoryBalloon
 from vmexit.machine.board import Board, StatefulIrqChip, Tell
@@ -116,6 +118,7 @@ class _Wanted(NamedTuple):
     pio: Bus
     mmio: Bus
     loop: EventLoop
+    workers: Workers
     observer: ExitObserver | None
 
 
@@ -135,7 +138,10 @@ def _create_kvm(wanted: _Wanted) -> _Engine:
             wanted.memory, wanted.pio, wanted.mmio, config.smp, config.cpu_model
         )
         stack.callback(vm.close)
-        chip = vm.create_irqchip() if config.machine == "microvm" else None
+        chip = None
+        if config.machine == "microvm":
+            chip = vm.create_irqchip()
+            vm.close_fd = lambda fd: wanted.workers.later(partial(os.close, fd))
         if config.dirty_ring:
             vm.use_dirty_rings(config.dirty_ring)
         vcpus: list[Vcpu] = [vm.create_vcpu(i, wanted.observer) for i in range(config.smp)]
@@ -192,12 +198,14 @@ def build(
     request: StopRequest,
     observer: ExitObserver | None,
     tell: Tell,
+    workers: Workers,
     restored: Restored | None = None,
 ) -> Parts:
     """Make all parts of a machine, its first vCPU where the guest begins.
 
-    `tell` is for events of devices. With `restored`, the state of that machine is still to be put
-    into it; only what is not in memory is read from files.
+    `tell` is for events of devices; those of `workers` that wait do what can be done later. With
+    `restored`, the state of that machine is still to be put into it; only what is not in memory is
+    read from files.
 
     Raises ConfigError, ImageError or HostError; nothing is left open then.
     """
@@ -216,7 +224,7 @@ def build(
         pio, mmio = Bus("port"), Bus("MMIO")
         loop = EventLoop(request.fail)
         stack.callback(loop.close)
-        engine, why = _create(_Wanted(config, memory, pio, mmio, loop, observer))
+        engine, why = _create(_Wanted(config, memory, pio, mmio, loop, workers, observer))
         stack.callback(engine.close)
         board = Board(config, pio, mmio, request, loop, stack.callback, tell)
         board.attach_common(engine.chip)

@@ -197,8 +197,9 @@ class Machine(Inspection):
         self._loaded = any(x is not None for x in (config.image, config.firmware, config.kernel))
         self._request = StopRequest()
         subscribers = Subscribers(self._request.fail)
+        workers = workers or Workers(keep=False)
         self._parts = parts = builder.build(
-            config, self._request, observer, subscribers.tell, restored
+            config, self._request, observer, subscribers.tell, workers, restored
         )
         self._runner = Runner(parts.vm.executors, self._request, parts.running, workers)
         self._debug = DebuggedRunner(self._runner, parts.vm, parts.vcpus, parts.linked)

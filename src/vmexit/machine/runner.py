@@ -199,12 +199,15 @@ class _VcpuThread:
         self._detour = function
         self._executor.kick()
 
-    def end(self, workers: Workers) -> None:
-        """It gives its thread back; it does not run its vCPU, or is just stopping that."""
+    def stand(self) -> None:
+        """It begins no run any more; it is in none, or is just stopping that."""
         with suppress(Empty):
-            self._orders.get_nowait()  # if it begins only now, it has nothing to do
+            self._orders.get_nowait()
             self._done = self._ordered
         self._orders.put(0)
+
+    def end(self, workers: Workers) -> None:
+        """It gives its thread back, behind `stand()`."""
         if self._worker is not None and workers.keep:
             self._worker.wait()  # if a signal's handler ends that, it is still ours
         worker, self._worker = self._worker, None
@@ -254,14 +257,14 @@ class Runner:
         self,
         executors: Sequence[Executor],
         request: StopRequest,
-        running: Callable[[bool], None] = lambda runs: None,
-        workers: Workers | None = None,
+        running: Callable[[bool], None],
+        workers: Workers,
     ) -> None:
         """`running` is called when a run begins, and when it has ended.
 
-        The threads are some of `workers`, or its own.
+        The threads are some of `workers`.
         """
-        self._workers = Workers(keep=False) if workers is None else workers
+        self._workers = workers
         self._executors = executors
         self._running = running
         self._request = request
@@ -391,14 +394,19 @@ class Runner:
             self._begun = True
         except BaseException as error:  # a signal's handler may raise anything
             self._request(Stop(StopReason.STOPPED))  # for those that run already
-            for thread in self._threads:
-                thread.end(self._workers)
-            self._threads.clear()
+            self._end()
             if isinstance(error, RuntimeError):
                 raise HostError(
                     f"cannot start a thread for a vCPU: {error}; free memory"
                 ) from error
             raise
+
+    def _end(self) -> None:
+        for thread in self._threads:  # first: one more exception may end the waiting
+            thread.stand()
+        for thread in self._threads:
+            thread.end(self._workers)
+        self._threads.clear()
 
     def _wait(self, timeout: float | None, count: int) -> Stop:
         reports: list[_Report] = []
@@ -476,9 +484,7 @@ class Runner:
         try:
             self._settle()
             self._request.end()
-            for thread in self._threads:
-                thread.end(self._workers)
-            self._threads.clear()
+            self._end()
             self._closed = True
         finally:
             self._busy.release()

@@ -210,10 +210,10 @@ class Snapshot:
         """Free what it holds."""
         if not self._closed:
             self._closed = True
-            self.workers.close()
             self._contents.memory.close()
             for disk in self._contents.disks.values():
                 disk.close()
+            self.workers.close()  # last: a signal's handler may end the waiting
 
     def __enter__(self) -> "Snapshot":
         return self

@@ -83,8 +83,8 @@ class Request(NamedTuple):
     data: bytearray
 
 
-class NewVcpu(NamedTuple):
-    """What each vCPU of this KVM has when it is new."""
+class PowerOn(NamedTuple):
+    """What each vCPU of this KVM has when KVM has just made it."""
 
     without_lapic: bytes
     """Its `struct kvm_sregs`, with an APIC base that says that there is no LAPIC."""
@@ -101,7 +101,8 @@ class VcpuRegisters:
         self.cpuid = b""
         """What `set_cpuid()` was given last."""
         self.new = False
-        """Whether it is as `begin()` and `set_cpuid()` have left it: nothing was loaded or run."""
+        """Whether nothing was loaded or run since `KvmVm.create_vcpu()`."""
+        self._process = os.getpid()
         self._tsc_khz: int | None = None
         self._pages = mmap.mmap(fd, run_size)
         self._u8 = memoryview(self._pages)
@@ -117,18 +118,26 @@ class VcpuRegisters:
         """KVM_GET_CPUID2: fill in `buffer`, a `struct kvm_cpuid2` with room for its entries."""
         self.get("CPUID", KVM_GET_CPUID2, buffer)
 
-    def as_new(self) -> NewVcpu:
-        """What it has, if nothing was done to it yet."""
+    def power_on(self) -> PowerOn:
+        """What it has, and so each one, if nothing was done to it yet. Raises HostError."""
         buffer = self._sregs()
         _APIC_BASE_FORMAT.pack_into(buffer, kvm_sregs.apic_base.offset, 0)
-        return NewVcpu(bytes(buffer), self.tsc_khz())
+        return PowerOn(bytes(buffer), self.tsc_khz())
 
-    def begin(self, new: NewVcpu, *, lapic: bool) -> None:
-        """It is a new one, and `lapic` whether the kernel has local APICs. Raises HostError."""
-        self._tsc_khz = new.tsc_khz
-        # There is none but in the kernel, and KVM shows one as long as the APIC base says so.
+    def begin(self, has: PowerOn, *, lapic: bool) -> None:
+        """It was just made, and `has` that. Raises HostError.
+
+        Without `lapic`, that the kernel has local APICs, there is none; KVM shows one to the guest
+        as long as the APIC base says so.
+        """
+        self._tsc_khz = has.tsc_khz
         if not lapic:
-            self.set("APIC base", KVM_SET_SREGS, new.without_lapic)
+            self.set("APIC base", KVM_SET_SREGS, has.without_lapic)
+
+    def require_own(self) -> None:
+        """Raises HostError in a fork: KVM does nothing there."""
+        if os.getpid() != self._process:
+            raise self._refusal("state", OSError(errno.EIO, os.strerror(errno.EIO)))
 
     def registers(self) -> Registers:
         buffer = bytearray(sizeof(kvm_regs))

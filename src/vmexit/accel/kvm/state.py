@@ -90,7 +90,7 @@ _VERSION = 2
 _MOST_CPUID = 1 << 16  # bytes
 _MOST_MSRS = 2048
 _MOST_KHZ = (1 << 31) - 1
-_MOST_NEW = 64  # states of new vCPUs that are kept
+_MOST_KNOWN, _MOST_NEW = 64, 64  # states of vCPUs that are kept, and of new ones
 
 
 class _Parts(NamedTuple):
@@ -150,7 +150,9 @@ class VcpuState(NamedTuple):
 _SYNCED = "regs", "sregs", "events"
 
 
-# What nobody but the vCPU itself changes, its MSRs too: a new one has it as each new one has.
+# What nobody but the vCPU itself changes: a new one has it as each new one has. That is so of its
+# MSRs, too, but for some of Hyper-V's and KVM's that belong to the VM: vCPUs are loaded in their
+# order, so one that is new finds these as the vCPUs before it have left them.
 _ITS_OWN = "xcrs", "xsave", "debugregs"
 
 
@@ -204,7 +206,7 @@ class _Loadable:
 
 
 class _Again:
-    """A vCPU that was put into a state, and is to go there again, while it does not run.
+    """A vCPU that is to be in a state which KVM has taken, again and again; it does not run then.
 
     The registers go with KVM_RUN: most often nobody looks before it runs.
     """
@@ -223,8 +225,9 @@ class _Again:
         loadable = self._loadable
         self._vcpu.enter_with(steps, loadable.registers, loadable.which, loadable.cr8)
 
-    def begin(self, new: VcpuState) -> None:
-        """Put it there from where it is, as `new`. Raises ConfigError, HostError."""
+    def load_into_new(self, new: VcpuState) -> None:
+        """Put it there for the first time: it is as `new`. Raises ConfigError, HostError."""
+        self._vcpu.require_own()  # a fork has the page with the registers, and KVM may not be asked
         _, requests, values = self._loadable.changes(new)
         self._vcpu.set_beside(requests)
         self._end(values)
@@ -268,7 +271,7 @@ class _Again:
             self._steps.clear()
 
 
-_known: Known[_Loadable] = Known()  # which KVM has taken
+_known: Known[_Loadable] = Known(_MOST_KNOWN)  # which KVM has taken
 _new: dict[tuple[str, bool, int, bytes], VcpuState] = {}  # by kind, number and CPUID
 
 
@@ -352,15 +355,18 @@ class StateAccess:
         if loadable.cpuid != vcpu.cpuid:
             _show(vcpu, loadable.cpuid)
         _count_as(vcpu, loadable)
-        again = _Again(vcpu, state, loadable) if loadable.which else None
-        if known is not None and again is not None and vcpu.new:
-            again.begin(self._as_new(vcpu))
-        elif refused := self._load(vcpu, loadable):
+        if known is not None and loadable.which and vcpu.new:
+            new = self._as_new(vcpu)
+            # Made before anything can fail, and where close() finds it: it holds the vCPU's pages.
+            again = self._last[vcpu.index] = _Again(vcpu, state, loadable)
+            again.load_into_new(new)
+            return
+        if refused := self._load(vcpu, loadable):
             raise _refused(refused)
         if known is None:
             _known.add(state, loadable, self._kind)
-        if again is not None:
-            self._last[vcpu.index] = again
+        if loadable.which:
+            self._last[vcpu.index] = _Again(vcpu, state, loadable)
 
     def _as_new(self, vcpu: "KvmVcpu") -> VcpuState:
         """The state of a vCPU that is new, and so of each that is made like that."""

@@ -17,7 +17,7 @@ from vmexit.abi.kvm import (
 from vmexit.abi.kvm_caps import KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_USER_MEMORY
 from vmexit.abi.kvm_structs import kvm_cpuid2, kvm_cpuid_entry2
 from vmexit.accel.base import ANY_CPU
-from vmexit.accel.kvm.registers import NewVcpu
+from vmexit.accel.kvm.registers import PowerOn
 from vmexit.accel.kvm.vcpu import KvmVcpu
 from vmexit.accel.kvm.vm import KvmVm
 from vmexit.arch.x86.cpu_model import CpuModel
@@ -35,7 +35,7 @@ _extensions: dict[tuple[str, int], int] = {}
 # KVM_GET_SUPPORTED_CPUID asks the processor hundreds of questions: 0.5 ms where CPUID itself is
 # virtualized.
 _supported_cpuid: dict[str, bytes] = {}
-_new_vcpus: dict[str, NewVcpu] = {}
+_power_on: dict[str, PowerOn] = {}
 
 
 class System:
@@ -104,11 +104,11 @@ class System:
         ioctl(self.fd, KVM_GET_MSR_INDEX_LIST, buffer, True)
         return unpack_indices(buffer)
 
-    def new_vcpu(self, vcpu: KvmVcpu) -> NewVcpu:
-        """What each new vCPU has; `vcpu` is one. Raises HostError."""
-        known = _new_vcpus.get(self.path)
+    def power_on(self, vcpu: KvmVcpu) -> PowerOn:
+        """What each vCPU has that was just made, as `vcpu` was. Raises HostError."""
+        known = _power_on.get(self.path)
         if known is None:
-            known = _new_vcpus[self.path] = vcpu.as_new()
+            known = _power_on[self.path] = vcpu.power_on()
         return known
 
     def create_vm(

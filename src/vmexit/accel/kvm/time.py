@@ -38,8 +38,10 @@ _host: dict[int, tuple[int, int]] = {}
 _FRESH = 10_000_000  # nanoseconds
 
 
-_has_offsets: dict[str, bool] = {}  # by the path of the KVM
-_keeps_offsets: dict[str, bool] = {}  # that it is given, by the same
+# By the path of the KVM, whether it tells offsets, and whether it keeps those that it is given. One
+# that does not, since its guests see the host's counter, is not told any more.
+_has_offsets: dict[str, bool] = {}
+_keeps_offsets: dict[str, bool] = {}
 
 
 class _Prompt:
@@ -87,7 +89,7 @@ class _Saved(NamedTuple):
     """The TSC deadlines, and of which vCPU each is."""
 
 
-_known: Known[_Saved] = Known()
+_known: Known[_Saved] = Known(8)
 
 
 def _parse(state: State, vcpus: int) -> _Saved:
@@ -99,7 +101,7 @@ def _parse(state: State, vcpus: int) -> _Saved:
 
 
 class VmTime:
-    """What this KVM can tell of it is found out once."""
+    """The time of one VM."""
 
     def __init__(self, system: System, vm: int, vcpus: Sequence[KvmVcpu]) -> None:
         """`vm` is the descriptor; `vcpus` are all that there will be."""
@@ -142,7 +144,6 @@ class VmTime:
             for index, deadline in armed:  # by another counter
                 self._vcpus[index].set_msrs({IA32_TSC_DEADLINE: deadline})
             if self._offsets is not None and self._path not in _keeps_offsets:
-                # A KVM whose guests see the host's counter need not be told each time.
                 _keeps_offsets[self._path] = any(offset.taken() for offset in self._offsets)
         if clock is not None and self._set_clock is not None:
             self._set_clock.make(clock - moment)

@@ -5,6 +5,7 @@ import errno
 import os
 import struct
 import time
+from collections.abc import Callable
 from fcntl import ioctl
 from functools import cache
 from typing import TYPE_CHECKING
@@ -64,6 +65,8 @@ class KvmVm:
         model: CpuModel,
     ) -> None:
         self.fd = fd
+        self.close_fd: Callable[[int], None] = os.close
+        """What closes it: with interrupt controllers that takes the kernel some milliseconds."""
         self._model = model
         self._cpus = cpus
         self._irqchip: KvmIrqChip | None = None
@@ -247,7 +250,7 @@ class KvmVm:
             except OSError as error:
                 raise _cannot_map(index, error) from error
             vcpu.on_ring_full = self._rings.make_room
-        vcpu.begin(self._system.new_vcpu(vcpu), lapic=self._irqchip is not None)
+        vcpu.begin(self._system.power_on(vcpu), lapic=self._irqchip is not None)
         vcpu.set_cpuid(self._cpuid(index))
         vcpu.new = True
         if self._model.left_out:
@@ -366,8 +369,8 @@ class KvmVm:
         if self._irqchip is not None:
             self._irqchip.close()
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            self.close_fd(fd)
 
     def __enter__(self) -> "KvmVm":
         return self
