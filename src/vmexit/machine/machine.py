@@ -672,7 +672,8 @@ class Machine(Inspection):
     def close(self) -> None:
         """Stop it and free everything; the machine is of no use afterwards.
 
-        Waits for `run()` in another thread, and for who is within `paused()`. Raises VmexitError
+        Waits for `run()` in another thread, and for who is within `paused()`. What the kernel takes
+        long for in a clone goes on behind that; `Snapshot.close()` waits for it. Raises VmexitError
         from within a callback or a device.
         """
         if self._closed:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from ctypes import sizeof
 from fcntl import ioctl
+from functools import cache
 
 from vmexit.abi.kvm_irq import (
     KVM_CREATE_IRQCHIP,
@@ -136,8 +137,9 @@ def _check(gsi: int) -> None:
         raise ConfigError(f"there is no GSI {gsi}; use 0 to {KVM_IOAPIC_NUM_PINS - 1}")
 
 
+@cache
 def _routing() -> bytearray:
-    """The wires of a PC (KVM API 4.52)."""
+    """The wires of a PC (KVM API 4.52), which KVM only reads."""
     routes: list[tuple[int, int, int]] = []  # GSI, chip, pin
     for gsi in range(KVM_IOAPIC_NUM_PINS):
         if gsi == _CASCADE_GSI:
