@@ -1,5 +1,6 @@
 """KVM's own layer: System, Vm, Vcpu, one class a file descriptor, on the real /dev/kvm."""
 
+import errno
 import os
 import threading
 from ctypes import sizeof
@@ -379,3 +380,35 @@ def test_a_write_that_an_ioeventfd_waits_for_is_no_exit(make):
             kvm.vm.assign_ioeventfd(0x10_0050, 4, 1, event)
     finally:
         os.close(event)
+
+
+@pytest.mark.parametrize("files", [True, False], ids=["", "no more files"])
+def test_what_is_closed_later_has_its_number_until_it_is_gone(monkeypatch, files):
+    """Or the next VM would have the name that KVM still has in debugfs for this one."""
+    memory, jobs, last = GuestMemory([(0, 1 << 20)]), [], {}
+
+    def close(fd: int) -> None:
+        last[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        os_close(fd)
+
+    def no_file(*_) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    os_close = os.close
+    with System() as system:
+        vm = system.create_vm(memory, Bus("port"), Bus("MMIO"))
+        vm.create_irqchip()
+        vm.later = jobs.append
+        fd = vm.fd
+        vm.close()
+        assert os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:kvm-vm"
+        (job,) = jobs
+        monkeypatch.setattr(os, "close", close)
+        if not files:
+            monkeypatch.setattr(os, "open", no_file)
+        job()
+        monkeypatch.undo()
+        assert last[fd] == (os.devnull if files else "anon_inode:kvm-vm")
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    memory.close()

@@ -221,6 +221,18 @@ def test_closing_waits_for_what_is_done_later(workers):
     assert not [t for t in threading.enumerate() if t.name.startswith("vmexit-")]
 
 
+def test_no_more_than_so_much_is_done_later(workers):
+    for worker in [workers.take() for _ in range(threads._MOST_BUSY + 1)]:
+        where(worker)
+        workers.give(worker)
+    go_on, here = threading.Event(), []
+    for _ in range(threads._MOST_BUSY):
+        workers.later(lambda: go_on.wait(20))
+    workers.later(lambda: here.append(threading.current_thread()))
+    assert here == [threading.current_thread()]
+    go_on.set()
+
+
 def test_a_fork_does_later_now(workers):
     worker = workers.take()
     where(worker)

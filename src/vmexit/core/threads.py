@@ -11,7 +11,7 @@ from contextvars import Context
 from queue import SimpleQueue
 
 _IDLE, _LATER = "vmexit-idle", "vmexit-later"
-_MOST_IDLE = 32
+_MOST_IDLE, _MOST_BUSY = 32, 16
 
 # What a thread does to itself must not be blocked: its faults, and writing to a closed pipe.
 _NEVER_BLOCKED = {
@@ -138,8 +138,11 @@ class Workers:
             self.close()
 
     def later(self, job: Callable[[], None]) -> None:
-        """Have one that waits call `job`, which raises nothing; without one it is done at once."""
-        worker = self._pop()
+        """Have one that waits call `job`, which raises nothing.
+
+        It is done at once if none waits, or so much is done already.
+        """
+        worker = self._pop() if len(self._busy) < _MOST_BUSY else None
         if worker is None:
             job()
             return

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.accel.base import Accelerator, Notifier, Vcpu, Vm
@@ -138,10 +137,8 @@ def _create_kvm(wanted: _Wanted) -> _Engine:
             wanted.memory, wanted.pio, wanted.mmio, config.smp, config.cpu_model
         )
         stack.callback(vm.close)
-        chip = None
-        if config.machine == "microvm":
-            chip = vm.create_irqchip()
-            vm.close_fd = lambda fd: wanted.workers.later(partial(os.close, fd))
+        vm.later = wanted.workers.later
+        chip = vm.create_irqchip() if config.machine == "microvm" else None
         if config.dirty_ring:
             vm.use_dirty_rings(config.dirty_ring)
         vcpus: list[Vcpu] = [vm.create_vcpu(i, wanted.observer) for i in range(config.smp)]

@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Callable
 from fcntl import ioctl
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from vmexit.abi.kvm import (
@@ -65,8 +65,8 @@ class KvmVm:
         model: CpuModel,
     ) -> None:
         self.fd = fd
-        self.close_fd: Callable[[int], None] = os.close
-        """What closes it: with interrupt controllers that takes the kernel some milliseconds."""
+        self.later: Callable[[Callable[[], None]], None] | None = None
+        """What calls a function that takes some time, while others go on."""
         self._model = model
         self._cpus = cpus
         self._irqchip: KvmIrqChip | None = None
@@ -370,13 +370,32 @@ class KvmVm:
             self._irqchip.close()
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            self.close_fd(fd)
+            # With interrupt controllers it takes the kernel some milliseconds.
+            if self.later is not None and self._irqchip is not None:
+                self.later(partial(_close_meanwhile, fd))
+            else:
+                os.close(fd)
 
     def __enter__(self) -> "KvmVm":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _close_meanwhile(fd: int) -> None:
+    """Close `fd`, whose number nobody gets before all is gone.
+
+    KVM has a folder in debugfs for each VM, by the number, and complains where there is one yet.
+    """
+    try:
+        other = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        os.close(fd)
+        return
+    os.dup2(other, fd, inheritable=False)
+    os.close(other)
+    os.close(fd)
 
 
 def _cannot_map(vcpu: int, error: OSError) -> HostError:
