@@ -92,12 +92,16 @@ class _Saved(NamedTuple):
 _known: Known[_Saved] = Known(8)
 
 
-def _parse(state: State, vcpus: int) -> _Saved:
-    saved = Saved(state, "a VM of KVM", _VERSION)
-    tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, vcpus)
-    deadlines = enumerate(saved.numbers("deadlines", _WORD, vcpus))
-    armed = [(index, deadline) for index, deadline in deadlines if deadline]
-    return _Saved(saved.optional("clock", _WORD >> 1), tsc, armed)
+def _parsed(state: State, vcpus: int) -> _Saved:
+    found = _known.find(state, vcpus)
+    if found is None:
+        saved = Saved(state, "a VM of KVM", _VERSION)
+        tsc = None if state.get("tsc", 0) is None else saved.numbers("tsc", _WORD, vcpus)
+        deadlines = enumerate(saved.numbers("deadlines", _WORD, vcpus))
+        armed = [(index, deadline) for index, deadline in deadlines if deadline]
+        found = _Saved(saved.optional("clock", _WORD >> 1), tsc, armed)
+        _known.add(state, found, vcpus)
+    return found
 
 
 class VmTime:
@@ -113,6 +117,7 @@ class VmTime:
         there = has_tsc_offset(system, vcpus[0])
         self._offsets = [_TscOffset(vcpu) for vcpu in vcpus] if there else None
         self._path = system.path
+        self._loaded: tuple[State, _Saved] | None = None  # the last time
 
     def save(self, moment: int) -> State:
         """What they showed at `moment`, in nanoseconds on the host's monotonic clock."""
@@ -134,11 +139,9 @@ class VmTime:
 
         The TSCs of vCPUs stay as far apart as they were. Raises ConfigError.
         """
-        saved = _known.find(state, len(self._vcpus))
-        if saved is None:
-            saved = _parse(state, len(self._vcpus))
-            _known.add(state, saved, len(self._vcpus))
-        clock, tsc, armed = saved
+        if self._loaded is None or self._loaded[0] is not state:
+            self._loaded = state, _parsed(state, len(self._vcpus))
+        clock, tsc, armed = self._loaded[1]
         if tsc is not None:
             self._load_tscs(tsc, moment)
             for index, deadline in armed:  # by another counter
