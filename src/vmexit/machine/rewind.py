@@ -12,7 +12,7 @@ from vmexit.core.written import WrittenPages, runs
 # So many pages may have been copied since the image was mapped, and so many times as many as now:
 # each is one that the machine has for itself, though it is as in the image.
 _MANY, _FACTOR = 4096, 4
-# So many pages are kept once more, where they are read faster: 4 MiB.
+# So many pages are kept once more, where they are read faster: 4 MiB at most.
 _TOGETHER = 1024
 # So many times going back leaves what is marked in the log marked, unless it gets to be so many
 # times as many pages, and so many more, as when nothing was.
@@ -41,13 +41,24 @@ class _Marked(NamedTuple):
         """For going back there once more."""
         steps, sources = Steps(), [source for _, source in self.sources]
         if self.pages <= _TOGETHER:
-            whole, ends = memoryview(b"".join(sources)), accumulate(map(len, sources))
-            sources = [
-                whole[end - len(source) : end] for source, end in zip(sources, ends, strict=True)
-            ]
+            sources = _together(sources)
         for (here, _), source in zip(self.sources, sources, strict=True):
             steps.copy(region.view, here, source)
         return steps
+
+
+def _together(sources: list[memoryview]) -> list[memoryview]:
+    """The same bytes from one place, and zeros, which are the most, all from the same."""
+    data = [bytes(source) for source in sources]
+    zeros = bytes(max(map(len, data), default=0))
+    no_bytes = {size: zeros[:size] for size in set(map(len, data))}
+    rest = [b"" if one == no_bytes[len(one)] else one for one in data]
+    ends = accumulate(map(len, rest))
+    whole, nothing = memoryview(b"".join(rest)), memoryview(zeros)
+    return [
+        whole[end - len(one) : end] if one else nothing[: len(source)]
+        for one, end, source in zip(rest, ends, sources, strict=True)
+    ]
 
 
 class Rewind:
