@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from contextvars import ContextVar
 
 import pytest
@@ -200,9 +199,8 @@ def test_who_did_something_later_is_had_again(workers):
     for _ in range(100):
         done = threading.Event()
         workers.later(done.set)
-        assert done.wait(20)
-        while not idle():  # it has called us, and is about to wait
-            time.sleep(0)
+        worker.wait()
+        assert done.is_set()
     assert workers._busy == []
     again = workers.take()
     assert where(again) is thread
@@ -213,11 +211,15 @@ def test_closing_waits_for_what_is_done_later(workers):
     for worker in [workers.take() for _ in range(3)]:
         where(worker)
         workers.give(worker)
-    done = []
-    for number in range(9):
-        workers.later(lambda number=number: time.sleep(0.02) or done.append(number))
-    workers.close()
-    assert sorted(done) == list(range(9))
+    go_on, done = threading.Event(), []
+    for number in range(3):
+        workers.later(lambda number=number: go_on.wait(20) and done.append(number))
+    closing = threading.Thread(target=workers.close)
+    closing.start()
+    assert (closing.is_alive(), done) == (True, [])
+    go_on.set()
+    closing.join(20)
+    assert sorted(done) == [0, 1, 2]
     assert not [t for t in threading.enumerate() if t.name.startswith("vmexit-")]
 
 
