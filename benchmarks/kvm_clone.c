@@ -19,18 +19,11 @@ static int64_t once(struct vm *first, struct state *state)
 
 int main(int argc, char **argv)
 {
-	if (argc != 3) {
-		fprintf(stderr, "usage: kvm_clone STATE COUNT\n");
-		return 2;
-	}
 	static struct state state;
-	size_t size;
-	FILE *file = state_file(argv[1], &size);
 	struct vm vm;
-	vm_open(&vm, size);
-	begin(&vm, file, &state);
+	int count = begin(&vm, &state, argc, argv);
 	once(&vm, &state); /* which pays for what a process does once */
-	for (int i = atoi(argv[2]); i > 0; i--)
+	while (count-- > 0)
 		printf("%lld\n", (long long)once(&vm, &state));
 	vm_close(&vm);
 	return 0;

@@ -21,16 +21,10 @@ static unsigned put_back(struct vm *vm, const uint8_t *image, uint64_t *bitmap)
 
 int main(int argc, char **argv)
 {
-	if (argc != 3) {
-		fprintf(stderr, "usage: kvm_reset STATE COUNT\n");
-		return 2;
-	}
 	static struct state state;
-	size_t size;
-	FILE *file = state_file(argv[1], &size);
 	struct vm vm;
-	vm_open(&vm, size);
-	begin(&vm, file, &state);
+	int count = begin(&vm, &state, argc, argv);
+	size_t size = vm.size;
 	uint8_t *image = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	uint64_t *bitmap = calloc(size / 4096 / 64, 8);
 	if (image == MAP_FAILED || !bitmap)
@@ -45,14 +39,14 @@ int main(int argc, char **argv)
 
 	unsigned pages = 0;
 	/* The first two are not printed: pages that are mapped as they are first read count as written. */
-	for (int i = atoi(argv[2]) + 1; i >= 0; i--) {
+	for (int i = count + 1; i >= 0; i--) {
 		int64_t begin = now(CLOCK_MONOTONIC);
 		run_to(&vm, 0x11);
 		int64_t ran = now(CLOCK_MONOTONIC);
 		unsigned dirty = put_back(&vm, image, bitmap);
 		load(&vm, &state);
 		int64_t end = now(CLOCK_MONOTONIC);
-		if (i < atoi(argv[2]))
+		if (i < count)
 			printf("%lld %lld\n", (long long)(end - begin), (long long)(end - ran));
 		else
 			pages = dirty;

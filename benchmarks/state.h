@@ -80,28 +80,29 @@ static inline void load(struct vm *vm, struct state *s)
 	CALL(vm->fd, KVM_SET_CLOCK, &s->clock);
 }
 
-static inline FILE *state_file(const char *path, size_t *size)
+/* For a program that is given STATE COUNT: runs the machine in the file to where it is kept. Returns
+ * COUNT. */
+static inline int begin(struct vm *vm, struct state *state, int argc, char **argv)
 {
-	FILE *file = fopen(path, "rb");
+	if (argc != 3) {
+		fprintf(stderr, "usage: %s STATE COUNT\n", argv[0]);
+		exit(2);
+	}
+	FILE *file = fopen(argv[1], "rb");
 	if (!file || fseek(file, 0, SEEK_END) < 0)
-		fail(path);
-	*size = ftell(file) - sizeof(struct kvm_sregs) - sizeof(struct kvm_regs);
+		fail(argv[1]);
+	vm_open(vm, ftell(file) - sizeof state->sregs - sizeof state->regs);
 	rewind(file);
-	return file;
-}
-
-/* Runs the machine in the file, which is closed, to where it is kept. */
-static inline void begin(struct vm *vm, FILE *file, struct state *state)
-{
 	if (fread(&state->sregs, sizeof state->sregs, 1, file) != 1 ||
 	    fread(&state->regs, sizeof state->regs, 1, file) != 1 ||
 	    fread(vm->memory, vm->size, 1, file) != 1)
-		fail("the file of the state");
+		fail(argv[1]);
 	fclose(file);
 	CALL(vm->vcpu, KVM_SET_SREGS, &state->sregs);
 	CALL(vm->vcpu, KVM_SET_REGS, &state->regs);
 	run_to(vm, 0x10);
 	save(vm, state);
+	return atoi(argv[2]);
 }
 
 #endif
