@@ -80,11 +80,16 @@ class Wanted:
         for entries, buffer, wanted in self._parts:
             done = ioctl(vcpu, KVM_GET_MSRS, buffer, True)  # which leaves the indices in it
             if done * ENTRY_SIZE < len(entries):
-                as_here = unpack(entries)
-                now = get(vcpu, as_here)
-                values |= {i: value for i, value in as_here.items() if now.get(i) != value}
+                values |= _unlike(entries, get(vcpu, unpack(entries)))
             else:
                 values |= _differing(entries, buffer, wanted)
+        return values
+
+    def unlike_in(self, has: Mapping[int, int]) -> dict[int, int]:
+        """The same for a vCPU that has these values."""
+        values = dict[int, int]()
+        for entries, _, _ in self._parts:
+            values |= _unlike(entries, has)
         return values
 
     def ask(self, steps: Steps, vcpu: int) -> None:
@@ -105,6 +110,10 @@ class Wanted:
         return values
 
 
+def _unlike(entries: bytes, has: Mapping[int, int]) -> dict[int, int]:
+    return {index: value for index, value in unpack(entries).items() if has.get(index) != value}
+
+
 def _differing(entries: bytes, buffer: bytearray, wanted: bytes) -> dict[int, int]:
     """Those of `entries` that have another value in `buffer`, which would be `wanted`."""
     values = dict[int, int]()
@@ -113,8 +122,7 @@ def _differing(entries: bytes, buffer: bytearray, wanted: bytes) -> dict[int, in
     found = buffer[_HEAD.size :]
     for at in range(0, len(entries), _SOME):
         if entries[at : at + _SOME] != found[at : at + _SOME]:
-            here, now = unpack(entries[at : at + _SOME]), unpack(found[at : at + _SOME])
-            values |= {index: value for index, value in here.items() if now[index] != value}
+            values |= _unlike(entries[at : at + _SOME], unpack(found[at : at + _SOME]))
     return values
 
 

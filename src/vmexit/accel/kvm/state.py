@@ -171,7 +171,6 @@ class _Loadable:
         self.tsc_khz = state.tsc_khz
         self.cpuid = state.cpuid
         self.msrs = msrs.Wanted(state.msrs)
-        self._entries = state.msrs
         self._changes: _Changes | None = None
         self.cr8 = kvm_sregs.from_buffer_copy(state.parts["sregs"]).cr8
         self.first = self._requests(there.first, state)
@@ -194,8 +193,7 @@ class _Loadable:
                 for one in self.beside
                 if one.what not in _ITS_OWN or one.data != new.parts[one.what]
             ]
-            has = msrs.unpack(new.msrs)
-            values = {i: v for i, v in msrs.unpack(self._entries).items() if has.get(i) != v}
+            values = self.msrs.unlike_in(msrs.unpack(new.msrs))
             changes = self._changes = _Changes(new, requests, values)
         return changes
 
